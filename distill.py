@@ -1,0 +1,274 @@
+"""Distill a BERT cross-encoder (teacher) into a small one (student): section 3 of the paper.
+
+    python distill.py --features_file train.pkl --teacher_model nboost/pt-bert-base-uncased-msmarco \\
+        --general_student_model huawei-noah/TinyBERT_General_6L_768D --output_student_dir student \\
+        --distill_model simplified --device 0 --bf16
+
+In: feature file(s) of labelled training pairs (tokenize_to_features.py --set_name train), a teacher fine-tuned for
+ranking, and a general student (a pre-trained small BERT). Models are folders or Hugging Face hub ids.
+
+    finetune      hard                                      no teacher: how a teacher is made; the baseline without KD
+    standard      alpha · soft + (1 - alpha) · hard         standard KD
+    simplified    attention + hidden + soft + hard          Simplified TinyBERT: all of it in one stage
+
+Out, in --output_student_dir: the finished student as a Hugging Face folder (config.json, model.safetensors, tokenizer,
+fit_dense.safetensors), train_loss.jsonl (a row every --train_loss_step steps: global_step, loss = cls_loss + att_loss +
+rep_loss, the unweighted soft_loss and hard_loss, learning_rate, examples_per_second), the same for TensorBoard, and
+checkpoint-<step>/ every --save_model_step steps, from which --resume goes on to the same student.
+"""
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from simplified_tinybert import losses
+from simplified_tinybert.checkpoints import fit_projections, load_cross_encoder, save_cross_encoder
+from simplified_tinybert.features import Examples, FeatureSummary, map_examples, summarise
+from simplified_tinybert.files import Problems, UserError, run_main
+from simplified_tinybert.modeling import Batch, CrossEncoder, describe
+from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay
+from simplified_tinybert.precision import ApexScaler, LossScaler, import_apex_amp, select_precision
+from simplified_tinybert.preflight import (
+    check_length,
+    check_model_fits,
+    check_output_dir,
+    check_pair,
+    find_models,
+    find_run,
+)
+from simplified_tinybert.runtime import record, say, select_device
+from simplified_tinybert.tokenization import has_vocabulary
+from simplified_tinybert.training import Plan, Training, epoch_batches, padding_share
+from simplified_tinybert.training_log import TrainingLog
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--features_file", type=Path, nargs="+", required=True, help="feature file(s) of labelled pairs")
+    add("--teacher_model", help="folder or hub id of the teacher; not needed with finetune")
+    add("--general_student_model", required=True, help="folder or hub id of the student to start from")
+    add("--output_student_dir", type=Path, required=True, help="new or empty folder for the student")
+    add("--distill_model", choices=("finetune", "standard", "simplified"), default="simplified",
+        help="objective, see above (default: simplified)")
+    add("--cache_file_dir", type=Path, default=Path("cache"),
+        help="folder for memory-mapped features, in a subfolder of its own that later runs use again (default: cache)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
+    add("--no_cuda", action="store_true", help="compute on the CPU whatever --device says")
+    add("--max_seq_length", type=int, help="positions to pad to (default: as the features were made)")
+    add("--padding", choices=losses.PADDING_MODES, default="reference",
+        help="reference: pad to max_seq_length and let padding count in attention and hidden losses, as the original "
+             "does; masked: count real tokens only and batch pairs of similar length, faster (default: reference)")
+    add("--do_lower_case", action="store_true", help="refuse features that were not made lower-cased")
+    add("--train_batch_size", type=int, default=64, help="examples of one forward pass (default: 64)")
+    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes of one optimizer step (default: 1)")
+    add("--num_train_epochs", type=float, default=2.0, help="passes over the data; fractions allowed (default: 2)")
+    add("--learning_rate", type=float, default=5e-5, help="peak learning rate (default: 5e-5)")
+    add("--warmup_proportion", type=float, default=0.1, help="share of steps in which it rises (default: 0.1)")
+    add("--weight_decay", "--wd", type=float, default=1e-2, help="decay of all but biases and norms (default: 0.01)")
+    add("--alpha", type=float, default=0.5, help="weight of the soft loss in standard (default: 0.5)")
+    add("--temperature", type=float, default=1.0, help="softens teacher and student in the soft loss (default: 1)")
+    add("--pooled_relu", action="store_true",
+        help="relu before the classifier, as the original did while distilling; stored in the student's configuration, "
+             "which reranker.py obeys, but other tools do not know it")
+    add("--fp16", action="store_true", help="mixed precision in float16 with loss scaling (CUDA)")
+    add("--fp16_backend", choices=("torch", "apex"), default="torch", help="what --fp16 uses (default: torch)")
+    add("--fp16_opt_level", choices=("O0", "O1", "O2", "O3"), default="O1", help="apex level (default: O1)")
+    add("--bf16", action="store_true", help="mixed precision in bfloat16, no loss scaling")
+    add("--seed", type=int, default=42, help="of dropout, batch order and new parameters (default: 42)")
+    add("--train_loss_step", type=int, default=1000, help="steps between rows of the log (default: 1000)")
+    add("--save_model_step", type=int, default=3000, help="steps between checkpoints (default: 3000)")
+    add("--tensorboard_dir", type=Path, help="folder for TensorBoard (default: tensorboard in --output_student_dir)")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --output_student_dir, if any")
+    return parser.parse_args()
+
+
+def objective(student: CrossEncoder, teacher: CrossEncoder | None, batch: Batch, args: argparse.Namespace) \
+        -> dict[str, Tensor]:
+    """Loss terms of a batch; "loss" = cls_loss + att_loss + rep_loss is what the student minimizes."""
+    if args.distill_model == "finetune":
+        hard = losses.hard_loss(student(batch).logits, batch.labels)
+        return {"loss": hard, "cls_loss": hard, "hard_loss": hard}
+
+    mapped = None                                        # teacher layer that each student layer learns from
+    if args.distill_model == "simplified":
+        mapped = losses.layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    with torch.no_grad():
+        taught = teacher(batch, layers=mapped)
+    learnt = student(batch, layers=mapped and list(range(1, len(mapped) + 1)))
+    soft = losses.soft_loss(learnt.logits, taught.logits, args.temperature)
+    hard = losses.hard_loss(learnt.logits, batch.labels)
+    if args.distill_model == "standard":
+        loss = args.alpha * soft + (1 - args.alpha) * hard
+        return {"loss": loss, "cls_loss": loss, "soft_loss": soft, "hard_loss": hard}
+
+    attention = sum(losses.attention_loss(learnt.queries[layer], learnt.keys[layer], taught.queries[source],
+                                          taught.keys[source], batch.attention_mask, args.padding)
+                    for layer, source in enumerate(mapped, start=1))
+    hidden = sum(losses.hidden_loss(student.project(layer, learnt.hidden_states[layer]), taught.hidden_states[source],
+                                    batch.attention_mask, args.padding)
+                 for layer, source in enumerate([0, *mapped]))
+    return {"loss": attention + hidden + soft + hard, "cls_loss": soft + hard, "att_loss": attention,
+            "rep_loss": hidden, "soft_loss": soft, "hard_loss": hard}
+
+
+def check_flags(args: argparse.Namespace, problems: Problems) -> None:
+    rules = [("train_batch_size", args.train_batch_size >= 1, "1 or more"),
+             ("gradient_accumulation_steps", args.gradient_accumulation_steps >= 1, "1 or more"),
+             ("num_train_epochs", 0 < args.num_train_epochs < math.inf, "more than 0"),
+             ("learning_rate", 0 <= args.learning_rate < math.inf, "0 or more"),
+             ("warmup_proportion", 0 <= args.warmup_proportion < 1, "0 to less than 1"),
+             ("weight_decay", 0 <= args.weight_decay < math.inf, "0 or more"),
+             ("alpha", 0 <= args.alpha <= 1, "0 to 1"),
+             ("temperature", 0 < args.temperature < math.inf, "more than 0"),
+             ("train_loss_step", args.train_loss_step >= 1, "1 or more"),
+             ("save_model_step", args.save_model_step >= 1, "1 or more")]
+    for name, holds, expected in rules:
+        if not holds:
+            problems.add(f"--{name} {getattr(args, name)}: expected {expected}")
+    if args.distill_model != "finetune" and not args.teacher_model:
+        problems.add(f"--distill_model {args.distill_model} needs --teacher_model")
+
+
+def load_models(args: argparse.Namespace, models: dict, checkpoint: Path | None) \
+        -> tuple[CrossEncoder, CrossEncoder | None]:
+    """Student (from a checkpoint if given) and teacher, with the head that --pooled_relu asks for."""
+    generator = torch.Generator().manual_seed(args.seed)
+    folder, config = models["general student"]
+    student, notes = load_cross_encoder(checkpoint or folder, None if checkpoint else config, new_head=generator)
+    teacher = None
+    if args.distill_model != "finetune":
+        teacher, more = load_cross_encoder(*models["teacher"])
+        teacher.requires_grad_(False)
+        notes += more
+    for role, model in (("general student", student), ("teacher", teacher)):
+        if model and model.config.num_labels != 2:
+            raise UserError(f"{models[role][0]}: the {role} has {model.config.num_labels} classes; expected 2 (not "
+                            f"relevant, relevant)")
+        if model:
+            model.config.pooled_relu = args.pooled_relu or getattr(model.config, "pooled_relu", False)
+    if args.distill_model == "simplified":
+        notes += fit_projections(student, teacher.config.hidden_size, generator)
+    for note in notes:
+        say(f"note         {note}")
+    return student, teacher
+
+
+def describe_run(args: argparse.Namespace, student: CrossEncoder, teacher: CrossEncoder | None, examples: Examples,
+                 summary: FeatureSummary, plan: Plan) -> None:
+    """Print what follows from the settings, before the first step."""
+    steps, per_epoch = plan.total_steps(len(examples)), plan.steps_per_epoch(len(examples))
+    batches = epoch_batches(examples.lengths, plan.batch_size, plan.seed, 0, plan.bucket)
+    padding = padding_share(examples.lengths, batches, plan.width)
+    say(f"student      {describe(student)}")
+    if teacher:
+        say(f"teacher      {describe(teacher)}")
+    if args.distill_model == "simplified":
+        layers = losses.layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+        say("layer map    student ← teacher: 0 ← 0 (embeddings), "
+            + ", ".join(f"{layer} ← {source}" for layer, source in enumerate(layers, start=1)))
+    weights = {"finetune": "1 × hard", "standard": f"{args.alpha:g} × soft + {1 - args.alpha:g} × hard",
+               "simplified": "1 × attention + 1 × hidden + 1 × soft + 1 × hard"}[args.distill_model]
+    soft = {"finetune": 0, "standard": args.alpha, "simplified": 1}[args.distill_model]
+    say(f"objective    {args.distill_model}: {weights}"
+        + (f" (soft is a mean over the 2 classes: soft cross-entropy weighs {soft / 2:g})" if soft else ""))
+    say(f"examples     {len(examples):,}, {100 * float((examples.labels == 1).mean()):.1f} % relevant, "
+        f"{summary.tokens / len(examples):.1f} word pieces on average; {100 * padding:.1f} % of positions are padding")
+    say(f"steps        {steps:,} = {plan.epochs:g} epochs × {per_epoch:,} steps of {plan.batch_size} × "
+        f"{plan.accumulation} examples; warm-up {round(args.warmup_proportion * steps):,} steps")
+
+
+def settings(args: argparse.Namespace, summary: FeatureSummary) -> dict:
+    """What must not change when a run is resumed."""
+    names = ("distill_model", "teacher_model", "general_student_model", "max_seq_length", "padding", "train_batch_size",
+             "gradient_accumulation_steps", "num_train_epochs", "learning_rate", "warmup_proportion", "weight_decay",
+             "alpha", "temperature", "pooled_relu", "fp16", "fp16_backend", "bf16", "seed", "train_loss_step")
+    return {name: getattr(args, name) for name in names} | {"features": summary.fingerprint}
+
+
+def model_card(args: argparse.Namespace, student: CrossEncoder) -> str:
+    teacher = f" and the teacher `{args.teacher_model}`" if args.teacher_model else ""
+    lines = ["---", "pipeline_tag: text-ranking", "library_name: transformers", "---",
+             f"# BERT re-ranker: {describe(student)}", "",
+             f"Made with `distill.py --distill_model {args.distill_model}` from the student "
+             f"`{args.general_student_model}`{teacher}; all settings are in run.json.",
+             "Input: `[CLS] query [SEP] passage [SEP]`; class 1 of the two is relevance."]
+    if student.config.pooled_relu:
+        lines += ["", "The head is classifier(relu(pooled)): score with reranker.py, other tools leave the relu out."]
+    return "\n".join(lines) + "\n"
+
+
+def check_all(args: argparse.Namespace, device: torch.device, problems: Problems) \
+        -> tuple[dict, FeatureSummary, int]:
+    """Models, features and padded length, once everything is known to fit. Raises UserError with all that does not."""
+    check_flags(args, problems)
+    check_output_dir(args.output_student_dir, args.resume, problems)
+    roles = {"general student": args.general_student_model}
+    if args.distill_model != "finetune":
+        roles["teacher"] = args.teacher_model
+    models, summary, width = find_models(roles, problems), summarise(args.features_file, problems), 0
+    if summary:
+        width = check_length(args.max_seq_length, summary, problems)
+        for role, (folder, config) in models.items():
+            check_model_fits(role, folder, config, summary, width, problems)
+        if summary.labelled < summary.examples:
+            problems.add(f"{summary.examples - summary.labelled} of {summary.examples} examples have no label; "
+                         f"training needs features made with --set_name train")
+        if args.do_lower_case and not summary.header["lower_case"]:
+            problems.add("--do_lower_case: the features are cased; tokenize again with --do_lower_case")
+    if args.distill_model == "simplified" and len(models) == 2:
+        check_pair(models["teacher"][1], models["general student"][1], problems)
+    problems.raise_if_any()
+    return models, summary, width
+
+
+def main() -> None:
+    args, problems = parse_args(), Problems()
+    device = select_device(args.device, args.no_cuda)
+    dtype = select_precision(args.fp16, args.bf16, device, problems)
+    apex = args.fp16 and args.fp16_backend == "apex" and import_apex_amp()
+    models, summary, width = check_all(args, device, problems)
+    facts = {"settings": settings(args, summary), "device": str(device)}
+    finished, checkpoint = find_run(args.output_student_dir, facts["settings"])
+    if finished:
+        say(f"{args.output_student_dir}: the student is finished already; remove the folder to distill it again")
+        return
+
+    args.output_student_dir.mkdir(parents=True, exist_ok=True)
+    args.cache_file_dir.mkdir(parents=True, exist_ok=True)
+    record(args.output_student_dir / "run.json", args, **facts, finished=False)
+    student, teacher = load_models(args, models, checkpoint)
+    student.to(device)
+    if teacher:
+        teacher.to(device)
+    examples = map_examples(args.features_file, summary, args.cache_file_dir)
+    # Only the layer losses of the reference padding see how far a batch is padded
+    fixed = args.distill_model == "simplified" and args.padding == "reference"
+    plan = Plan(args.train_batch_size, args.gradient_accumulation_steps, args.num_train_epochs, args.seed,
+                width if fixed else None, args.padding == "masked", args.train_loss_step, args.save_model_step)
+    describe_run(args, student, teacher, examples, summary, plan)
+
+    total = plan.total_steps(len(examples))
+    optimizer = BertAdam(decay_groups(student.named_parameters(), args.weight_decay), args.learning_rate,
+                         schedule=lambda step: linear_warmup_decay(step, total, args.warmup_proportion))
+    scaler = ApexScaler(student, optimizer, args.fp16_opt_level) if apex else LossScaler(device, dtype)
+    finished_steps = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
+    log = TrainingLog(args.output_student_dir / "train_loss.jsonl",
+                      args.tensorboard_dir or args.output_student_dir / "tensorboard", device, finished_steps)
+    tokenizer_folder = next((folder for folder, _ in models.values() if has_vocabulary(folder)), None)
+
+    def save_model(folder: Path) -> None:
+        save_cross_encoder(student, folder, tokenizer_folder, summary.header["lower_case"], model_card(args, student))
+
+    torch.manual_seed(args.seed)
+    Training(student, lambda batch: objective(student, teacher, batch, args), examples, plan, optimizer, scaler, log,
+             device, None if apex else dtype, args.output_student_dir, save_model).run(checkpoint)
+    save_model(args.output_student_dir)
+    record(args.output_student_dir / "run.json", args, **facts, finished=True)
+    say(f"student      {args.output_student_dir}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,61 @@
+# Sourced by the other scripts, not run: `use_python FILE` sets PYTHON to an interpreter that has what FILE pins.
+# That is $PYTHON if it is set (taken unseen), else the active environment if it satisfies FILE, else .venv beside this
+# file, which is made and filled when needed.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+# Exit code 0 if the interpreter $1 is 3.11 or newer and has every pinned package of requirement file $2.
+satisfies() {
+    "$1" - "$2" <<'PYTHON' 2>/dev/null
+import importlib.metadata
+import pathlib
+import sys
+
+def pins(path):
+    for line in path.read_text().splitlines():
+        if line.startswith("-r "):
+            yield from pins(path.parent / line[3:].strip())
+        elif "==" in line and not line.startswith("#"):
+            yield line.strip().split("==")
+
+assert sys.version_info >= (3, 11)
+for name, version in pins(pathlib.Path(sys.argv[1])):
+    assert importlib.metadata.version(name).split("+")[0] == version, name
+PYTHON
+}
+
+find_python() {
+    local candidate
+    for candidate in python3 python python3.14 python3.13 python3.12 python3.11; do
+        if command -v "$candidate" >/dev/null &&
+           "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    echo "error: Python 3.11 or newer is needed and was not found; install it, or set PYTHON=/path/to/python" >&2
+    exit 2
+}
+
+use_python() {
+    local requirements="$ROOT/$1" base
+    [ -z "${PYTHON:-}" ] || return 0
+    base="$(find_python)"
+    if satisfies "$base" "$requirements"; then
+        PYTHON="$base"
+        return
+    fi
+    PYTHON="$ROOT/.venv/bin/python"
+    if ! { [ -x "$PYTHON" ] && satisfies "$PYTHON" "$requirements"; }; then
+        echo "installing $1 into $ROOT/.venv (once) ..." >&2
+        "$base" -m venv "$ROOT/.venv" || {
+            echo "error: $base cannot make a virtual environment (on Debian: apt-get install python3-venv); or activate" \
+                 "an environment that has $1, or set PYTHON to its interpreter" >&2
+            exit 2
+        }
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || {
+            echo "error: the packages of $1 could not be installed; run the command again, or see the lines above" >&2
+            exit 2
+        }
+    fi
+}

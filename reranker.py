@@ -1,0 +1,188 @@
+"""Score query-passage pairs with a BERT cross-encoder.
+
+    python reranker.py --model_dir student --features_file test.pkl --output_scores_file scores.tsv --device 0 --bf16
+
+In: a fine-tuned or distilled model (folder or Hugging Face hub id; teachers can be scored too) and feature file(s) of
+pairs (tokenize_to_features.py --set_name test).
+Out: query_id <tab> passage_id <tab> score, a line for each pair in input order. The score is the probability of
+relevance (softmax over the two classes, class 1; printed in full so that close scores stay apart), or with --score
+log_odds the difference of the two logits, which does not crowd at 0 and 1.
+
+Memory does not grow with the number of pairs: they are read, scored and written a chunk at a time. Within a chunk pairs
+of similar length share a batch and only the [CLS] position of the last layer is computed, which changes no score.
+"""
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import BertConfig
+
+from simplified_tinybert.checkpoints import load_cross_encoder, weights_fingerprint
+from simplified_tinybert.features import Examples, FeatureSummary, read_chunks, summarise
+from simplified_tinybert.files import Problems, UserError, check_output_file, run_main, sync_folder
+from simplified_tinybert.modeling import CrossEncoder, describe
+from simplified_tinybert.precision import autocast, select_precision
+from simplified_tinybert.preflight import check_length, check_model_fits, find_models
+from simplified_tinybert.runtime import record, say, select_device
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}     # a CPU is fastest while a batch's activations stay in its cache
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model_dir", required=True, help="folder or hub id of the model")
+    add("--features_file", type=Path, nargs="+", required=True, help="feature file(s) of pairs")
+    add("--output_scores_file", type=Path, required=True, help="score file to write")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
+    add("--cache_file_dir", type=Path, help="accepted for the original's command lines; nothing is cached here")
+    add("--eval_batch_size", type=int, help="most pairs of a batch (default: as many as --batch_tokens admits)")
+    add("--batch_tokens", type=int, help="positions of a batch with padding (default: 2048 on a CPU, 65536 on CUDA)")
+    add("--max_seq_length", type=int, help="checked against the features (default: as they were made)")
+    add("--score", choices=("probability", "log_odds"), default="probability", help="see above (default: probability)")
+    add("--pooled_relu", action="store_true",
+        help="relu before the classifier, for checkpoints trained with it whose configuration does not say so")
+    add("--fp16", action="store_true", help="mixed precision in float16 (CUDA)")
+    add("--bf16", action="store_true", help="mixed precision in bfloat16")
+    add("--resume", action="store_true", help="go on after the last chunk of an interrupted run")
+    return parser.parse_args()
+
+
+def token_batches(lengths: np.ndarray, batch_tokens: int, batch_size: int | None) -> Iterator[np.ndarray]:
+    """Indices of each batch: longest pairs first, at most `batch_tokens` padded positions and `batch_size` pairs."""
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // int(lengths[order[start]]))
+        size = min(size, batch_size) if batch_size else size
+        yield order[start:start + size]
+        start += size
+
+
+def relevance(logits: np.ndarray, score: str) -> np.ndarray:
+    """Scores (N) in float64 from float32 logits (N, 2), or (N, 1) of models with a single logit, their log-odds."""
+    logits = logits.astype(np.float64)
+    log_odds = logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
+    return log_odds if score == "log_odds" else 1.0 / (1.0 + np.exp(-log_odds))
+
+
+def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterator[np.ndarray], device: torch.device,
+                dtype: torch.dtype | None, progress: tqdm) -> np.ndarray:
+    """Logits (N, C) of all pairs of a chunk in float32, in input order."""
+    logits = np.empty((len(chunk), model.config.num_labels), dtype=np.float32)
+    pending = []                                          # results stay on the device until the chunk is through
+    with torch.inference_mode(), autocast(device, dtype):
+        for indices in batches:
+            pending.append((indices, model(chunk.batch(indices).to(device)).logits.float()))
+            progress.update(len(indices))
+    for indices, values in pending:
+        logits[indices] = values.cpu().numpy()
+    return logits
+
+
+def score_lines(ids: list[str], scores: np.ndarray) -> str:
+    """Score file lines; an id is split at its first '#', for passage ids may hold more of them."""
+    return "".join(f"{example_id.replace('#', chr(9), 1)}\t{score!r}\n"
+                   for example_id, score in zip(ids, scores.tolist()))
+
+
+def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertConfig, FeatureSummary]:
+    """Model folder, its configuration, and the features, once all is known to fit. Raises UserError otherwise."""
+    check_output_file(args.output_scores_file, problems)
+    for name in ("eval_batch_size", "batch_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            problems.add(f"--{name} {getattr(args, name)}: expected 1 or more")
+    models, summary = find_models({"model": args.model_dir}, problems), summarise(args.features_file, problems)
+    if summary:
+        width = check_length(args.max_seq_length, summary, problems)
+        for role, (folder, config) in models.items():
+            check_model_fits(role, folder, config, summary, width, problems)
+        if summary.unpaired:
+            problems.add(f"{summary.unpaired} of {summary.examples} ids in the features are not query_id#passage_id; "
+                         f"tokenize the pairs with --set_name test")
+    problems.raise_if_any()
+    return *models["model"], summary
+
+
+def settings(args: argparse.Namespace, folder: Path, summary: FeatureSummary, batch_tokens: int) -> dict:
+    """What must be the same for --resume to end in the same bytes."""
+    return {"weights": weights_fingerprint(folder), "features": summary.fingerprint, "batch_tokens": batch_tokens,
+            **{name: getattr(args, name) for name in ("eval_batch_size", "score", "pooled_relu", "fp16", "bf16")}}
+
+
+def written_pairs(partial: Path, record_path: Path, wanted: dict, chunks: list[int]) -> int:
+    """Pairs of the whole chunks (sizes: `chunks`) that an interrupted run has written; what follows is cut off."""
+    if not (partial.is_file() and record_path.is_file()):
+        return 0
+    if json.loads(record_path.read_text(encoding="utf-8")).get("settings") != wanted:
+        raise UserError(f"{partial}: was written with another model, features or settings; repeat those, or leave out "
+                        f"--resume to start again")
+    boundaries, lines, position, done, keep = set(np.cumsum(chunks).tolist()), 0, 0, 0, 0
+    with open(partial, "rb+") as handle:
+        for line in handle:
+            lines, position = lines + line.endswith(b"\n"), position + len(line)
+            if lines in boundaries and line.endswith(b"\n"):
+                done, keep = lines, position
+        handle.truncate(keep)
+    return done
+
+
+def write_scores(model: CrossEncoder, args: argparse.Namespace, partial: Path, done: int, total: int, batch_tokens: int,
+                 device: torch.device, dtype: torch.dtype | None) -> None:
+    """Append the scores of all pairs after the first `done` to `partial`, a chunk at a time."""
+    with open(partial, "a", encoding="utf-8", newline="\n") as handle, \
+            tqdm(total=total, initial=done, desc="scoring", unit=" pairs") as progress:
+        seen = 0
+        for chunk in (chunk for path in args.features_file for chunk in read_chunks(path)):
+            seen += len(chunk)
+            if seen <= done:
+                continue
+            batches = token_batches(chunk.lengths, batch_tokens, args.eval_batch_size)
+            logits = score_chunk(model, chunk, batches, device, dtype, progress)
+            if not np.isfinite(logits).all():
+                bad = chunk.ids[int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])]
+                raise UserError(f"the model's logits of {bad} are not numbers; try --bf16 in place of --fp16, or "
+                                f"neither; else the model's weights are broken")
+            handle.write(score_lines(chunk.ids, relevance(logits, args.score)))
+            handle.flush()
+        os.fsync(handle.fileno())
+
+
+def main() -> None:
+    args, problems = parse_args(), Problems()
+    device = select_device(args.device)
+    dtype = select_precision(args.fp16, args.bf16, device, problems)
+    folder, config, summary = check_all(args, problems)
+    model, notes = load_cross_encoder(folder, config)
+    for note in notes:
+        say(f"note         {note}")
+    if model.config.num_labels not in (1, 2):
+        raise UserError(f"{folder}: the model has {model.config.num_labels} classes; expected 2, or 1 logit")
+    model.config.pooled_relu = args.pooled_relu or getattr(config, "pooled_relu", False)
+    model.to(device)
+    say(f"model        {describe(model)}")
+
+    output = args.output_scores_file
+    partial, record_path = output.with_name(output.name + ".partial"), output.with_name(output.name + ".run.json")
+    batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
+    wanted = settings(args, folder, summary, batch_tokens)
+    done = written_pairs(partial, record_path, wanted, summary.chunks) if args.resume else 0
+    if not done:
+        partial.unlink(missing_ok=True)
+    record(record_path, args, settings=wanted, device=str(device))
+    start = time.perf_counter()
+    write_scores(model, args, partial, done, summary.examples, batch_tokens, device, dtype)
+    os.replace(partial, output)
+    sync_folder(output.parent)
+    seconds = time.perf_counter() - start
+    say(f"scores       {output}: {summary.examples:,} pairs, {(summary.examples - done) / seconds:,.1f} pairs/s")
+
+
+if __name__ == "__main__":
+    run_main(main)

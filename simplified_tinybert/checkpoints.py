@@ -1,0 +1,226 @@
+"""Reading and writing model folders: one loader for teachers, general students and finished students.
+
+Two layouts are read: config.json with model.safetensors or pytorch_model.bin (Hugging Face), and the original's
+bert_config.json with pytorch_model.bin. Weights are read without running any code of the file. What is written is a
+normal Hugging Face folder; the projections that only distillation needs go into fit_dense.safetensors beside it.
+"""
+import hashlib
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import BertConfig
+
+from simplified_tinybert.files import Problems, UserError, atomic_writer
+from simplified_tinybert.hub import CONFIG_FILES, PROJECTION_FILE, WEIGHT_FILES
+from simplified_tinybert.modeling import CrossEncoder
+from simplified_tinybert.tokenization import TOKENIZER_FILES, has_vocabulary
+
+BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")           # constants that older libraries stored
+PRETRAINING_HEADS = ("cls.", "qa_outputs.")
+
+
+def read_config(folder: Path) -> BertConfig:
+    """BERT configuration from config.json or bert_config.json. Raises UserError."""
+    path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{folder}: holds neither {' nor '.join(CONFIG_FILES)}; is it a model folder?")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("model_type", "bert") != "bert":
+            raise UserError(f"{path}: is a model of type {content['model_type']}; expected bert")
+        if content.get("position_embedding_type", "absolute") != "absolute":
+            raise UserError(f"{path}: has {content['position_embedding_type']} positions; expected absolute ones")
+        content = {key: value for key, value in content.items() if key not in ("dtype", "torch_dtype", "is_decoder")}
+        return BertConfig(**content)
+    except UserError:
+        raise
+    except Exception as error:        # whatever a malformed file makes the library raise, the file is to blame
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: is not a valid BERT configuration: {reason}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's tensors. Raises UserError if there are none."""
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{folder}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
+    paths = [path]
+    if path.name.endswith(".index.json"):
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        paths = [folder / Path(shard).name for shard in sorted(set(shards))]
+    return paths + [path for path in [folder / PROJECTION_FILE] if path.is_file()]
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 over the weight files."""
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        with open(path, "rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder under the names used here. Raises UserError."""
+    weights = {}
+    for path in weight_files(folder):
+        weights.update(read_tensors(path))
+    return canonical_names(weights)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or of a PyTorch file that holds nothing else. Raises UserError."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: holds more than tensors, or is damaged; it is refused, because loading it could run "
+                        f"code. Have its author save it as safetensors") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: is damaged or cut off ({reason}); copy or fetch it again") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path}: expected a state dict (names and tensors), found {type(weights).__name__}")
+    return weights
+
+
+def canonical_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename old parameter names: LayerNorm gamma/beta, DataParallel's prefix, a bare encoder's missing prefix."""
+    renamed = {}
+    for name, tensor in weights.items():
+        name = name.removeprefix("module.")
+        if name.startswith(("embeddings.", "encoder.", "pooler.")):
+            name = "bert." + name
+        name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        name = re.sub(r"^fit_dense\.", "projections.0.", re.sub(r"^fit_denses\.", "projections.", name))
+        renamed[name] = tensor
+    return renamed
+
+
+def load_cross_encoder(folder: Path, config: BertConfig | None = None, new_head: torch.Generator | None = None,
+                       dtype: torch.dtype = torch.float32) -> tuple[CrossEncoder, list[str]]:
+    """Model of a folder in evaluation mode, with notes for the user on what was ignored or newly initialised.
+
+    Every parameter must be in the checkpoint and every tensor of the checkpoint must have a place, or a UserError
+    lists what does not fit. With `new_head` (general students) pooler and classifier may be missing: they are then
+    drawn from this generator.
+    """
+    config = config or read_config(folder)
+    weights = {name: tensor for name, tensor in read_weights(folder).items() if not BUFFERS.search(name)}
+    if "classifier.weight" in weights:
+        config.num_labels = weights["classifier.weight"].shape[0]
+    ignored = sorted(name for name in weights if name.startswith(PRETRAINING_HEADS))
+    weights = {name: tensor for name, tensor in weights.items() if name not in ignored}
+    model = CrossEncoder(config)
+    add_projections(model, weights)
+    model.to(dtype)
+    notes = [f"{len(ignored)} tensors of pre-training heads are not used ({ignored[0]}, ...)"] if ignored else []
+    notes += _fill(model, weights, folder, new_head)
+    return model.eval(), notes
+
+
+def _fill(model: CrossEncoder, weights: dict[str, Tensor], folder: Path, new_head: torch.Generator | None) -> list[str]:
+    """Copy all weights into the model; complain about every name or shape that does not fit."""
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    missing = sorted(expected.keys() - weights.keys())
+    fresh = [name for name in missing if new_head and name.startswith(("bert.pooler.", "classifier."))]
+    problems = Problems()
+    for name in missing:
+        if name not in fresh:
+            hint = "; the model was not fine-tuned for ranking" if name.startswith("classifier.") else ""
+            problems.add(f"{folder}: the weights lack {name}{hint}")
+    for name in sorted(weights.keys() - expected.keys()):
+        problems.add(f"{folder}: the weights hold {name}, which has no place in this model")
+    for name in sorted(expected.keys() & weights.keys()):
+        if expected[name] != weights[name].shape:
+            problems.add(f"{folder}: {name} has shape {list(weights[name].shape)}; expected {list(expected[name])} "
+                         f"by the configuration")
+    problems.raise_if_any()
+    for name in fresh:
+        initialise(model.get_parameter(name), model.config.initializer_range, new_head)
+    model.load_state_dict(weights, strict=False)
+    return [f"newly initialised: {', '.join(fresh)}"] if fresh else []
+
+
+def initialise(parameter: nn.Parameter, spread: float, generator: torch.Generator) -> None:
+    """BERT's way: matrices normal with standard deviation `spread`, biases zero."""
+    with torch.no_grad():
+        parameter.normal_(std=spread, generator=generator) if parameter.dim() > 1 else parameter.zero_()
+
+
+def add_projections(model: CrossEncoder, weights: dict[str, Tensor]) -> None:
+    """Give the model the projections that its checkpoint holds (one shared, or TinyBERT v2's one per hidden state)."""
+    count = len({name.split(".")[1] for name in weights if name.startswith("projections.")})
+    for number in range(count):
+        matrix = weights.get(f"projections.{number}.weight")
+        if matrix is not None and matrix.dim() == 2:
+            model.projections.append(nn.Linear(matrix.shape[1], matrix.shape[0]))
+
+
+def fit_projections(model: CrossEncoder, teacher_width: int, generator: torch.Generator) -> list[str]:
+    """Make sure that the student has projections to `teacher_width`: kept where they fit, else one new shared one."""
+    states = model.config.num_hidden_layers + 1
+    kept = [(layer.in_features, layer.out_features) for layer in model.projections]
+    if kept and set(kept) == {(model.config.hidden_size, teacher_width)} and len(kept) in (1, states):
+        return [] if len(kept) == 1 else [f"fit_denses: one projection for each of the {states} hidden states"]
+    model.projections = nn.ModuleList([nn.Linear(model.config.hidden_size, teacher_width)])
+    model.projections.to(model.classifier.weight.dtype)
+    for parameter in model.projections.parameters():
+        initialise(parameter, model.config.initializer_range, generator)
+    why = f" (the checkpoint's {len(kept)} of shape {kept[0]} do not fit)" if kept else ""
+    return [f"newly initialised: fit_dense, {model.config.hidden_size} → {teacher_width}{why}"]
+
+
+def save_cross_encoder(model: CrossEncoder, folder: Path, tokenizer_folder: Path | None, lower_case: bool,
+                       card: str = "") -> None:
+    """Write a Hugging Face folder: config.json, model.safetensors, tokenizer files, a model card, the projections."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    projections = {name: tensors.pop(name) for name in list(tensors) if name.startswith("projections.")}
+    if projections:
+        name = "fit_dense." if len(model.projections) == 1 else "fit_denses.0."
+        renamed = {key.replace("projections.0.", name).replace("projections.", "fit_denses."): tensor
+                   for key, tensor in projections.items()}
+        _save_tensors(renamed, folder / PROJECTION_FILE)
+    config = model.config.to_dict() | {"architectures": ["BertForSequenceClassification"], "model_type": "bert",
+                                       "dtype": str(model.classifier.weight.dtype).removeprefix("torch.")}
+    _write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if tokenizer_folder:
+        save_tokenizer(tokenizer_folder, folder, lower_case, model.config.max_position_embeddings)
+    if card:
+        _write_text(folder / "README.md", card)
+    _save_tensors(tensors, folder / "model.safetensors")
+
+
+def save_tokenizer(source: Path, folder: Path, lower_case: bool, max_length: int) -> None:
+    """Copy the tokenizer files; a bare vocab.txt gets the tokenizer_config.json that other tools look for."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file() and source.resolve() != folder.resolve():
+            with atomic_writer(folder / name, "wb") as copy, open(source / name, "rb") as original:
+                shutil.copyfileobj(original, copy)
+    if has_vocabulary(folder) and not (folder / "tokenizer_config.json").is_file():
+        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower_case, "model_max_length": max_length}
+        _write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    aside = path.with_name(f".{path.name}.tensors")
+    try:
+        save_file(tensors, aside, metadata={"format": "pt"})
+        with atomic_writer(path, "wb") as copy, open(aside, "rb") as written:
+            shutil.copyfileobj(written, copy)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_writer(path) as handle:
+        handle.write(text)

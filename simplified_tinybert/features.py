@@ -1,0 +1,270 @@
+"""Feature files: tokenized query-passage pairs as a stream of pickle frames.
+
+    header   {format, version, set_name, max_seq_length, vocabulary, vocabulary_size, lower_case, token_type}
+    chunk    {ids, labels, lengths, query_lengths, tokens}       any number of times, up to CHUNK_EXAMPLES examples each
+    end      {end, examples, tokens, sha256}                     without it the file is cut off
+
+`ids` is one string with a line for each example; the other fields of a chunk are the bytes of little-endian arrays:
+labels int8 (-1: none), lengths and query_lengths uint16 (word pieces with control tokens; the query segment holds
+[CLS] query [SEP]), tokens `token_type` ids of all examples end to end, without padding. Masks and segments follow
+from the lengths. Frames hold nothing but dicts, strings, numbers and bytes, so the reader refuses every other pickle
+instruction: a feature file cannot name, let alone call, any function.
+"""
+import hashlib
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from simplified_tinybert.files import Problems, UserError
+from simplified_tinybert.modeling import Batch
+from simplified_tinybert.tokenization import Vocabulary
+
+FORMAT, VERSION = "simplified-tinybert features", 1
+CHUNK_EXAMPLES = 8192
+HEADER_FIELDS = {"format": str, "version": int, "set_name": str, "max_seq_length": int, "vocabulary": str,
+                 "vocabulary_size": int, "lower_case": bool, "token_type": str}
+CHUNK_FIELDS = {"ids": str, "labels": bytes, "lengths": bytes, "query_lengths": bytes, "tokens": bytes}
+END_FIELDS = {"end": bool, "examples": int, "tokens": int, "sha256": str}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Admits plain containers only: every reference to a class or function is refused before it is looked up."""
+
+    def find_class(self, module: str, name: str) -> object:
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no feature file needs; the file is refused, "
+                                     f"nothing in it was run")
+
+
+@dataclass
+class Examples:
+    """Tokenized pairs as flat arrays (in memory or memory-mapped); lengths count word pieces with control tokens."""
+    tokens: np.ndarray                                                       # (sum of lengths) uint16 or uint32
+    lengths: np.ndarray                                                      # (N) uint16
+    query_lengths: np.ndarray                                                # (N) uint16
+    labels: np.ndarray                                                       # (N) int8, -1: none
+    ids: list[str] | None = None                                             # (N)
+
+    def __post_init__(self):
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def batch(self, indices: np.ndarray, width: int | None = None) -> Batch:
+        """Examples `indices` padded with zeros to `width` positions (default: the longest of them)."""
+        lengths = self.lengths[indices].astype(np.int64)
+        width = width or int(lengths.max())
+        positions = np.arange(width)
+        keep = positions < lengths[:, None]                                  # (B, L)
+        input_ids = np.zeros((len(indices), width), dtype=np.int64)
+        input_ids[keep] = np.concatenate([self.tokens[self.offsets[i]:self.offsets[i + 1]] for i in indices])
+        segments = keep & (positions >= self.query_lengths[indices, None])
+        return Batch(torch.from_numpy(input_ids), torch.from_numpy(segments.astype(np.int64)),
+                     torch.from_numpy(keep.astype(np.int64)),
+                     torch.from_numpy(self.labels[indices].astype(np.int64)), has_padding=not keep.all())
+
+    def frame(self) -> dict:
+        """The chunk frame of a feature file."""
+        return {"ids": "\n".join(self.ids), "labels": self.labels.tobytes(), "lengths": self.lengths.tobytes(),
+                "query_lengths": self.query_lengths.tobytes(), "tokens": self.tokens.tobytes()}
+
+
+class FeatureWriter:
+    """Writes header, chunks and closing frame to an open binary file."""
+
+    def __init__(self, handle: IO[bytes], set_name: str, max_seq_length: int, vocabulary: Vocabulary):
+        largest = max(vocabulary.pieces.values())
+        self.handle, self.examples, self.tokens, self.digest = handle, 0, 0, hashlib.sha256()
+        self.token_type = "<u2" if largest < 2 ** 16 else "<u4"
+        self._dump({"format": FORMAT, "version": VERSION, "set_name": set_name, "max_seq_length": max_seq_length,
+                    "vocabulary": vocabulary.fingerprint(), "vocabulary_size": largest + 1,
+                    "lower_case": vocabulary.lower_case, "token_type": self.token_type})
+
+    def write(self, examples: Examples) -> None:
+        frame = examples.frame()
+        self.examples += len(examples)
+        self.tokens += len(examples.tokens)
+        _digest_chunk(self.digest, frame)
+        self._dump(frame)
+
+    def close(self) -> None:
+        self._dump({"end": True, "examples": self.examples, "tokens": self.tokens, "sha256": self.digest.hexdigest()})
+
+    def _dump(self, frame: dict) -> None:
+        pickle.dump(frame, self.handle, protocol=5)
+
+
+def read_header(path: Path) -> dict:
+    with open(path, "rb") as handle:
+        return _read_header(handle, path)
+
+
+def read_chunks(path: Path) -> Iterator[Examples]:
+    """Yield the chunks of a feature file in order. Raises UserError where the file is damaged, cut off or hostile."""
+    with open(path, "rb") as handle:
+        header = _read_header(handle, path)
+        examples, tokens, digest = 0, 0, hashlib.sha256()
+        while True:
+            frame = _load_frame(handle, path, f"after {examples} examples")
+            if "end" in frame:
+                break
+            _check_fields(frame, CHUNK_FIELDS, path, f"chunk after {examples} examples")
+            _digest_chunk(digest, frame)
+            chunk = _unpack_chunk(frame, header, path)
+            examples, tokens = examples + len(chunk), tokens + len(chunk.tokens)
+            yield chunk
+        _check_fields(frame, END_FIELDS, path, "closing frame")
+        if (frame["examples"], frame["tokens"], frame["sha256"]) != (examples, tokens, digest.hexdigest()):
+            raise UserError(f"{path}: is damaged: its closing frame counts {frame['examples']} examples and "
+                            f"{frame['tokens']} tokens, found {examples} and {tokens}, or their checksum differs; "
+                            f"make the file again with tokenize_to_features.py")
+        if handle.read(1):
+            raise UserError(f"{path}: holds data after its closing frame; feature files cannot be joined with cat, "
+                            f"name them one after the other instead")
+
+
+@dataclass
+class FeatureSummary:
+    """What a whole pass over one or several feature files tells. `fingerprint` identifies their content and order."""
+    header: dict
+    examples: int
+    tokens: int
+    labelled: int
+    unpaired: int                                       # ids that are not query_id#passage_id
+    chunks: list[int]                                   # examples of each chunk
+    fingerprint: str
+
+
+def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
+    """Read all files once, in bounded memory; damage and headers that do not go together are added to `problems`."""
+    headers, total = [], FeatureSummary({}, 0, 0, 0, 0, [], "")
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            headers.append(read_header(path))
+            digest.update(repr(sorted(headers[-1].items())).encode())
+            for chunk in read_chunks(path):
+                total.chunks.append(len(chunk))
+                total.examples += len(chunk)
+                total.tokens += len(chunk.tokens)
+                total.labelled += int((chunk.labels >= 0).sum())
+                total.unpaired += sum("#" not in example_id for example_id in chunk.ids)
+                _digest_chunk(digest, chunk.frame())
+        except UserError as error:
+            problems.add(str(error))
+        except OSError as error:
+            problems.add(f"{path}: cannot read the feature file: {error.strerror}")
+    for path, header in zip(paths[1:], headers[1:]):
+        for field in ("max_seq_length", "vocabulary", "lower_case"):
+            if header[field] != headers[0][field]:
+                problems.add(f"{path}: has {field} {header[field]}, but {paths[0]} has {headers[0][field]}; "
+                             f"tokenize both with the same settings")
+    if not total.examples and not problems.count:
+        problems.add(f"{', '.join(map(str, paths))}: no examples in the feature file")
+    if problems.count:
+        return None
+    total.header, total.fingerprint = headers[0], digest.hexdigest()
+    return total
+
+
+def map_examples(paths: list[Path], summary: FeatureSummary, cache_dir: Path) -> Examples:
+    """All examples of the files as memory maps in a folder of their own under `cache_dir`, built once and reused.
+
+    The folder is named by the content, so that jobs which share `cache_dir` never meet in one folder half-made.
+    """
+    folder = cache_dir / f"features-{summary.fingerprint[:32]}"
+    if not folder.is_dir():
+        aside = cache_dir / f".{folder.name}.{os.getpid()}"
+        aside.mkdir(parents=True)
+        try:
+            _write_arrays(paths, aside)
+            os.rename(aside, folder)
+        except OSError:
+            if not folder.is_dir():                     # otherwise another job was faster: its folder serves as well
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    lengths, query_lengths, labels = (np.load(folder / f"{name}.npy") for name in _ARRAYS)
+    tokens = np.memmap(folder / "tokens.bin", dtype=summary.header["token_type"], mode="r", shape=(summary.tokens,))
+    return Examples(tokens, lengths, query_lengths, labels)
+
+
+_ARRAYS = ("lengths", "query_lengths", "labels")
+
+
+def _write_arrays(paths: list[Path], folder: Path) -> None:
+    collected = {name: [] for name in _ARRAYS}
+    with open(folder / "tokens.bin", "wb") as tokens:
+        for path in paths:
+            for chunk in read_chunks(path):
+                tokens.write(chunk.tokens.tobytes())
+                for name in _ARRAYS:
+                    collected[name].append(getattr(chunk, name))
+        tokens.flush()
+        os.fsync(tokens.fileno())
+    for name in _ARRAYS:
+        np.save(folder / f"{name}.npy", np.concatenate(collected[name]))
+
+
+def _load_frame(handle: IO[bytes], path: Path, where: str) -> dict:
+    try:
+        frame = _PlainUnpickler(handle).load()
+    except EOFError as error:
+        raise UserError(f"{path}: is cut off {where}; make or copy the file again") from error
+    except Exception as error:          # a damaged pickle can raise almost anything; none of it is a bug of ours
+        raise UserError(f"{path}: cannot be read {where}: {error or type(error).__name__}") from error
+    if not isinstance(frame, dict):
+        raise UserError(f"{path}: holds a {type(frame).__name__} {where}; expected a feature file")
+    return frame
+
+
+def _read_header(handle: IO[bytes], path: Path) -> dict:
+    header = _load_frame(handle, path, "at its start")
+    if header.get("format") != FORMAT:
+        raise UserError(f"{path}: is not a feature file; make one with tokenize_to_features.py")
+    if header.get("version") != VERSION:
+        raise UserError(f"{path}: has format version {header.get('version')!r}; expected {VERSION}; make it again with "
+                        f"this version's tokenize_to_features.py")
+    _check_fields(header, HEADER_FIELDS, path, "header")
+    if header["token_type"] not in ("<u2", "<u4"):
+        raise UserError(f"{path}: header: token_type is {header['token_type']!r}; expected '<u2' or '<u4'")
+    return header
+
+
+def _check_fields(frame: dict, fields: dict[str, type], path: Path, where: str) -> None:
+    for name, kind in fields.items():
+        if type(frame.get(name)) is not kind:
+            raise UserError(f"{path}: {where}: field {name} is {type(frame.get(name)).__name__}; "
+                            f"expected {kind.__name__}; the file is damaged")
+
+
+def _unpack_chunk(frame: dict, header: dict, path: Path) -> Examples:
+    """Arrays of a chunk, checked against each other and against the header. Raises UserError."""
+    try:
+        chunk = Examples(np.frombuffer(frame["tokens"], header["token_type"]), np.frombuffer(frame["lengths"], "<u2"),
+                         np.frombuffer(frame["query_lengths"], "<u2"), np.frombuffer(frame["labels"], "<i1"),
+                         frame["ids"].split("\n"))
+    except ValueError as error:
+        raise UserError(f"{path}: is damaged: {error}") from error
+    sizes = {len(chunk.ids), len(chunk.lengths), len(chunk.query_lengths), len(chunk.labels)}
+    fits = (len(sizes) == 1 and chunk.offsets[-1] == len(chunk.tokens)
+            and (chunk.query_lengths > 0).all() and (chunk.query_lengths < chunk.lengths).all()
+            and chunk.lengths.max() <= header["max_seq_length"] and chunk.tokens.max() < header["vocabulary_size"]
+            and chunk.labels.min() >= -1 and chunk.labels.max() <= 1)
+    if not fits:
+        raise UserError(f"{path}: is damaged: the chunk that begins with example {chunk.ids[0]!r} contradicts itself "
+                        f"or the header; make the file again with tokenize_to_features.py")
+    return chunk
+
+
+def _digest_chunk(digest: "hashlib._Hash", chunk: dict) -> None:
+    digest.update(chunk["ids"].encode("utf-8", "surrogatepass"))
+    for name in ("labels", "lengths", "query_lengths", "tokens"):
+        digest.update(chunk[name])

@@ -1,0 +1,179 @@
+"""Text files in, whole files out, and one way to tell a user what is wrong.
+
+Every reader collects its complaints in a `Problems` list and raises them together; every writer goes through
+`atomic_writer`; every script ends in `run_main`, which turns a `UserError` into a message and exit code 2.
+"""
+import gzip
+import os
+import sys
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+
+class UserError(Exception):
+    """A mistake the user can mend: the message says what was found, what was expected and the way out."""
+
+
+class Problems:
+    """Complaints about the input, kept up to `limit` and raised all at once, so that one run shows them all."""
+
+    def __init__(self, limit: int = 20):
+        self.limit, self.count, self.messages = limit, 0, []
+
+    def add(self, message: str) -> None:
+        self.count += 1
+        if self.count <= self.limit:
+            self.messages.append(message)
+
+    def raise_if_any(self) -> None:
+        if self.count > self.limit:
+            self.messages.append(f"... and {self.count - self.limit} more problems")
+        if self.messages:
+            raise UserError("\n".join(self.messages))
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's main; a user's mistake or a failing disk ends in one message on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_tell(str(error)))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(_tell(f"{where}{error.strerror or error}"))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _tell(message: str) -> int:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def shorten(text: str, width: int = 60) -> str:
+    """A value as it can stand in an error message: quoted, control characters escaped, cut."""
+    quoted = repr(text)
+    return quoted if len(quoted) <= width else quoted[:width - 4] + "...'"
+
+
+def check_input_file(path: Path, problems: Problems, what: str) -> bool:
+    """True if `path` is a file that can be opened; otherwise the reason is added to `problems`."""
+    try:
+        with open(path, "rb"):
+            return True
+    except OSError as error:
+        problems.add(f"{path}: cannot read the {what}: {error.strerror}")
+        return False
+
+
+def check_output_file(path: Path, problems: Problems) -> None:
+    """Complain about an output that could not be written, before any work is spent on it."""
+    folder = path.parent
+    if path.is_dir():
+        problems.add(f"{path}: is a folder; name a file to write")
+    elif not folder.is_dir():
+        problems.add(f"{path}: its folder does not exist; make it first: mkdir -p {folder}")
+    elif not os.access(folder, os.W_OK):
+        problems.add(f"{path}: its folder is not writable")
+
+
+@contextmanager
+def atomic_writer(path: Path | str, mode: str = "w") -> Iterator[IO]:
+    """Open a file that appears under its name only when it is complete: write aside, sync, rename.
+
+    If the body raises, the unfinished file is removed and whatever stood at `path` stays as it was.
+    """
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(aside, mode, **text) as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def open_binary(path: Path) -> Iterator[IO[bytes]]:
+    """Open a plain or gzip-compressed file for reading; which of the two is told by its first bytes, not its name."""
+    with open(path, "rb") as handle:
+        # Peeked at, not read and opened anew: what has been read from a pipe is gone.
+        if handle.peek(2)[:2] == b"\x1f\x8b":
+            with gzip.open(handle) as unpacked:
+                yield unpacked
+        else:
+            yield handle
+
+
+def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text without its line end) of a plain or .gz file in UTF-8.
+
+    Only \\n (and \\r\\n) ends a line: other separators, such as U+2028 or a lone \\r, are part of the text. A byte
+    order mark is dropped. A line that is not UTF-8 and a damaged archive are added to `problems`, not yielded.
+    """
+    number = 0
+    with open_binary(path) as handle:
+        try:
+            for number, line in enumerate(handle, start=1):
+                line = line.removesuffix(b"\n").removesuffix(b"\r")
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                try:
+                    yield number, line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    problems.add(f"{path}:{number}: byte {error.start + 1} of the line ({line[error.start]:#04x}) is "
+                                 f"not UTF-8; convert the file first, for example: iconv -f LATIN1 -t UTF-8")
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            problems.add(f"{path}:{number + 1}: the gzip file is damaged or cut off here ({error}); fetch it again")
+
+
+class DuplicateFinder:
+    """Finds repeated keys among millions with 8 bytes each: hashes first, the keys themselves only on suspicion."""
+
+    def __init__(self):
+        self._hashes = array("q")
+
+    def add(self, key: object) -> None:
+        self._hashes.append(hash(key))
+
+    def suspects(self) -> set[int]:
+        """Hashes that occur more than once: no key is a duplicate if this is empty."""
+        hashes = np.sort(np.frombuffer(self._hashes, dtype=np.int64))
+        return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+
+    def report(self, keys: Iterator[tuple[int, object]], path: Path, what: str, problems: Problems) -> None:
+        """Go through (line number, key) once more and add a problem for each key that was seen before."""
+        suspects, first_seen = self.suspects(), {}
+        if not suspects:
+            return
+        for number, key in keys:
+            if hash(key) not in suspects:
+                continue
+            if key in first_seen:
+                shown = shorten(key if isinstance(key, str) else " ".join(key))
+                problems.add(f"{path}:{number}: {what} {shown} stands already in line {first_seen[key]}; "
+                             f"each may occur once")
+            else:
+                first_seen[key] = number

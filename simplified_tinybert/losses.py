@@ -1,0 +1,90 @@
+"""The terms of the distillation objectives (section 3 of the paper), one pure function each.
+
+Shapes: B examples, L positions (padding included), H heads, d and d' head widths of student and teacher, D hidden
+width of the teacher. Teachers' tensors carry no gradient. Numbers are those of the original implementation; where
+it differs from the usual definition, the function says so.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PADDING_MODES = ("reference", "masked")
+
+
+def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Soft-label loss: cross-entropy between the softened class distributions, logits (B, C).
+
+    As in the original the mean is taken over the batch *and* the C classes, so that with two classes the term is half
+    of the usual cross-entropy, and there is no factor temperature².
+    """
+    dtype = _accumulate(student_logits)
+    teacher_probability = F.softmax(teacher_logits.to(dtype) / temperature, dim=-1)
+    return -(teacher_probability * F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)).mean()
+
+
+def hard_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
+    """Hard-label loss: cross-entropy of the logits (B, C) with the labels (B)."""
+    return F.cross_entropy(student_logits.to(_accumulate(student_logits)), labels)
+
+
+def attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_queries: Tensor, teacher_keys: Tensor,
+                   attention_mask: Tensor, padding: str = "reference") -> Tensor:
+    """Attention loss of one pair of layers: mean squared difference of the scaled scores before the softmax.
+
+    Queries and keys (B, H, L, d) of the student and (B, H, L, d') of the teacher, attention_mask (B, L) of ones and
+    zeros. With padding="reference" scores towards padded keys count as zero in both models, scores of padded queries
+    count in full, and the mean is over B·H·L·L; with "masked" only pairs of real tokens count, in numerator and mean.
+
+    The L×L score matrices are never formed. With A = [d^-¼·Q, -d'^-¼·Q'] and B = M·[d^-¼·K, d'^-¼·K'] (M zeroes
+    padded keys) the matrix of differences is A·Bᵀ, and its squared norm is the sum of AᵀA ∘ BᵀB: two Gram matrices of
+    (d+d')×(d+d'), whose cost is linear in L.
+    """
+    keep = attention_mask[:, None, :, None].to(_accumulate(student_queries))             # (B, 1, L, 1)
+    queries = _side_by_side(student_queries, teacher_queries, sign=-1)                    # (B, H, L, d+d')
+    keys = _side_by_side(student_keys, teacher_keys, sign=1) * keep
+    if padding == "masked":
+        queries = queries * keep
+        real = keep.sum(dim=2).square().sum()                                            # pairs of real tokens
+    else:
+        real = keep.shape[0] * keep.shape[2] ** 2
+    with torch.autocast(queries.device.type, enabled=False):    # half precision would drown the difference in rounding
+        query_gram = queries.transpose(-1, -2) @ queries                                 # (B, H, d+d', d+d')
+        key_gram = keys.transpose(-1, -2) @ keys
+    return (query_gram * key_gram).sum() / (real * queries.shape[1])
+
+
+def hidden_loss(student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: Tensor,
+                padding: str = "reference") -> Tensor:
+    """Hidden-state loss of one pair of layers: mean squared difference of projected student and teacher (B, L, D).
+
+    With padding="reference" the mean is over all positions, padding included; with "masked" over real tokens only.
+    """
+    dtype = _accumulate(student_hidden)
+    squared = (student_hidden.to(dtype) - teacher_hidden.to(dtype)).square()
+    if padding == "reference":
+        return squared.mean()
+    keep = attention_mask[:, :, None].to(dtype)                                          # (B, L, 1)
+    return (squared * keep).sum() / (keep.sum() * squared.shape[-1])
+
+
+def layer_map(student_layers: int, teacher_layers: int) -> list[int]:
+    """Uniform layer map: the teacher layer (counted from 1) that each student layer 1, 2, ... learns from.
+
+    Raises ValueError if the depths do not divide.
+    """
+    if teacher_layers % student_layers:
+        raise ValueError(f"{teacher_layers} teacher layers cannot be shared evenly among {student_layers}")
+    step = teacher_layers // student_layers
+    return [step * (layer + 1) for layer in range(student_layers)]
+
+
+def _side_by_side(student: Tensor, teacher: Tensor, sign: int) -> Tensor:
+    """[d^-¼·student, ± d'^-¼·teacher] along the head width, so that products of two such are scaled scores."""
+    dtype = _accumulate(student)
+    return torch.cat([student.to(dtype) * student.shape[-1] ** -0.25,
+                      teacher.to(dtype) * (sign * teacher.shape[-1] ** -0.25)], dim=-1)
+
+
+def _accumulate(tensor: Tensor) -> torch.dtype:
+    """Sums run in float32 at least: half precision is for the models, not for their losses."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

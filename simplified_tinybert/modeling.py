@@ -1,0 +1,120 @@
+"""The one model of all scripts: a BERT cross-encoder with a linear classifier on its pooled output.
+
+The parts (embeddings, projections, feed-forward blocks, layer norms, pooler) are those of Hugging Face's BertModel,
+parameter names included. The walk through them stands here, because distillation needs the query and key projections
+of mapped layers and ranking needs only the [CLS] position of the last one.
+
+Shapes: B examples, L positions, D hidden width, H heads, d = D / H head width, C classes.
+"""
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+from transformers.models.bert.modeling_bert import BertLayer
+
+
+@dataclass
+class Batch:
+    """Padded examples as tensors; attention_mask holds 1 for tokens and 0 for padding; labels (B) if there are any."""
+    input_ids: Tensor                                   # (B, L)
+    token_type_ids: Tensor                              # (B, L)
+    attention_mask: Tensor                              # (B, L)
+    labels: Tensor | None = None                        # (B)
+    has_padding: bool = True                            # known without asking the device
+
+    def to(self, device: torch.device) -> "Batch":
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return Batch(self.input_ids.to(device, non_blocking=True), self.token_type_ids.to(device, non_blocking=True),
+                     self.attention_mask.to(device, non_blocking=True), labels, self.has_padding)
+
+
+@dataclass
+class LayerOutputs:
+    """What layer-wise distillation looks at: logits (B, C), hidden states and projections by layer.
+
+    hidden_states: {0: embedding output, 1: output of layer 1, ...}, each (B, L, D).
+    queries, keys: {1: projections of layer 1, ...}, each (B, H, L, d).
+    """
+    logits: Tensor
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+
+
+class CrossEncoder(nn.Module):
+    """classifier(pooled), or classifier(relu(pooled)) where config.pooled_relu says so (the original's training head).
+
+    Dropout on the pooled output is applied only if config.classifier_dropout asks for it. `projections` maps student
+    hidden states to the teacher's width: one shared Linear, one per hidden state, or none.
+    """
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, add_pooling_layer=True)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.projections = nn.ModuleList()
+
+    def forward(self, batch: Batch, layers: list[int] | None = None) -> LayerOutputs:
+        """Logits alone, computing only the [CLS] row of the last layer; with `layers` also what is named there.
+
+        `layers` (from 1) asks for the queries and keys of these layers, and for their hidden states and the embedding
+        output's; the last layer is then computed in full.
+        """
+        hidden = self.bert.embeddings(batch.input_ids, batch.token_type_ids)                  # (B, L, D)
+        mask = batch.attention_mask[:, None, None, :].bool() if batch.has_padding else None   # (B, 1, 1, L)
+        outputs = LayerOutputs(logits=hidden)
+        if layers is not None:
+            outputs.hidden_states[0] = hidden
+        last = len(self.bert.encoder.layer)
+        for number, layer in enumerate(self.bert.encoder.layer, start=1):
+            cls_only = layers is None and number == last
+            hidden, query, key = run_layer(layer, hidden, mask, cls_only)
+            if layers is not None and number in layers:
+                outputs.hidden_states[number], outputs.queries[number], outputs.keys[number] = hidden, query, key
+        pooled = self.dropout(self.bert.pooler(hidden))                                       # (B, D)
+        if getattr(self.config, "pooled_relu", False):
+            pooled = F.relu(pooled)
+        outputs.logits = self.classifier(pooled)                                              # (B, C)
+        return outputs
+
+    def project(self, index: int, hidden: Tensor) -> Tensor:
+        """Student hidden state number `index` (0: embedding output) in the teacher's width: (B, L, D) → (B, L, D')."""
+        return self.projections[index if len(self.projections) > 1 else 0](hidden)
+
+
+def run_layer(layer: BertLayer, hidden: Tensor, mask: Tensor | None,
+              cls_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """One transformer layer: (B, L, D) → its output (B, L, D), queries and keys (B, H, L, d).
+
+    With cls_only everything but keys and values is computed for the first position alone: output (B, 1, D),
+    queries (B, H, 1, d). mask (B, 1, 1, L) is True at tokens, or None if nothing is padded.
+    """
+    attention = layer.attention.self
+    residual = hidden[:, :1] if cls_only else hidden
+    query = _split_heads(attention.query(residual), attention.num_attention_heads)
+    key = _split_heads(attention.key(hidden), attention.num_attention_heads)
+    value = _split_heads(attention.value(hidden), attention.num_attention_heads)
+    dropout = attention.dropout.p if attention.training else 0.0
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)  # (B, H, L, d)
+    context = context.transpose(1, 2).flatten(start_dim=2)                                          # (B, L, D)
+    attended = layer.attention.output(context, residual)
+    return layer.output(layer.intermediate(attended), attended), query, key
+
+
+def _split_heads(projected: Tensor, heads: int) -> Tensor:
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)                               # (B, L, D) → (B, H, L, d)
+
+
+def count_parameters(model: CrossEncoder) -> int:
+    """Parameters that scoring needs: projections, which serve distillation alone, are left out."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith("projections."))
+
+
+def describe(model: CrossEncoder) -> str:
+    config = model.config
+    return (f"{config.num_hidden_layers} layers, hidden width {config.hidden_size}, "
+            f"{config.num_attention_heads} heads, {count_parameters(model):,} parameters")

@@ -1,0 +1,82 @@
+"""BertAdam, the optimizer of the original BERT and TinyBERT code, with one kernel launch for many parameters.
+
+It differs from AdamW: no bias correction, epsilon 1e-6 outside the square root of uncorrected moments, decay added to
+the update (scaled by the learning rate of the step), every parameter tensor's gradient clipped to norm 1 on its own.
+"""
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+NO_DECAY = ("bias", "LayerNorm.weight")
+
+
+def linear_warmup_decay(step: int, total_steps: int, warmup_proportion: float) -> float:
+    """Factor of the peak learning rate for the update that follows `step` finished ones.
+
+    Rises from 0 to 1 over the first `warmup_proportion` of the steps, then falls to 0 at `total_steps`; the first
+    update therefore has rate 0, as in the original.
+    """
+    progress = step / total_steps
+    if progress < warmup_proportion:
+        return progress / warmup_proportion
+    return max((progress - 1.0) / (warmup_proportion - 1.0), 0.0)
+
+
+def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
+    """Two parameter groups: everything decays but biases and layer norms."""
+    decayed, kept = [], []
+    for name, parameter in named_parameters:
+        (kept if name.endswith(NO_DECAY) else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+class BertAdam(torch.optim.Optimizer):
+    """Adam as the original implementation has it. Parameters without a gradient are left alone.
+
+    `schedule` maps the number of finished steps to a factor of `lr`. `learning_rate` is the rate of the last step.
+    """
+
+    def __init__(self, groups: list[dict], lr: float, schedule: Callable[[int], float],
+                 betas: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-6, max_grad_norm: float = 1.0):
+        super().__init__(groups, {"lr": lr, "finished_steps": 0})
+        self.schedule, self.betas, self.epsilon, self.max_grad_norm = schedule, betas, epsilon, max_grad_norm
+        self.learning_rate = 0.0
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            self.learning_rate = group["lr"] * self.schedule(group["finished_steps"])
+            group["finished_steps"] += 1
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._update(parameters, group["weight_decay"], self.learning_rate)
+
+    def _update(self, parameters: list[nn.Parameter], weight_decay: float, learning_rate: float) -> None:
+        gradients = [parameter.grad for parameter in parameters]
+        self._clip_each(gradients)
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {"mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
+        means = [self.state[parameter]["mean"] for parameter in parameters]
+        squares = [self.state[parameter]["square"] for parameter in parameters]
+        beta1, beta2 = self.betas
+        torch._foreach_mul_(means, beta1)
+        torch._foreach_add_(means, gradients, alpha=1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_add_(denominators, self.epsilon)
+        updates = torch._foreach_div(means, denominators)
+        if weight_decay:
+            torch._foreach_add_(updates, parameters, alpha=weight_decay)
+        torch._foreach_add_(parameters, updates, alpha=-learning_rate)
+
+    def _clip_each(self, gradients: list[torch.Tensor]) -> None:
+        """Scale each gradient tensor with a norm over `max_grad_norm` down to it, in place."""
+        scales = torch._foreach_norm(gradients)
+        torch._foreach_add_(scales, 1e-6)
+        torch._foreach_reciprocal_(scales)
+        torch._foreach_mul_(scales, self.max_grad_norm)
+        torch._foreach_clamp_max_(scales, 1.0)
+        torch._foreach_mul_(gradients, scales)

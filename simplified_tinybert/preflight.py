@@ -1,0 +1,104 @@
+"""Do the inputs of a run exist and go together? Asked before a model is loaded or a device is touched.
+
+The functions add what is wrong to a `Problems` list, each with the way out, so that one run shows all of it.
+"""
+import json
+from pathlib import Path
+
+from transformers import BertConfig
+
+from simplified_tinybert.checkpoints import read_config
+from simplified_tinybert.features import FeatureSummary
+from simplified_tinybert.files import Problems, UserError
+from simplified_tinybert.hub import find_model
+from simplified_tinybert.runtime import warn
+from simplified_tinybert.tokenization import has_vocabulary, load_vocabulary
+from simplified_tinybert.training import newest_checkpoint
+
+
+def find_models(names: dict[str, str | None], problems: Problems) -> dict[str, tuple[Path, BertConfig]]:
+    """Folder and configuration of each named model (role → name); what cannot be had is added to `problems`."""
+    found = {}
+    for role, name in names.items():
+        if name:
+            try:
+                folder = find_model(name)
+                found[role] = folder, read_config(folder)
+            except UserError as error:
+                problems.add(str(error))
+    return found
+
+
+def check_length(max_seq_length: int | None, summary: FeatureSummary, problems: Problems) -> int:
+    """Length to pad to: --max_seq_length, or the features' own. Shorter than the features is a problem."""
+    made_with = summary.header["max_seq_length"]
+    if max_seq_length is not None and max_seq_length < made_with:
+        problems.add(f"--max_seq_length {max_seq_length}: the features were made with {made_with}; leave the flag out, "
+                     f"or tokenize again with --max_seq_length {max_seq_length}")
+    return max_seq_length or made_with
+
+
+def check_model_fits(role: str, folder: Path, config: BertConfig, summary: FeatureSummary, width: int,
+                     problems: Problems) -> None:
+    """Complain where features and model do not go together: vocabulary, length; warn about casing."""
+    header = summary.header
+    if width > config.max_position_embeddings:
+        problems.add(f"{folder}: the {role} has {config.max_position_embeddings} positions, the features need {width}; "
+                     f"tokenize again with --max_seq_length {config.max_position_embeddings}")
+    if header["vocabulary_size"] > config.vocab_size:
+        problems.add(f"{folder}: the {role} knows {config.vocab_size} word pieces, the features have "
+                     f"{header['vocabulary_size']}; tokenize with --bert_model_dir {folder}")
+    if not has_vocabulary(folder):
+        warn(f"{folder}: the {role} has no vocabulary file, so it is not checked that the features were made with it")
+        return
+    try:
+        vocabulary = load_vocabulary(folder)
+    except UserError as error:
+        problems.add(str(error))
+        return
+    if vocabulary.fingerprint() != header["vocabulary"]:
+        problems.add(f"{folder}: the features were made with another vocabulary than the {role}'s; tokenize with "
+                     f"--bert_model_dir {folder}")
+    if vocabulary.lower_case != header["lower_case"]:
+        names = {True: "lower-cased", False: "cased"}
+        warn(f"{folder}: the {role}'s texts should be {names[vocabulary.lower_case]}, the features are "
+             f"{names[header['lower_case']]}")
+
+
+def check_pair(teacher: BertConfig, student: BertConfig, problems: Problems) -> None:
+    """Complain about a teacher and a student whose layers or heads cannot be matched one to one."""
+    if teacher.num_hidden_layers % student.num_hidden_layers:
+        problems.add(f"a teacher of {teacher.num_hidden_layers} layers cannot be mapped evenly to a student of "
+                     f"{student.num_hidden_layers}; choose a student whose depth divides the teacher's")
+    if teacher.num_attention_heads != student.num_attention_heads:
+        problems.add(f"the teacher has {teacher.num_attention_heads} attention heads, the student "
+                     f"{student.num_attention_heads}; the attention loss compares head with head, choose a student "
+                     f"with as many")
+
+
+def check_output_dir(folder: Path, resume: bool, problems: Problems) -> None:
+    """An output folder is new or empty, or holds a run that --resume may go on with."""
+    if folder.exists() and not folder.is_dir():
+        problems.add(f"{folder}: is a file; name a folder")
+    elif folder.is_dir() and any(folder.iterdir()):
+        if not resume:
+            problems.add(f"{folder}: is not empty; name a new folder, or go on with the run in it by --resume")
+        elif not (folder / "run.json").is_file():
+            problems.add(f"{folder}: is not empty and holds no run to --resume (no run.json); name another folder")
+
+
+def find_run(output_dir: Path, settings: dict) -> tuple[bool, Path | None]:
+    """Whether the run in the output folder is finished, and the checkpoint to go on from.
+
+    Raises UserError if that run was started with other settings.
+    """
+    path = output_dir / "run.json"
+    if not path.is_file():
+        return False, None
+    run = json.loads(path.read_text(encoding="utf-8"))
+    changed = [f"{name} was {run['settings'].get(name)}, is {value}"
+               for name, value in settings.items() if run["settings"].get(name) != value]
+    if changed:
+        raise UserError(f"{output_dir}: holds a run with other settings ({'; '.join(changed)}); name another folder, "
+                        f"or remove this one to start again")
+    return run["finished"], newest_checkpoint(output_dir)

@@ -1,0 +1,124 @@
+"""WordPiece tokenization of query-passage pairs as the original does it, by the Rust tokenizer.
+
+Unlike Hugging Face's ready-made BERT tokenizers, a literal "[SEP]" in a text stays text here: no input can plant a
+control token.
+"""
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+
+from simplified_tinybert.files import UserError
+
+TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                   "added_tokens.json")
+LONGEST_WORD = 100     # characters; longer words become [UNK], as in the original
+
+
+@dataclass
+class Vocabulary:
+    """Word pieces with their ids, and how text is cleaned before it is cut into them."""
+    pieces: dict[str, int]
+    lower_case: bool
+    strip_accents: bool | None = None                   # None: accents go when letters are lower-cased
+    split_chinese: bool = True
+
+    @property
+    def cls_id(self) -> int:
+        return self.pieces["[CLS]"]
+
+    @property
+    def sep_id(self) -> int:
+        return self.pieces["[SEP]"]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the pieces in the order of their ids: equal for models that can share features."""
+        ordered = sorted(self.pieces, key=self.pieces.get)
+        return hashlib.sha256("\n".join(ordered).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = Tokenizer(WordPiece(self.pieces, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
+        tokenizer.normalizer = BertNormalizer(clean_text=True, handle_chinese_chars=self.split_chinese,
+                                              strip_accents=self.strip_accents, lowercase=self.lower_case)
+        tokenizer.pre_tokenizer = BertPreTokenizer()
+        return tokenizer
+
+
+def has_vocabulary(folder: Path) -> bool:
+    return (folder / "vocab.txt").is_file() or (folder / "tokenizer.json").is_file()
+
+
+def load_vocabulary(folder: Path, lower_case: bool | None = None) -> Vocabulary:
+    """Read vocab.txt or tokenizer.json of a model folder.
+
+    Casing: `lower_case` if given, else what tokenizer_config.json or tokenizer.json says, else lower-casing exactly if
+    the vocabulary has no piece with a capital letter (it could not represent one anyway).
+    """
+    settings = {}
+    if (folder / "tokenizer_config.json").is_file():
+        settings = _read_json(folder / "tokenizer_config.json")
+    if (folder / "vocab.txt").is_file():
+        pieces = _read_vocab_txt(folder / "vocab.txt")
+    elif (folder / "tokenizer.json").is_file():
+        pieces, normalizer = _read_tokenizer_json(folder / "tokenizer.json")
+        settings = {"do_lower_case": normalizer.get("lowercase"), "strip_accents": normalizer.get("strip_accents"),
+                    "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True)} | settings
+    else:
+        raise UserError(f"{folder}: holds no vocabulary; expected vocab.txt or tokenizer.json of a BERT model")
+    missing = [piece for piece in ("[UNK]", "[CLS]", "[SEP]") if piece not in pieces]
+    if missing:
+        raise UserError(f"{folder}: the vocabulary lacks {', '.join(missing)}; expected a BERT WordPiece vocabulary")
+    if lower_case is None:
+        lower_case = settings.get("do_lower_case")
+    if lower_case is None:
+        words = (piece for piece in pieces if not (piece.startswith("[") and piece.endswith("]")))
+        lower_case = not any(word != word.lower() for word in words)
+    return Vocabulary(pieces, bool(lower_case), settings.get("strip_accents"),
+                      settings.get("tokenize_chinese_chars", True))
+
+
+def _read_vocab_txt(path: Path) -> dict[str, int]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); expected one word piece a line") from error
+    if lines[-1] == "":
+        lines.pop()
+    return {line.rstrip("\r"): number for number, line in enumerate(lines)}
+
+
+def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], dict]:
+    content = _read_json(path)
+    model = content.get("model") or {}
+    if model.get("type", "WordPiece") != "WordPiece" or not isinstance(model.get("vocab"), dict):
+        raise UserError(f"{path}: holds a {model.get('type')} tokenizer; expected WordPiece, as BERT has")
+    added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    return model["vocab"] | added, content.get("normalizer") or {}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); fetch or write the file again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def truncated_lengths(query_lengths: np.ndarray, passage_lengths: np.ndarray,
+                      max_seq_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Word pieces that remain of each query and passage when both and three control tokens have to fit.
+
+    The reference takes one piece at a time from the longer side, from the passage at a tie. In closed form: the query
+    keeps what the passage leaves free, or the larger half of the room, whichever is more.
+    """
+    room = max_seq_length - 3                                                        # [CLS] query [SEP] passage [SEP]
+    queries = np.minimum(query_lengths, np.maximum(room - passage_lengths, room - room // 2))
+    return queries, np.minimum(passage_lengths, room - queries)

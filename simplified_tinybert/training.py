@@ -1,0 +1,162 @@
+"""The training loop: order of batches, gradient accumulation, checkpoints to go on from."""
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from simplified_tinybert.features import Examples
+from simplified_tinybert.files import atomic_writer, sync_folder
+from simplified_tinybert.modeling import Batch, CrossEncoder
+from simplified_tinybert.optimizer import BertAdam
+from simplified_tinybert.precision import ApexScaler, LossScaler, autocast
+from simplified_tinybert.training_log import TrainingLog
+
+STATE_FILE = "training_state.pt"
+POOL = 64          # batches from which examples of similar length are put together
+
+
+@dataclass
+class Plan:
+    """How the examples become optimizer steps. width: positions to pad to, None for the longest of the batch."""
+    batch_size: int
+    accumulation: int
+    epochs: float
+    seed: int
+    width: int | None
+    bucket: bool
+    log_every: int
+    save_every: int
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Smaller last batches and groups of batches count: every example is used."""
+        return math.ceil(math.ceil(examples / self.batch_size) / self.accumulation)
+
+    def total_steps(self, examples: int) -> int:
+        return max(1, round(self.epochs * self.steps_per_epoch(examples)))
+
+
+@dataclass
+class Training:
+    """A student, what it minimizes (`objective`: batch → loss terms), and everything that has a state."""
+    student: CrossEncoder
+    objective: Callable[[Batch], dict[str, Tensor]]
+    examples: Examples
+    plan: Plan
+    optimizer: BertAdam
+    scaler: LossScaler | ApexScaler
+    log: TrainingLog
+    device: torch.device
+    dtype: torch.dtype | None
+    output_dir: Path
+    save_model: Callable[[Path], None]
+
+    def run(self, checkpoint: Path | None = None) -> None:
+        """Train to the last step of the plan, from `checkpoint` on if there is one."""
+        step = self._restore(checkpoint) if checkpoint else 0
+        total = self.plan.total_steps(len(self.examples))
+        self.student.train()
+        with tqdm(total=total, initial=step, desc="distilling", unit=" steps") as progress:
+            for group in self._groups(step, total):
+                self._step(group)
+                step += 1
+                progress.update()
+                if step % self.plan.log_every == 0 or step == total:
+                    row = self.log.write(step, self.optimizer.learning_rate)
+                    progress.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+                if step % self.plan.save_every == 0 and step < total:
+                    save_checkpoint(self.output_dir / f"checkpoint-{step}", self.save_model, self._state(step))
+        self.log.close()
+        self.student.eval()
+
+    def _groups(self, first: int, total: int) -> Iterator[list[np.ndarray]]:
+        """The batches of each optimizer step, from step `first` on."""
+        per_epoch = self.plan.steps_per_epoch(len(self.examples))
+        for step in range(first, total):
+            if step == first or step % per_epoch == 0:
+                batches = epoch_batches(self.examples.lengths, self.plan.batch_size, self.plan.seed, step // per_epoch,
+                                        self.plan.bucket)
+            start = step % per_epoch * self.plan.accumulation
+            yield batches[start:start + self.plan.accumulation]
+
+    def _step(self, group: list[np.ndarray]) -> None:
+        """One optimizer step on the mean over all examples of the group, however its batches are cut."""
+        size = sum(len(indices) for indices in group)
+        for indices in group:
+            batch = self.examples.batch(indices, self.plan.width).to(self.device)
+            with autocast(self.device, self.dtype):
+                terms = self.objective(batch)
+            share = len(indices) / size
+            self.scaler.backward(terms["loss"] * share)
+            self.log.add(terms, share)
+        self.scaler.step(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.log.step(size)
+
+    def _state(self, step: int) -> dict:
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {"step": step, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "random": random, "log": self.log.state()}
+
+    def _restore(self, checkpoint: Path) -> int:
+        """Take up the state of a checkpoint; the student's weights have been loaded from it already."""
+        state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.log.restore(state["log"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        return state["step"]
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, bucket: bool) -> list[np.ndarray]:
+    """Indices of each batch of an epoch: a function of seed and epoch alone; the last batch may be smaller.
+
+    With `bucket` the examples of a batch have similar lengths: each pool of POOL batches is sorted by length, cut, and
+    the batches of the epoch are shuffled again.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    if bucket:
+        pools = [order[start:start + POOL * batch_size] for start in range(0, len(order), POOL * batch_size)]
+        order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
+    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    if bucket:
+        batches = [batches[number] for number in random.permutation(len(batches))]
+    return batches
+
+
+def padding_share(lengths: np.ndarray, batches: list[np.ndarray], width: int | None) -> float:
+    """Share of positions that hold padding when batches are padded to `width`, or to their longest example."""
+    padded = sum(len(batch) * (width or int(lengths[batch].max())) for batch in batches)
+    return 1.0 - float(lengths.sum(dtype=np.int64)) / padded
+
+
+def save_checkpoint(folder: Path, save_model: Callable[[Path], None], state: dict) -> None:
+    """Write a model and its training state aside, then rename: a checkpoint folder is always whole."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        save_model(aside)
+        with atomic_writer(aside / STATE_FILE, "wb") as handle:
+            torch.save(state, handle)
+        if folder.is_dir():                              # left by a run that was resumed from an earlier checkpoint
+            shutil.rmtree(folder)
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(folder.parent)
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)

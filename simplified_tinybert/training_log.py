@@ -1,0 +1,70 @@
+"""The log of a training: means of the loss terms over intervals of steps, as JSON lines and for TensorBoard."""
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simplified_tinybert.files import UserError, atomic_writer
+
+TERMS = ("loss", "cls_loss", "att_loss", "rep_loss", "soft_loss", "hard_loss")
+
+
+class TrainingLog:
+    """Means of the loss terms over intervals of steps, to train_loss.jsonl and TensorBoard."""
+
+    def __init__(self, path: Path, tensorboard_dir: Path | None, device: torch.device, finished_steps: int = 0):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
+
+        self.path, self.tensorboard = path, None
+        if tensorboard_dir:
+            self.tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=finished_steps + 1)
+        self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
+        self.steps, self.examples, self.since = 0, 0, time.perf_counter()
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["global_step"] <= finished_steps] \
+            if path.is_file() else []
+        with atomic_writer(path) as handle:
+            handle.writelines(line + "\n" for line in kept)
+
+    def add(self, terms: dict[str, Tensor], weight: float) -> None:
+        """Count the terms of one batch with its share `weight` of the step's examples; asks nothing of the device."""
+        zero = self.sums.new_zeros(())
+        self.sums += weight * torch.stack([terms.get(name, zero).detach().double() for name in TERMS])
+
+    def step(self, examples: int) -> None:
+        self.steps += 1
+        self.examples += examples
+
+    def write(self, global_step: int, learning_rate: float) -> dict[str, float]:
+        """Append a row for the steps since the last one. Raises UserError if the loss is no longer a number."""
+        means = dict(zip(TERMS, (self.sums / self.steps).tolist()))
+        seconds = time.perf_counter() - self.since
+        row = {"global_step": global_step, **means, "learning_rate": learning_rate,
+               "examples_per_second": self.examples / seconds}
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+        if self.tensorboard:
+            for name, value in list(row.items())[1:]:
+                self.tensorboard.add_scalar(name, value, global_step)
+            self.tensorboard.flush()
+        if not np.isfinite(means["loss"]):
+            raise UserError(f"the loss of steps {global_step - self.steps + 1} to {global_step} is {means['loss']}; "
+                            f"lower --learning_rate, or use --bf16 in place of --fp16")
+        self.sums.zero_()
+        self.steps, self.examples, self.since = 0, 0, time.perf_counter()
+        return row
+
+    def state(self) -> dict:
+        return {"sums": self.sums.cpu(), "steps": self.steps, "examples": self.examples,
+                "seconds": time.perf_counter() - self.since}
+
+    def restore(self, state: dict) -> None:
+        self.sums.copy_(state["sums"])
+        self.steps, self.examples = state["steps"], state["examples"]
+        self.since = time.perf_counter() - state["seconds"]
+
+    def close(self) -> None:
+        if self.tensorboard:
+            self.tensorboard.close()

@@ -1,0 +1,156 @@
+"""Cut query-passage pairs into word pieces, once, for any number of trainings and re-rankings.
+
+    python tokenize_to_features.py --set_name train --raw_data_file examples.tsv --output_features_file train.pkl \\
+        --bert_model_dir bert-base-uncased --max_seq_length 256
+    python tokenize_to_features.py --set_name test --raw_data_file pairs.tsv.gz --output_features_file test.pkl \\
+        --bert_model_dir bert-base-uncased --max_seq_length 256
+
+In, one pair a line, UTF-8, plain or gzip, columns separated by one tab:
+    train      index <tab> query <tab> passage <tab> label        label 1: relevant, 0: not
+    dev, test  query_id#passage_id <tab> query <tab> passage (<tab> label)
+Out, a pickled feature file (format: simplified_tinybert/features.py): [CLS] query [SEP] passage [SEP] of each pair in
+input order, at most max_seq_length word pieces; the longer of the two texts loses a piece at a time, the passage at a
+tie. The whole input is checked before the first pair is tokenized; if a line is wrong, all wrong lines are named and
+nothing is written.
+"""
+import argparse
+import os
+import sys
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from simplified_tinybert.features import CHUNK_EXAMPLES, Examples, FeatureWriter
+from simplified_tinybert.files import (
+    DuplicateFinder,
+    Problems,
+    UserError,
+    atomic_writer,
+    check_input_file,
+    check_output_file,
+    read_lines,
+    run_main,
+    shorten,
+)
+from simplified_tinybert.hub import find_model
+from simplified_tinybert.tokenization import Vocabulary, load_vocabulary, truncated_lengths
+
+COLUMNS = {"train": "index, query, passage, label", "dev": "query_id#passage_id, query, passage (, label)",
+           "test": "query_id#passage_id, query, passage (, label)"}
+NO_LABEL = -1
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--set_name", choices=tuple(COLUMNS), required=True, help="decides which columns and ids are expected")
+    add("--raw_data_file", type=Path, required=True, help="tab-separated pairs, plain or .gz")
+    add("--output_features_file", type=Path, required=True, help="feature file to write")
+    add("--bert_model_dir", required=True, help="folder or hub id of the model whose vocabulary is to be used")
+    add("--max_seq_length", type=int, default=256, help="word pieces of a pair, control tokens included (default: 256)")
+    add("--do_lower_case", action=argparse.BooleanOptionalAction, default=None,
+        help="lower-case texts (default: as the model's tokenizer settings say; without such settings, yes unless the "
+             "vocabulary has capital letters)")
+    add("--num_workers", type=int, default=0, help="threads of the tokenizer (default: one for each CPU core)")
+    return parser.parse_args()
+
+
+def check_line(text: str, set_name: str) -> list[str]:
+    """What is wrong with a line, each as 'found ...; expected ...'."""
+    columns = text.split("\t")
+    if len(columns) not in ((4,) if set_name == "train" else (3, 4)):
+        return [f"found {len(columns)} tab-separated columns ({shorten(text)}); expected {COLUMNS[set_name]}; "
+                f"replace tabs inside texts by blanks"]
+    complaints = []
+    for name, value in zip(("query", "passage"), columns[1:3]):
+        if not value.strip():
+            complaints.append(f"the {name} is empty; give it a text or leave the line out")
+    if len(columns) == 4 and columns[3] not in ("0", "1"):
+        complaints.append(f"found label {shorten(columns[3])}; expected 0 or 1")
+    if not columns[0]:
+        complaints.append("the id is empty; expected " + COLUMNS[set_name].split(",")[0])
+    elif set_name != "train":
+        query_id, hash_sign, passage_id = columns[0].partition("#")
+        if not (query_id and hash_sign and passage_id) or columns[0].split() != [columns[0]]:
+            complaints.append(f"found id {shorten(columns[0])}; expected query_id#passage_id without white space")
+    return complaints
+
+
+def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
+    """Check every line before anything expensive starts. Returns the number of pairs."""
+    ids, pairs = DuplicateFinder(), 0
+    for number, text in tqdm(read_lines(path, problems), desc="checking", unit=" lines", unit_scale=True):
+        for complaint in check_line(text, set_name):
+            problems.add(f"{path}:{number}: {complaint}")
+        ids.add(text.partition("\t")[0])
+        pairs += 1
+    keys = ((number, text.partition("\t")[0]) for number, text in read_lines(path, Problems()))
+    ids.report(keys, path, "id", problems)
+    if not pairs and not problems.count:
+        problems.add(f"{path}: is empty; expected one pair a line: {COLUMNS[set_name]}")
+    return pairs
+
+
+def tokenize(lines: list[str], tokenizer: Tokenizer, vocabulary: Vocabulary, max_seq_length: int) -> Examples:
+    """Checked lines → examples; queries that repeat are tokenized once."""
+    rows = [line.split("\t") for line in lines]
+    queries, passages = [row[1] for row in rows], [row[2] for row in rows]
+    unique = {query: number for number, query in enumerate(dict.fromkeys(queries))}
+    query_pieces = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(unique), add_special_tokens=False)]
+    query_pieces = [query_pieces[unique[query]] for query in queries]
+    passage_pieces = [encoding.ids for encoding in tokenizer.encode_batch_fast(passages, add_special_tokens=False)]
+    kept_queries, kept_passages = truncated_lengths(
+        np.array([len(pieces) for pieces in query_pieces]), np.array([len(pieces) for pieces in passage_pieces]),
+        max_seq_length)
+    cls, sep = [vocabulary.cls_id], [vocabulary.sep_id]
+    segments = chain.from_iterable(
+        (cls, query[:query_length], sep, passage[:passage_length], sep) for query, query_length, passage, passage_length
+        in zip(query_pieces, kept_queries.tolist(), passage_pieces, kept_passages.tolist()))
+    token_type = np.uint16 if max(vocabulary.pieces.values()) < 2 ** 16 else np.uint32
+    tokens = np.fromiter(chain.from_iterable(segments), dtype=token_type)
+    labels = np.array([row[3] if len(row) == 4 else NO_LABEL for row in rows], dtype=np.int8)
+    return Examples(tokens, (kept_queries + kept_passages + 3).astype(np.uint16), (kept_queries + 2).astype(np.uint16),
+                    labels, [row[0] for row in rows])
+
+
+def main() -> None:
+    args, problems = parse_args(), Problems()
+    if not 8 <= args.max_seq_length < 2 ** 16:
+        problems.add(f"--max_seq_length {args.max_seq_length}: expected 8 to 65535 word pieces")
+    check_output_file(args.output_features_file, problems)
+    readable = check_input_file(args.raw_data_file, problems, "pairs")
+    try:
+        vocabulary = load_vocabulary(find_model(args.bert_model_dir), args.do_lower_case)
+    except UserError as error:
+        problems.add(str(error))
+    pairs = check_pairs(args.raw_data_file, args.set_name, problems) if readable else 0
+    problems.raise_if_any()
+
+    if args.num_workers:
+        os.environ["RAYON_NUM_THREADS"] = str(args.num_workers)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    tokenizer, full = vocabulary.tokenizer(), 0
+    print(f"{pairs:,} pairs; vocabulary of {len(vocabulary.pieces):,} pieces, "
+          f"{'lower-cased' if vocabulary.lower_case else 'cased'}", file=sys.stderr)
+    with atomic_writer(args.output_features_file, "wb") as handle:
+        writer = FeatureWriter(handle, args.set_name, args.max_seq_length, vocabulary)
+        with tqdm(total=pairs, desc="tokenizing", unit=" pairs", unit_scale=True) as progress:
+            lines = (text for _, text in read_lines(args.raw_data_file, problems))
+            while chunk := list(islice(lines, CHUNK_EXAMPLES)):
+                examples = tokenize(chunk, tokenizer, vocabulary, args.max_seq_length)
+                writer.write(examples)
+                full += int((examples.lengths == args.max_seq_length).sum())
+                progress.update(len(examples))
+        if writer.examples != pairs:
+            problems.add(f"{args.raw_data_file}: changed while it was read: {pairs} lines, then {writer.examples}")
+        problems.raise_if_any()
+        writer.close()
+    print(f"{args.output_features_file}: {pairs:,} pairs, {writer.tokens / pairs:.1f} word pieces on average, "
+          f"{100 * full / pairs:.1f} % fill all {args.max_seq_length}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_main(main)
