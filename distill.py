@@ -26,7 +26,7 @@ from torch import Tensor
 from simplified_tinybert import losses
 from simplified_tinybert.checkpoints import fit_projections, load_cross_encoder, save_cross_encoder
 from simplified_tinybert.features import Examples, FeatureSummary, map_examples, summarise
-from simplified_tinybert.files import Problems, UserError, run_main
+from simplified_tinybert.files import Problems, UserError, run_main, say
 from simplified_tinybert.modeling import Batch, CrossEncoder, describe
 from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay
 from simplified_tinybert.precision import ApexScaler, LossScaler, import_apex_amp, select_precision
@@ -38,7 +38,7 @@ from simplified_tinybert.preflight import (
     find_models,
     find_run,
 )
-from simplified_tinybert.runtime import record, say, select_device
+from simplified_tinybert.runtime import record, select_device
 from simplified_tinybert.tokenization import has_vocabulary
 from simplified_tinybert.training import Plan, Training, epoch_batches, padding_share
 from simplified_tinybert.training_log import TrainingLog

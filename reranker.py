@@ -25,11 +25,11 @@ from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import load_cross_encoder, weights_fingerprint
 from simplified_tinybert.features import Examples, FeatureSummary, read_chunks, summarise
-from simplified_tinybert.files import Problems, UserError, check_output_file, run_main, sync_folder
+from simplified_tinybert.files import Problems, UserError, check_output_file, run_main, say, sync_folder
 from simplified_tinybert.modeling import CrossEncoder, describe
 from simplified_tinybert.precision import autocast, select_precision
 from simplified_tinybert.preflight import check_length, check_model_fits, find_models
-from simplified_tinybert.runtime import record, say, select_device
+from simplified_tinybert.runtime import record, select_device
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}     # a CPU is fastest while a batch's activations stay in its cache
 
@@ -94,7 +94,7 @@ def score_lines(ids: list[str], scores: np.ndarray) -> str:
 
 def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertConfig, FeatureSummary]:
     """Model folder, its configuration, and the features, once all is known to fit. Raises UserError otherwise."""
-    check_output_file(args.output_scores_file, problems)
+    check_output_file(args.output_scores_file, problems, inputs=args.features_file)
     for name in ("eval_batch_size", "batch_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             problems.add(f"--{name} {getattr(args, name)}: expected 1 or more")

@@ -15,7 +15,6 @@ nothing is written.
 """
 import argparse
 import os
-import sys
 from itertools import chain, islice
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from simplified_tinybert.files import (
     check_output_file,
     read_lines,
     run_main,
+    say,
     shorten,
 )
 from simplified_tinybert.hub import find_model
@@ -120,8 +120,8 @@ def main() -> None:
     args, problems = parse_args(), Problems()
     if not 8 <= args.max_seq_length < 2 ** 16:
         problems.add(f"--max_seq_length {args.max_seq_length}: expected 8 to 65535 word pieces")
-    check_output_file(args.output_features_file, problems)
-    readable = check_input_file(args.raw_data_file, problems, "pairs")
+    check_output_file(args.output_features_file, problems, inputs=[args.raw_data_file])
+    readable = check_input_file(args.raw_data_file, problems, "pairs", read_twice=True)
     try:
         vocabulary = load_vocabulary(find_model(args.bert_model_dir), args.do_lower_case)
     except UserError as error:
@@ -133,8 +133,8 @@ def main() -> None:
         os.environ["RAYON_NUM_THREADS"] = str(args.num_workers)
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     tokenizer, full = vocabulary.tokenizer(), 0
-    print(f"{pairs:,} pairs; vocabulary of {len(vocabulary.pieces):,} pieces, "
-          f"{'lower-cased' if vocabulary.lower_case else 'cased'}", file=sys.stderr)
+    say(f"{pairs:,} pairs; vocabulary of {len(vocabulary.pieces):,} pieces, "
+        f"{'lower-cased' if vocabulary.lower_case else 'cased'}")
     with atomic_writer(args.output_features_file, "wb") as handle:
         writer = FeatureWriter(handle, args.set_name, args.max_seq_length, vocabulary)
         with tqdm(total=pairs, desc="tokenizing", unit=" pairs", unit_scale=True) as progress:
@@ -148,8 +148,8 @@ def main() -> None:
             problems.add(f"{args.raw_data_file}: changed while it was read: {pairs} lines, then {writer.examples}")
         problems.raise_if_any()
         writer.close()
-    print(f"{args.output_features_file}: {pairs:,} pairs, {writer.tokens / pairs:.1f} word pieces on average, "
-          f"{100 * full / pairs:.1f} % fill all {args.max_seq_length}", file=sys.stderr)
+    say(f"{args.output_features_file}: {pairs:,} pairs, {writer.tokens / pairs:.1f} word pieces on average, "
+        f"{100 * full / pairs:.1f} % fill all {args.max_seq_length}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import os
 import sys
 import zlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -48,13 +48,13 @@ def run_main(main: Callable[[], None]) -> None:
         where = f"{error.filename}: " if error.filename else ""
         sys.exit(_tell(f"{where}{error.strerror or error}"))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         sys.exit(130)
 
 
 def _tell(message: str) -> int:
     for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        say(f"error: {line}")
     return 2
 
 
@@ -64,18 +64,31 @@ def shorten(text: str, width: int = 60) -> str:
     return quoted if len(quoted) <= width else quoted[:width - 4] + "...'"
 
 
-def check_input_file(path: Path, problems: Problems, what: str) -> bool:
+def say(message: str) -> None:
+    """Tell the user something: on stderr, for stdout belongs to results."""
+    print(message, file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    say(f"warning: {message}")
+
+
+def check_input_file(path: Path, problems: Problems, what: str, read_twice: bool = False) -> bool:
     """True if `path` is a file that can be opened; otherwise the reason is added to `problems`."""
     try:
         with open(path, "rb"):
-            return True
+            pass
     except OSError as error:
         problems.add(f"{path}: cannot read the {what}: {error.strerror}")
         return False
+    if read_twice and not path.is_file():
+        problems.add(f"{path}: is not a plain file, but the {what} have to be read twice; write them to a file first")
+        return False
+    return True
 
 
-def check_output_file(path: Path, problems: Problems) -> None:
-    """Complain about an output that could not be written, before any work is spent on it."""
+def check_output_file(path: Path, problems: Problems, inputs: Collection[Path] = ()) -> None:
+    """Complain about an output that could not be written, or is an input, before any work is spent on it."""
     folder = path.parent
     if path.is_dir():
         problems.add(f"{path}: is a folder; name a file to write")
@@ -83,6 +96,8 @@ def check_output_file(path: Path, problems: Problems) -> None:
         problems.add(f"{path}: its folder does not exist; make it first: mkdir -p {folder}")
     elif not os.access(folder, os.W_OK):
         problems.add(f"{path}: its folder is not writable")
+    elif path.resolve() in [other.resolve() for other in inputs]:
+        problems.add(f"{path}: is an input as well; name another output")
 
 
 @contextmanager

@@ -9,9 +9,8 @@ from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import read_config
 from simplified_tinybert.features import FeatureSummary
-from simplified_tinybert.files import Problems, UserError
+from simplified_tinybert.files import Problems, UserError, warn
 from simplified_tinybert.hub import find_model
-from simplified_tinybert.runtime import warn
 from simplified_tinybert.tokenization import has_vocabulary, load_vocabulary
 from simplified_tinybert.training import newest_checkpoint
 

@@ -1,4 +1,4 @@
-"""On which device a script computes, what it says, and the record it leaves."""
+"""On which device a script computes, and the record it leaves."""
 import argparse
 import json
 import platform
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from simplified_tinybert.files import UserError, atomic_writer
+from simplified_tinybert.files import UserError, atomic_writer, warn
 
 
 def select_device(name: str, no_cuda: bool = False) -> torch.device:
@@ -49,10 +49,3 @@ def plain(value: object) -> object:
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr)

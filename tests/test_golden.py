@@ -1,0 +1,107 @@
+"""The original implementation's figures: losses, gradients, six optimizer steps, re-ranking probabilities."""
+import argparse
+
+import numpy as np
+import pytest
+import torch
+
+from distill import objective
+from reranker import relevance
+from simplified_tinybert.checkpoints import load_cross_encoder
+from simplified_tinybert.losses import attention_loss, hidden_loss, layer_map
+from simplified_tinybert.modeling import Batch
+from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay
+
+CASES = range(16)
+TERMS = {"soft_loss": "soft", "hard_loss": "hard", "loss": "total", "att_loss": "attention", "rep_loss": "hidden",
+         "cls_loss": "classification"}
+NEGLIGIBLE = 1e-14     # gradients of key biases are zero but for rounding: softmax does not see a constant shift
+
+
+@pytest.fixture
+def batch(golden):
+    fields = golden["batch"]
+    return Batch(*(torch.tensor(fields[name]) for name in ("input_ids", "token_type_ids", "attention_mask", "labels")))
+
+
+def load_case(golden, golden_models, number, dtype=torch.float64):
+    case = golden["cases"][number]
+    student, _ = load_cross_encoder(golden_models[case["student"]], dtype=dtype)
+    teacher, _ = load_cross_encoder(golden_models["teacher"], dtype=dtype)
+    for model in (student, teacher):
+        model.config.pooled_relu = case["head"] == "tinybert"
+    args = argparse.Namespace(distill_model=case["distill_model"], temperature=case["temperature"],
+                              alpha=case["alpha"], padding="reference")
+    return case, student, teacher, args
+
+
+def golden_name(name):
+    return name.replace("projections.0", "fit_dense")
+
+
+@pytest.mark.parametrize("number", CASES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_losses(golden, golden_models, batch, number, dtype, tolerance):
+    case, student, teacher, args = load_case(golden, golden_models, number, dtype)
+    terms = objective(student, teacher, batch, args)
+    expected = {mine: case["losses"][theirs] for mine, theirs in TERMS.items() if theirs in case["losses"]}
+    assert {name: terms[name].item() for name in expected} == pytest.approx(expected, rel=tolerance)
+    assert terms["loss"].item() == pytest.approx(
+        sum(terms[name].item() for name in ("cls_loss", "att_loss", "rep_loss") if name in terms), rel=tolerance)
+
+
+@pytest.mark.parametrize("number", [number for number in CASES if number % 4 >= 2])
+def test_losses_of_each_layer(golden, golden_models, batch, number):
+    case, student, teacher, _ = load_case(golden, golden_models, number)
+    assert case["distill_model"] == "simplified"
+    layers = layer_map(student.config.num_hidden_layers, 4)
+    learnt, taught = student(batch, list(range(1, len(layers) + 1))), teacher(batch, layers)
+    attention = [attention_loss(learnt.queries[j], learnt.keys[j], taught.queries[k], taught.keys[k],
+                                batch.attention_mask).item() for j, k in enumerate(layers, start=1)]
+    hidden = [hidden_loss(student.project(j, learnt.hidden_states[j]), taught.hidden_states[k],
+                          batch.attention_mask).item() for j, k in enumerate([0, *layers])]
+    assert attention == pytest.approx(case["losses"]["attention_per_layer"], rel=1e-9)
+    assert hidden == pytest.approx(case["losses"]["hidden_per_layer"], rel=1e-9)
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_gradients(golden, golden_models, batch, number):
+    case, student, teacher, args = load_case(golden, golden_models, number)
+    objective(student, teacher, batch, args)["loss"].backward()
+    found = {golden_name(name): parameter.grad for name, parameter in student.named_parameters()}
+    assert found.keys() == case["grad_norm"].keys()
+    for name, expected in case["grad_norm"].items():
+        if expected is None:
+            assert found[name] is None, name
+        else:
+            assert found[name].norm().item() == pytest.approx(expected, rel=1e-9, abs=NEGLIGIBLE), name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("number", CASES)
+def test_six_optimizer_steps(golden, golden_models, batch, number):
+    case, student, teacher, args = load_case(golden, golden_models, number)
+    training, losses = case["training"], []
+    optimizer = BertAdam(decay_groups(student.named_parameters(), training["weight_decay"]), training["learning_rate"],
+                         lambda step: linear_warmup_decay(step, training["t_total"], training["warmup_proportion"]))
+    for _ in range(6):
+        loss = objective(student, teacher, batch, args)["loss"]
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses == pytest.approx(training["total_loss_per_step"], rel=1e-9)
+    norms = {golden_name(name): parameter.norm().item() for name, parameter in student.named_parameters()}
+    sums = {golden_name(name): parameter.sum().item() for name, parameter in student.named_parameters()}
+    assert norms == pytest.approx(training["parameter_norm_after"], rel=1e-6)
+    assert sums == pytest.approx(training["parameter_sum_after"], rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["teacher", "student_2x24", "student_4x48"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_reranking_probabilities(golden, golden_models, batch, name, dtype, tolerance):
+    model, _ = load_cross_encoder(golden_models[name], dtype=dtype)
+    logits = model(batch).logits.detach().numpy()
+    expected = golden["rerank"][name]
+    assert np.allclose(relevance(logits, "probability"), expected["relevance_probability"], rtol=0, atol=tolerance)
+    assert np.allclose(logits, expected["logits"], rtol=0, atol=10 * tolerance)

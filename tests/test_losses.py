@@ -1,0 +1,112 @@
+"""The fast forms of the losses against their definitions, on random shapes, masks and widths."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simplified_tinybert.losses import attention_loss, hard_loss, hidden_loss, layer_map, soft_loss
+
+shapes = st.fixed_dictionaries({
+    "batch": st.integers(1, 4), "heads": st.integers(1, 4), "length": st.integers(1, 40), "width": st.integers(1, 9),
+    "teacher_width": st.integers(1, 12), "seed": st.integers(0, 2 ** 31), "dtype": st.just(torch.float64)})
+
+
+def draw(shape):
+    """Student and teacher queries and keys, and a mask with at least one token in each row."""
+    generator = torch.Generator().manual_seed(shape["seed"])
+    widths = [shape["width"]] * 2 + [shape["teacher_width"]] * 2
+    tensors = [torch.randn(shape["batch"], shape["heads"], shape["length"], width, generator=generator,
+                           dtype=torch.float64).to(shape["dtype"]) for width in widths]
+    lengths = torch.randint(1, shape["length"] + 1, (shape["batch"],), generator=generator)
+    return tensors, (torch.arange(shape["length"]) < lengths[:, None]).long()
+
+
+def direct_attention_loss(student_queries, student_keys, teacher_queries, teacher_keys, mask, padding):
+    """The definition, with both score matrices: as quirks B11 has it, or over pairs of real tokens."""
+    def scores(queries, keys):
+        return queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
+    keys_kept = mask[:, None, None, :].bool()
+    student = torch.where(keys_kept, scores(student_queries, student_keys), 0.0)
+    teacher = torch.where(keys_kept, scores(teacher_queries, teacher_keys), 0.0)
+    if padding == "reference":
+        return F.mse_loss(student, teacher)
+    pairs = (keys_kept & mask[:, None, :, None].bool()).expand_as(student)
+    return (student - teacher)[pairs].square().mean()
+
+
+@settings(max_examples=150, deadline=None)
+@given(shapes, st.sampled_from(["reference", "masked"]))
+def test_gram_form_equals_direct_form_with_gradients(shape, padding):
+    tensors, mask = draw(shape)
+    for tensor in tensors[:2]:
+        tensor.requires_grad_()
+    fast = attention_loss(*tensors, mask, padding)
+    slow = direct_attention_loss(*tensors, mask, padding)
+    assert fast.item() == pytest.approx(slow.item(), rel=1e-10, abs=1e-10)
+    for one, other in zip(torch.autograd.grad(fast, tensors[:2]), torch.autograd.grad(slow, tensors[:2])):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=50, deadline=None)
+@given(shapes.map(lambda shape: shape | {"dtype": torch.float32}), st.sampled_from(["reference", "masked"]))
+def test_gram_form_in_float32(shape, padding):
+    tensors, mask = draw(shape)
+    exact = direct_attention_loss(*(tensor.double() for tensor in tensors), mask, padding)
+    assert attention_loss(*tensors, mask, padding).item() == pytest.approx(exact.item(), rel=1e-4, abs=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(shapes, st.integers(0, 20))
+def test_masked_losses_do_not_see_how_far_a_batch_is_padded(shape, more):
+    tensors, mask = draw(shape)
+    padded = [F.pad(tensor, (0, 0, 0, more), value=7.0) for tensor in tensors]
+    longer = F.pad(mask, (0, more))
+    assert attention_loss(*padded, longer, "masked").item() == pytest.approx(
+        attention_loss(*tensors, mask, "masked").item(), rel=1e-10)
+    student, teacher = tensors[0][:, 0], torch.zeros_like(tensors[0][:, 0])
+    padded = hidden_loss(F.pad(student, (0, 0, 0, more), value=7.0), F.pad(teacher, (0, 0, 0, more)), longer, "masked")
+    assert padded.item() == pytest.approx(hidden_loss(student, teacher, mask, "masked").item(), rel=1e-10)
+
+
+def test_reference_attention_loss_counts_padded_queries_but_not_padded_keys():
+    """One head, width 1, two positions, the second padded: scores are products of numbers one can check by hand."""
+    queries, keys = torch.tensor([[[[1.0], [2.0]]]]), torch.tensor([[[[3.0], [5.0]]]])
+    teacher_queries, teacher_keys = torch.zeros_like(queries), torch.zeros_like(keys)
+    mask = torch.tensor([[1, 0]])
+    # differences: [[3, 5→0], [6, 10→0]], mean of squares over all four: 45 / 4
+    assert attention_loss(queries, keys, teacher_queries, teacher_keys, mask).item() == pytest.approx(45 / 4)
+    assert attention_loss(queries, keys, teacher_queries, teacher_keys, mask, "masked").item() == pytest.approx(9.0)
+
+
+def test_reference_hidden_loss_counts_padding():
+    student, teacher = torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]), torch.zeros(1, 2, 2)
+    mask = torch.tensor([[1, 0]])
+    assert hidden_loss(student, teacher, mask).item() == pytest.approx((1 + 9 + 4 + 4) / 4)
+    assert hidden_loss(student, teacher, mask, "masked").item() == pytest.approx((1 + 9) / 2)
+
+
+def test_soft_loss_is_half_the_cross_entropy_of_softened_classes():
+    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 4.0 + 2 * math.log(3)]])
+    # at temperature 2 the teacher says 1/4 and 3/4, the student 1/2 and 1/2: cross-entropy log 2, over two classes
+    assert soft_loss(student, teacher, temperature=2.0).item() == pytest.approx(math.log(2) / 2)
+
+
+def test_losses_of_half_precision_logits_are_computed_in_float32():
+    logits = torch.tensor([[9.0, -3.5]], dtype=torch.bfloat16)
+    exact = F.cross_entropy(logits.double(), torch.tensor([1])).item()
+    assert hard_loss(logits, torch.tensor([1])).item() == pytest.approx(exact, rel=1e-6)
+    assert soft_loss(logits, logits).dtype == torch.float32
+
+
+@pytest.mark.parametrize("student, teacher, expected", [(3, 12, [4, 8, 12]), (6, 12, [2, 4, 6, 8, 10, 12]),
+                                                        (4, 4, [1, 2, 3, 4])])
+def test_layer_map(student, teacher, expected):
+    assert layer_map(student, teacher) == expected
+
+
+def test_layer_map_of_depths_that_do_not_divide():
+    with pytest.raises(ValueError, match="12 teacher layers"):
+        layer_map(5, 12)
