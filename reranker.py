@@ -69,7 +69,7 @@ def relevance(logits: np.ndarray, score: str) -> np.ndarray:
     """Scores (N) in float64 from float32 logits (N, 2), or (N, 1) of models with a single logit, their log-odds."""
     logits = logits.astype(np.float64)
     log_odds = logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
-    return log_odds if score == "log_odds" else 1.0 / (1.0 + np.exp(-log_odds))
+    return log_odds if score == "log_odds" else np.exp(-np.logaddexp(0.0, -log_odds))
 
 
 def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterator[np.ndarray], device: torch.device,

@@ -53,8 +53,14 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
     paths = [path]
     if path.name.endswith(".index.json"):
-        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
-        paths = [folder / Path(shard).name for shard in sorted(set(shards))]
+        try:
+            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+            paths = [folder / Path(shard).name for shard in sorted(shards)]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: is not an index of safetensors files ({error!r}); fetch it again") from error
+        absent = [shard.name for shard in paths if not shard.is_file()]
+        if absent or not paths:
+            raise UserError(f"{path}: names files that are not there ({', '.join(absent)}); fetch them too")
     return paths + [path for path in [folder / PROJECTION_FILE] if path.is_file()]
 
 
@@ -87,9 +93,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: is damaged or cut off ({reason}); copy or fetch it again") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, dict) or not all(isinstance(name, str) and _is_plain(value)
+                                                for name, value in weights.items()):
         raise UserError(f"{path}: expected a state dict (names and tensors), found {type(weights).__name__}")
     return weights
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def canonical_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -115,11 +126,15 @@ def load_cross_encoder(folder: Path, config: BertConfig | None = None, new_head:
     """
     config = config or read_config(folder)
     weights = {name: tensor for name, tensor in read_weights(folder).items() if not BUFFERS.search(name)}
-    if "classifier.weight" in weights:
+    if "classifier.weight" in weights and weights["classifier.weight"].dim() == 2:
         config.num_labels = weights["classifier.weight"].shape[0]
     ignored = sorted(name for name in weights if name.startswith(PRETRAINING_HEADS))
     weights = {name: tensor for name, tensor in weights.items() if name not in ignored}
-    model = CrossEncoder(config)
+    try:
+        model = CrossEncoder(config)
+    except Exception as error:                          # sizes that no model can have; which, the library says
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder}: its configuration describes no possible model: {reason}") from error
     add_projections(model, weights)
     model.to(dtype)
     notes = [f"{len(ignored)} tensors of pre-training heads are not used ({ignored[0]}, ...)"] if ignored else []
@@ -143,6 +158,8 @@ def _fill(model: CrossEncoder, weights: dict[str, Tensor], folder: Path, new_hea
         if expected[name] != weights[name].shape:
             problems.add(f"{folder}: {name} has shape {list(weights[name].shape)}; expected {list(expected[name])} "
                          f"by the configuration")
+        elif not weights[name].is_floating_point():
+            problems.add(f"{folder}: {name} holds {weights[name].dtype}; expected floating-point numbers")
     problems.raise_if_any()
     for name in fresh:
         initialise(model.get_parameter(name), model.config.initializer_range, new_head)
@@ -190,6 +207,8 @@ def save_cross_encoder(model: CrossEncoder, folder: Path, tokenizer_folder: Path
         renamed = {key.replace("projections.0.", name).replace("projections.", "fit_denses."): tensor
                    for key, tensor in projections.items()}
         _save_tensors(renamed, folder / PROJECTION_FILE)
+    else:
+        (folder / PROJECTION_FILE).unlink(missing_ok=True)                  # of a model that was here before
     config = model.config.to_dict() | {"architectures": ["BertForSequenceClassification"], "model_type": "bert",
                                        "dtype": str(model.classifier.weight.dtype).removeprefix("torch.")}
     _write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -201,14 +220,17 @@ def save_cross_encoder(model: CrossEncoder, folder: Path, tokenizer_folder: Path
 
 
 def save_tokenizer(source: Path, folder: Path, lower_case: bool, max_length: int) -> None:
-    """Copy the tokenizer files; a bare vocab.txt gets the tokenizer_config.json that other tools look for."""
+    """Copy the tokenizer files; tokenizer_config.json, where other tools look, is made to name the casing in use."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file() and source.resolve() != folder.resolve():
             with atomic_writer(folder / name, "wb") as copy, open(source / name, "rb") as original:
                 shutil.copyfileobj(original, copy)
-    if has_vocabulary(folder) and not (folder / "tokenizer_config.json").is_file():
-        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower_case, "model_max_length": max_length}
-        _write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+    path = folder / "tokenizer_config.json"
+    settings = {"tokenizer_class": "BertTokenizer", "model_max_length": max_length}
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    if has_vocabulary(folder) and settings.get("do_lower_case") != lower_case:
+        _write_text(path, json.dumps(settings | {"do_lower_case": lower_case}, indent=2) + "\n")
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -2,18 +2,22 @@
 
     header   {format, version, set_name, max_seq_length, vocabulary, vocabulary_size, lower_case, token_type}
     chunk    {ids, labels, lengths, query_lengths, tokens}       any number of times, up to CHUNK_EXAMPLES examples each
-    end      {end, examples, tokens, sha256}                     without it the file is cut off
+    end      {end, examples, tokens, sha256}                     without it the file is cut off; the checksum is over
+                                                                 the header and all chunks
 
 `ids` is one string with a line for each example; the other fields of a chunk are the bytes of little-endian arrays:
 labels int8 (-1: none), lengths and query_lengths uint16 (word pieces with control tokens; the query segment holds
 [CLS] query [SEP]), tokens `token_type` ids of all examples end to end, without padding. Masks and segments follow
 from the lengths. Frames hold nothing but dicts, strings, numbers and bytes, so the reader refuses every other pickle
-instruction: a feature file cannot name, let alone call, any function.
+instruction before it runs one: a feature file cannot name, let alone call, any function, nor claim memory it does not
+fill.
 """
 import hashlib
 import os
 import pickle
+import pickletools
 import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +26,7 @@ from typing import IO
 import numpy as np
 import torch
 
-from simplified_tinybert.files import Problems, UserError
+from simplified_tinybert.files import Problems, UserError, shorten
 from simplified_tinybert.modeling import Batch
 from simplified_tinybert.tokenization import Vocabulary
 
@@ -32,6 +36,9 @@ HEADER_FIELDS = {"format": str, "version": int, "set_name": str, "max_seq_length
                  "vocabulary_size": int, "lower_case": bool, "token_type": str}
 CHUNK_FIELDS = {"ids": str, "labels": bytes, "lengths": bytes, "query_lengths": bytes, "tokens": bytes}
 END_FIELDS = {"end": bool, "examples": int, "tokens": int, "sha256": str}
+INSTRUCTIONS = frozenset(
+    "PROTO FRAME STOP MARK EMPTY_DICT SETITEM SETITEMS MEMOIZE BINGET LONG_BINGET NEWTRUE NEWFALSE BININT BININT1 "
+    "BININT2 LONG1 SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8".split())
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -83,9 +90,11 @@ class FeatureWriter:
         largest = max(vocabulary.pieces.values())
         self.handle, self.examples, self.tokens, self.digest = handle, 0, 0, hashlib.sha256()
         self.token_type = "<u2" if largest < 2 ** 16 else "<u4"
-        self._dump({"format": FORMAT, "version": VERSION, "set_name": set_name, "max_seq_length": max_seq_length,
-                    "vocabulary": vocabulary.fingerprint(), "vocabulary_size": largest + 1,
-                    "lower_case": vocabulary.lower_case, "token_type": self.token_type})
+        header = {"format": FORMAT, "version": VERSION, "set_name": set_name, "max_seq_length": max_seq_length,
+                  "vocabulary": vocabulary.fingerprint(), "vocabulary_size": largest + 1,
+                  "lower_case": vocabulary.lower_case, "token_type": self.token_type}
+        _digest_header(self.digest, header)
+        self._dump(header)
 
     def write(self, examples: Examples) -> None:
         frame = examples.frame()
@@ -111,13 +120,14 @@ def read_chunks(path: Path) -> Iterator[Examples]:
     with open(path, "rb") as handle:
         header = _read_header(handle, path)
         examples, tokens, digest = 0, 0, hashlib.sha256()
+        _digest_header(digest, header)
         while True:
             frame = _load_frame(handle, path, f"after {examples} examples")
             if "end" in frame:
                 break
             _check_fields(frame, CHUNK_FIELDS, path, f"chunk after {examples} examples")
-            _digest_chunk(digest, frame)
             chunk = _unpack_chunk(frame, header, path)
+            _digest_chunk(digest, frame)
             examples, tokens = examples + len(chunk), tokens + len(chunk.tokens)
             yield chunk
         _check_fields(frame, END_FIELDS, path, "closing frame")
@@ -144,12 +154,12 @@ class FeatureSummary:
 
 def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
     """Read all files once, in bounded memory; damage and headers that do not go together are added to `problems`."""
-    headers, total = [], FeatureSummary({}, 0, 0, 0, 0, [], "")
+    before, headers, total = problems.count, [], FeatureSummary({}, 0, 0, 0, 0, [], "")
     digest = hashlib.sha256()
     for path in paths:
         try:
-            headers.append(read_header(path))
-            digest.update(repr(sorted(headers[-1].items())).encode())
+            headers.append((path, read_header(path)))
+            _digest_header(digest, headers[-1][1])
             for chunk in read_chunks(path):
                 total.chunks.append(len(chunk))
                 total.examples += len(chunk)
@@ -161,16 +171,17 @@ def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
             problems.add(str(error))
         except OSError as error:
             problems.add(f"{path}: cannot read the feature file: {error.strerror}")
-    for path, header in zip(paths[1:], headers[1:]):
-        for field in ("max_seq_length", "vocabulary", "lower_case"):
-            if header[field] != headers[0][field]:
-                problems.add(f"{path}: has {field} {header[field]}, but {paths[0]} has {headers[0][field]}; "
+    for path, header in headers[1:]:
+        first_path, first = headers[0]
+        for field in ("max_seq_length", "vocabulary", "vocabulary_size", "lower_case", "token_type"):
+            if header[field] != first[field]:
+                problems.add(f"{path}: has {field} {header[field]}, but {first_path} has {first[field]}; "
                              f"tokenize both with the same settings")
-    if not total.examples and not problems.count:
+    if not total.examples and problems.count == before:
         problems.add(f"{', '.join(map(str, paths))}: no examples in the feature file")
-    if problems.count:
+    if problems.count > before:
         return None
-    total.header, total.fingerprint = headers[0], digest.hexdigest()
+    total.header, total.fingerprint = headers[0][1], digest.hexdigest()
     return total
 
 
@@ -181,7 +192,7 @@ def map_examples(paths: list[Path], summary: FeatureSummary, cache_dir: Path) ->
     """
     folder = cache_dir / f"features-{summary.fingerprint[:32]}"
     if not folder.is_dir():
-        aside = cache_dir / f".{folder.name}.{os.getpid()}"
+        aside = cache_dir / f".{folder.name}.{uuid.uuid4().hex}"      # containers and machines share process ids
         aside.mkdir(parents=True)
         try:
             _write_arrays(paths, aside)
@@ -191,9 +202,13 @@ def map_examples(paths: list[Path], summary: FeatureSummary, cache_dir: Path) ->
                 raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    lengths, query_lengths, labels = (np.load(folder / f"{name}.npy") for name in _ARRAYS)
-    tokens = np.memmap(folder / "tokens.bin", dtype=summary.header["token_type"], mode="r", shape=(summary.tokens,))
-    return Examples(tokens, lengths, query_lengths, labels)
+    try:
+        arrays = [np.load(folder / f"{name}.npy") for name in _ARRAYS]
+        tokens = np.memmap(folder / "tokens.bin", dtype=summary.header["token_type"], mode="r", shape=(summary.tokens,))
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"{folder}: the cached features are damaged ({error}); remove this folder and start "
+                        f"again") from error
+    return Examples(tokens, *arrays)
 
 
 _ARRAYS = ("lengths", "query_lengths", "labels")
@@ -210,16 +225,26 @@ def _write_arrays(paths: list[Path], folder: Path) -> None:
         tokens.flush()
         os.fsync(tokens.fileno())
     for name in _ARRAYS:
-        np.save(folder / f"{name}.npy", np.concatenate(collected[name]))
+        with open(folder / f"{name}.npy", "wb") as handle:
+            np.save(handle, np.concatenate(collected[name]))
+            handle.flush()
+            os.fsync(handle.fileno())
 
 
 def _load_frame(handle: IO[bytes], path: Path, where: str) -> dict:
+    if not handle.peek(1):
+        raise UserError(f"{path}: is cut off {where}; make or copy the file again")
+    start = handle.tell()
     try:
+        for instruction, _, _ in pickletools.genops(handle):
+            if instruction.name not in INSTRUCTIONS:
+                raise pickle.UnpicklingError(f"it holds the pickle instruction {instruction.name}, which no feature "
+                                             f"file needs; the file is refused, nothing in it was run")
+        handle.seek(start)
         frame = _PlainUnpickler(handle).load()
-    except EOFError as error:
-        raise UserError(f"{path}: is cut off {where}; make or copy the file again") from error
     except Exception as error:          # a damaged pickle can raise almost anything; none of it is a bug of ours
-        raise UserError(f"{path}: cannot be read {where}: {error or type(error).__name__}") from error
+        raise UserError(f"{path}: is not a feature file, or damaged or cut off {where} "
+                        f"({error or type(error).__name__}); make it again with tokenize_to_features.py") from error
     if not isinstance(frame, dict):
         raise UserError(f"{path}: holds a {type(frame).__name__} {where}; expected a feature file")
     return frame
@@ -229,12 +254,13 @@ def _read_header(handle: IO[bytes], path: Path) -> dict:
     header = _load_frame(handle, path, "at its start")
     if header.get("format") != FORMAT:
         raise UserError(f"{path}: is not a feature file; make one with tokenize_to_features.py")
-    if header.get("version") != VERSION:
-        raise UserError(f"{path}: has format version {header.get('version')!r}; expected {VERSION}; make it again with "
+    _check_fields(header, {"version": int}, path, "header")
+    if header["version"] != VERSION:
+        raise UserError(f"{path}: has format version {header['version']}; expected {VERSION}; make it again with "
                         f"this version's tokenize_to_features.py")
     _check_fields(header, HEADER_FIELDS, path, "header")
     if header["token_type"] not in ("<u2", "<u4"):
-        raise UserError(f"{path}: header: token_type is {header['token_type']!r}; expected '<u2' or '<u4'")
+        raise UserError(f"{path}: header: token_type is {shorten(header['token_type'])}; expected '<u2' or '<u4'")
     return header
 
 
@@ -251,6 +277,7 @@ def _unpack_chunk(frame: dict, header: dict, path: Path) -> Examples:
         chunk = Examples(np.frombuffer(frame["tokens"], header["token_type"]), np.frombuffer(frame["lengths"], "<u2"),
                          np.frombuffer(frame["query_lengths"], "<u2"), np.frombuffer(frame["labels"], "<i1"),
                          frame["ids"].split("\n"))
+        frame["ids"].encode("utf-8")                    # fails if an id could not be written to a score file
     except ValueError as error:
         raise UserError(f"{path}: is damaged: {error}") from error
     sizes = {len(chunk.ids), len(chunk.lengths), len(chunk.query_lengths), len(chunk.labels)}
@@ -259,12 +286,16 @@ def _unpack_chunk(frame: dict, header: dict, path: Path) -> Examples:
             and chunk.lengths.max() <= header["max_seq_length"] and chunk.tokens.max() < header["vocabulary_size"]
             and chunk.labels.min() >= -1 and chunk.labels.max() <= 1)
     if not fits:
-        raise UserError(f"{path}: is damaged: the chunk that begins with example {chunk.ids[0]!r} contradicts itself "
-                        f"or the header; make the file again with tokenize_to_features.py")
+        raise UserError(f"{path}: is damaged: the chunk that begins with example {shorten(chunk.ids[0])} contradicts "
+                        f"itself or the header; make the file again with tokenize_to_features.py")
     return chunk
 
 
+def _digest_header(digest: "hashlib._Hash", header: dict) -> None:
+    digest.update(repr([header[name] for name in HEADER_FIELDS]).encode())
+
+
 def _digest_chunk(digest: "hashlib._Hash", chunk: dict) -> None:
-    digest.update(chunk["ids"].encode("utf-8", "surrogatepass"))
+    digest.update(chunk["ids"].encode("utf-8"))
     for name in ("labels", "lengths", "query_lengths", "tokens"):
         digest.update(chunk[name])

@@ -38,9 +38,10 @@ class Vocabulary:
         return self.pieces["[SEP]"]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the pieces in the order of their ids: equal for models that can share features."""
-        ordered = sorted(self.pieces, key=self.pieces.get)
-        return hashlib.sha256("\n".join(ordered).encode("utf-8", "surrogatepass")).hexdigest()
+        """SHA-256 of the pieces and their ids: equal for models that can share features."""
+        ordered = sorted(self.pieces.items(), key=lambda item: item[1])
+        lines = (f"{number} {piece}" for piece, number in ordered)
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
         tokenizer = Tokenizer(WordPiece(self.pieces, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
@@ -63,14 +64,14 @@ def load_vocabulary(folder: Path, lower_case: bool | None = None) -> Vocabulary:
     settings = {}
     if (folder / "tokenizer_config.json").is_file():
         settings = _read_json(folder / "tokenizer_config.json")
-    if (folder / "vocab.txt").is_file():
-        pieces = _read_vocab_txt(folder / "vocab.txt")
-    elif (folder / "tokenizer.json").is_file():
+    if not has_vocabulary(folder):
+        raise UserError(f"{folder}: holds no vocabulary; expected vocab.txt or tokenizer.json of a BERT model")
+    if (folder / "tokenizer.json").is_file():
         pieces, normalizer = _read_tokenizer_json(folder / "tokenizer.json")
         settings = {"do_lower_case": normalizer.get("lowercase"), "strip_accents": normalizer.get("strip_accents"),
                     "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True)} | settings
-    else:
-        raise UserError(f"{folder}: holds no vocabulary; expected vocab.txt or tokenizer.json of a BERT model")
+    if (folder / "vocab.txt").is_file():
+        pieces = _read_vocab_txt(folder / "vocab.txt")
     missing = [piece for piece in ("[UNK]", "[CLS]", "[SEP]") if piece not in pieces]
     if missing:
         raise UserError(f"{folder}: the vocabulary lacks {', '.join(missing)}; expected a BERT WordPiece vocabulary")
@@ -95,11 +96,18 @@ def _read_vocab_txt(path: Path) -> dict[str, int]:
 
 def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], dict]:
     content = _read_json(path)
-    model = content.get("model") or {}
-    if model.get("type", "WordPiece") != "WordPiece" or not isinstance(model.get("vocab"), dict):
-        raise UserError(f"{path}: holds a {model.get('type')} tokenizer; expected WordPiece, as BERT has")
-    added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
-    return model["vocab"] | added, content.get("normalizer") or {}
+    try:
+        kind, vocabulary = content["model"].get("type", "WordPiece"), content["model"].get("vocab")
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+        normalizer = dict(content.get("normalizer") or {})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: is not a tokenizer file ({error!r}); fetch or write it again") from error
+    if kind != "WordPiece" or not isinstance(vocabulary, dict):
+        raise UserError(f"{path}: holds a {kind} tokenizer; expected WordPiece, as BERT has")
+    pieces = vocabulary | added
+    if not all(type(number) is int and 0 <= number < 2 ** 31 for number in pieces.values()):
+        raise UserError(f"{path}: holds ids that are not whole numbers from 0; fetch or write it again")
+    return pieces, normalizer
 
 
 def _read_json(path: Path) -> dict:

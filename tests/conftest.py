@@ -6,8 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from simplified_tinybert import features
+from simplified_tinybert.features import Examples, FeatureWriter
+from simplified_tinybert.tokenization import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -15,7 +20,8 @@ MODELS = ("teacher", "student_2x24", "student_4x48")
 
 os.environ["HF_HUB_OFFLINE"] = "1"                     # no test may reach out
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+os.environ["OMP_NUM_THREADS"] = "1"                     # tiny models: more threads would only wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +57,42 @@ def words(ids: list[int]) -> str:
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], capture_output=True, text=True,
                           timeout=300, check=False)
+
+
+def write_features(path: Path, rows: list[tuple], max_seq_length: int = 32, set_name: str = "train") -> Path:
+    """A feature file of (id, token ids, length of the query segment, label) rows in the tiny vocabulary."""
+    with open(path, "wb") as handle:
+        writer = FeatureWriter(handle, set_name, max_seq_length, vocabulary())
+        for start in range(0, len(rows), features.CHUNK_EXAMPLES):
+            ids, tokens, query_lengths, labels = zip(*rows[start:start + features.CHUNK_EXAMPLES])
+            writer.write(Examples(np.concatenate(tokens).astype(np.uint16),
+                                  np.array([len(row) for row in tokens], np.uint16),
+                                  np.array(query_lengths, np.uint16), np.array(labels, np.int8), list(ids)))
+        writer.close()
+    return path
+
+
+def vocabulary() -> Vocabulary:
+    return Vocabulary({piece: number for number, piece in enumerate(tiny_vocabulary())}, lower_case=True)
+
+
+def random_rows(count: int, max_seq_length: int = 32, seed: int = 0) -> list[tuple]:
+    """Pairs of random words; ids have the form query_id#passage_id, labels alternate."""
+    random, rows = np.random.default_rng(seed), []
+    for number in range(count):
+        length = int(random.integers(5, max_seq_length + 1))
+        tokens = random.integers(5, 200, length)
+        query_length = int(random.integers(3, length - 1))
+        tokens[0], tokens[query_length - 1], tokens[-1] = 2, 3, 3
+        rows.append((f"q{number // 10}#D{number % 10}_{number}", tokens, query_length, number % 2))
+    return rows
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Run a script's main in this process; returns its stderr. A UserError comes through as an exception."""
+    def run(script, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        script.main()
+        return capsys.readouterr().err
+    return run

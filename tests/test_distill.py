@@ -1,0 +1,250 @@
+"""distill.py as a user runs it: golden losses from the command line, accumulation, resuming, refusals."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_rows, run_script, write_features
+from safetensors.torch import load_file
+
+import distill
+from simplified_tinybert.files import UserError
+from simplified_tinybert.training import Plan, Training, epoch_batches, padding_share
+
+
+@pytest.fixture
+def golden_features(golden, tmp_path):
+    """The golden batch as a feature file: one batch of six examples."""
+    fields = golden["batch"]
+    lengths = np.sum(fields["attention_mask"], axis=1)
+    columns = zip(fields["input_ids"], lengths, fields["token_type_ids"], fields["labels"])
+    rows = [(str(number), np.array(ids[:length]), length - sum(segments), label)
+            for number, (ids, length, segments, label) in enumerate(columns)]
+    return write_features(tmp_path / "golden.pkl", rows)
+
+
+def arguments(features, models, output, *more, student="student_2x24", teacher="teacher"):
+    return ["--features_file", features, "--teacher_model", models[teacher], "--general_student_model", models[student],
+            "--output_student_dir", output, "--cache_file_dir", output.parent / "cache", "--device", "cpu", *more]
+
+
+def log_of(output):
+    return [json.loads(line) for line in (output / "train_loss.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("number", range(16))
+def test_golden_losses_from_the_command_line(golden, golden_models, golden_features, tmp_path, run_main, number):
+    """Ten full-batch epochs are ten steps of the golden schedule; the first six losses are known."""
+    case = golden["cases"][number]
+    run_main(distill, *arguments(
+        golden_features, golden_models, tmp_path / "out", "--distill_model", case["distill_model"], "--temperature",
+        case["temperature"], "--alpha", case["alpha"], "--train_batch_size", 6, "--num_train_epochs", 10,
+        "--learning_rate", 2e-3, "--warmup_proportion", 0.2, "--wd", 0.01, "--train_loss_step", 1,
+        *(["--pooled_relu"] if case["head"] == "tinybert" else []), student=case["student"]))
+    rows = log_of(tmp_path / "out")
+    assert [row["global_step"] for row in rows] == list(range(1, 11))
+    assert [row["loss"] for row in rows[:6]] == pytest.approx(case["training"]["total_loss_per_step"], rel=1e-4)
+    names = {"soft_loss": "soft", "hard_loss": "hard", "att_loss": "attention", "rep_loss": "hidden"}
+    for mine, theirs in names.items():
+        assert rows[0][mine] == pytest.approx(case["losses"].get(theirs, 0), rel=1e-4)
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["cls_loss"] + row["att_loss"] + row["rep_loss"], rel=1e-5)
+
+
+def test_what_is_printed_first(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(50))
+    printed = run_main(distill, *arguments(features, golden_models, tmp_path / "out", "--train_batch_size", 8))
+    for fact in ("4 layers, hidden width 48, 4 heads, 91,154 parameters", "2 layers, hidden width 24",
+                 "0 ← 0 (embeddings), 1 ← 2, 2 ← 4", "1 × attention + 1 × hidden + 1 × soft + 1 × hard",
+                 "soft cross-entropy weighs 0.5", "50, 50.0 % relevant", "positions are padding",
+                 "14 = 2 epochs × 7 steps of 8 × 1 examples; warm-up 1"):
+        assert fact in printed
+
+
+def test_a_short_run_ends_with_a_finished_student_and_a_last_row(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(20))
+    run_main(distill, *arguments(features, golden_models, tmp_path / "out", "--train_batch_size", 8))
+    assert [row["global_step"] for row in log_of(tmp_path / "out")] == [6]
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
+    before = load_file(golden_models["student_2x24"] / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors") | load_file(tmp_path / "out" / "fit_dense.safetensors")
+    assert before.keys() == after.keys()
+    assert not torch.allclose(before["classifier.weight"].float(), after["classifier.weight"], atol=1e-6)
+
+
+@pytest.mark.parametrize("distill_model", ["finetune", "standard", "simplified"])
+def test_accumulated_batches_make_the_same_student_as_large_ones(golden_models, tmp_path, run_main, distill_model):
+    """28 examples: two steps of 12 and one of 4 an epoch, however the 12 are cut. Dropout is 0."""
+    features = write_features(tmp_path / "train.pkl", random_rows(28))
+    students = []
+    for name, batch, accumulation in (("a", 12, 1), ("b", 4, 3), ("c", 3, 4)):
+        run_main(distill, *arguments(features, golden_models, tmp_path / name, "--distill_model", distill_model,
+                                     "--train_batch_size", batch, "--gradient_accumulation_steps", accumulation,
+                                     "--train_loss_step", 1, "--learning_rate", 1e-3))
+        students.append(load_file(tmp_path / name / "model.safetensors"))
+        assert [row["global_step"] for row in log_of(tmp_path / name)] == [1, 2, 3, 4, 5, 6]
+    for other in students[1:]:
+        for key, tensor in students[0].items():
+            torch.testing.assert_close(other[key], tensor, rtol=1e-4, atol=2e-5)
+    losses = [[row["loss"] for row in log_of(tmp_path / name)] for name in "abc"]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_finetune_needs_no_teacher_and_lowers_the_loss(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(16))
+    run_main(distill, "--features_file", features, "--general_student_model", golden_models["student_4x48"],
+             "--output_student_dir", tmp_path / "out", "--cache_file_dir", tmp_path, "--distill_model", "finetune",
+             "--num_train_epochs", 40, "--train_batch_size", 16, "--learning_rate", 1e-3, "--train_loss_step", 10)
+    rows = log_of(tmp_path / "out")
+    assert rows[-1]["hard_loss"] < 0.5 * rows[0]["hard_loss"]
+    assert rows[-1]["soft_loss"] == rows[-1]["att_loss"] == 0.0
+
+
+def test_padding_modes(golden_models, tmp_path, run_main):
+    """masked: the loss does not depend on how far batches are padded; reference: it does."""
+    features = write_features(tmp_path / "train.pkl", random_rows(12, max_seq_length=20), max_seq_length=20)
+    first = {}
+    for padding in ("reference", "masked"):
+        for length in (20, 40):
+            output = tmp_path / f"{padding}{length}"
+            run_main(distill, *arguments(features, golden_models, output, "--padding", padding, "--max_seq_length",
+                                         length, "--train_batch_size", 12, "--train_loss_step", 1))
+            first[padding, length] = log_of(output)[0]["att_loss"]
+    assert first["masked", 20] == pytest.approx(first["masked", 40], rel=1e-5)
+    # B11: sums over queries and keys are the same or grow by padded queries, the mean is over twice the positions
+    assert first["reference", 40] < 0.7 * first["reference", 20]
+
+
+def with_dropout(folder, target):
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.1,
+                                                             "attention_probs_dropout_prob": 0.1}))
+    return target
+
+
+@pytest.mark.parametrize("stop_after", [1, 7, 10, 13])
+def test_an_interrupted_run_resumes_to_the_same_student(golden_models, tmp_path, run_main, monkeypatch, stop_after):
+    features = write_features(tmp_path / "train.pkl", random_rows(50))
+    models = golden_models | {"student_2x24": with_dropout(golden_models["student_2x24"], tmp_path / "dropout")}
+    more = ("--train_batch_size", 8, "--save_model_step", 5, "--train_loss_step", 3, "--learning_rate", 1e-3)
+    run_main(distill, *arguments(features, models, tmp_path / "whole", *more))
+
+    steps, real_step = [], Training._step
+
+    def step_until_interrupted(self, group):
+        if len(steps) == stop_after:
+            raise KeyboardInterrupt
+        steps.append(group)
+        real_step(self, group)
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", step_until_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_main(distill, *arguments(features, models, tmp_path / "halves", *more))
+    assert not (tmp_path / "halves" / "model.safetensors").exists()
+    run_main(distill, *arguments(features, models, tmp_path / "halves", *more, "--resume"))
+    for name in ("model.safetensors", "fit_dense.safetensors", "config.json"):
+        assert (tmp_path / "halves" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    drop_rate = [{key: value for key, value in row.items() if key != "examples_per_second"}
+                 for row in log_of(tmp_path / "halves")]
+    assert drop_rate == [{key: value for key, value in row.items() if key != "examples_per_second"}
+                         for row in log_of(tmp_path / "whole")]
+    assert "finished already" in run_main(distill, *arguments(features, models, tmp_path / "halves", *more, "--resume"))
+
+
+def test_resume_refuses_other_settings(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(20))
+    run_main(distill, *arguments(features, golden_models, tmp_path / "out"))
+    with pytest.raises(UserError, match="learning_rate was 5e-05, is 0.1"):
+        run_main(distill, *arguments(features, golden_models, tmp_path / "out", "--resume", "--learning_rate", 0.1))
+
+
+def test_all_problems_are_told_at_once_and_nothing_is_left(golden_models, tmp_path):
+    """As a user sees it: exit code 2, no traceback, no output folder."""
+    done = run_script("distill.py", "--features_file", tmp_path / "missing.pkl", "--general_student_model",
+                      tmp_path / "no", "--output_student_dir", tmp_path / "out", "--train_batch_size", 0,
+                      "--temperature", -1, "--fp16", "--device", "cpu")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for problem in ("missing.pkl: cannot read", "no such model folder", "--train_batch_size 0", "--temperature -1",
+                    "needs --teacher_model", "--fp16 needs a CUDA device"):
+        assert problem in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def change_config(source, target, **changes):
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("rows, changes, more, message", [
+    (random_rows(8), {"num_attention_heads": 2}, [], "attention heads"),
+    ([(i, t, q, -1) for i, t, q, _ in random_rows(8)], {}, [], "8 of 8 examples have no label"),
+    (random_rows(8), {}, ["--max_seq_length", 16], "made with 32"),
+    (random_rows(8), {}, ["--max_seq_length", 65], "64 positions"),
+    (random_rows(8), {"vocab_size": 100}, [], "knows 100 word pieces"),
+    (random_rows(8), {"num_hidden_layers": 3}, [], "cannot be mapped evenly"),
+    (random_rows(8), {}, ["--fp16_backend", "apex", "--fp16"], "apex"),
+])
+def test_models_and_features_that_do_not_fit(golden_models, tmp_path, run_main, rows, changes, more, message):
+    features = write_features(tmp_path / "train.pkl", rows)
+    models = golden_models | {"student_2x24": change_config(golden_models["student_2x24"], tmp_path / "s", **changes)}
+    with pytest.raises(UserError, match=message):
+        run_main(distill, *arguments(features, models, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_features_of_another_vocabulary_are_refused(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(8))
+    other = shutil.copytree(golden_models["teacher"], tmp_path / "other")
+    (other / "vocab.txt").write_text((other / "vocab.txt").read_text().replace("w7\n", "w7x\n"))
+    with pytest.raises(UserError, match="another vocabulary than the teacher's"):
+        run_main(distill, *arguments(features, golden_models | {"teacher": other}, tmp_path / "out"))
+
+
+def test_a_folder_with_something_in_it_is_not_touched(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(8))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    for more in ([], ["--resume"]):
+        with pytest.raises(UserError, match="is not empty"):
+            run_main(distill, *arguments(features, golden_models, tmp_path / "out", *more))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_an_infinite_loss_stops_the_run(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(16))
+    with pytest.raises(UserError, match="the loss of steps .* lower --learning_rate"):
+        run_main(distill, *arguments(features, golden_models, tmp_path / "out", "--learning_rate", 1e30,
+                                     "--train_batch_size", 4, "--num_train_epochs", 5, "--train_loss_step", 1))
+
+
+def test_bfloat16_stays_near_float32(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(16))
+    losses = []
+    for name, more in (("a", []), ("b", ["--bf16"])):
+        run_main(distill, *arguments(features, golden_models, tmp_path / name, *more, "--train_loss_step", 1))
+        losses.append([row["loss"] for row in log_of(tmp_path / name)])
+    assert losses[1] == pytest.approx(losses[0], rel=0.03) and losses[0] != losses[1]
+
+
+def test_batches_of_an_epoch_hold_every_example_once():
+    lengths = np.random.default_rng(1).integers(5, 100, 1003)
+    for bucket in (False, True):
+        batches = epoch_batches(lengths, 8, seed=1, epoch=3, bucket=bucket)
+        assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
+        assert all(len(batch) <= 8 for batch in batches) and len(batches) == 126
+        assert not np.array_equal(np.concatenate(batches),
+                                  np.concatenate(epoch_batches(lengths, 8, seed=1, epoch=4, bucket=bucket)))
+    shares = [padding_share(lengths, epoch_batches(lengths, 8, 1, 0, bucket), None) for bucket in (False, True)]
+    assert shares[1] < 0.05 < 0.3 < shares[0] < padding_share(lengths, epoch_batches(lengths, 8, 1, 0, False), 99)
+
+
+@pytest.mark.parametrize("examples, batch, accumulation, epochs, steps", [
+    (100, 10, 1, 2, 20), (101, 10, 1, 2, 22), (100, 10, 3, 1, 4), (100, 10, 1, 2.5, 25), (3, 10, 4, 1, 1),
+    (100, 10, 1, 0.01, 1)])
+def test_number_of_steps(examples, batch, accumulation, epochs, steps):
+    assert Plan(batch, accumulation, epochs, 0, None, False, 1, 1).total_steps(examples) == steps

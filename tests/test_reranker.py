@@ -1,0 +1,164 @@
+"""reranker.py as a user runs it: scores, their order, resuming, refusals."""
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_rows, run_script, write_features
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import reranker
+from simplified_tinybert import features
+from simplified_tinybert.checkpoints import load_cross_encoder
+from simplified_tinybert.files import UserError
+from simplified_tinybert.modeling import Batch
+
+
+def arguments(model, features_file, output, *more):
+    files = features_file if isinstance(features_file, list) else [features_file]
+    return ["--model_dir", model, "--features_file", *files, "--output_scores_file", output, "--device", "cpu", *more]
+
+
+def read_scores(path):
+    return [(query_id, passage_id, float(score)) for query_id, passage_id, score
+            in (line.split("\t") for line in path.read_text().splitlines())]
+
+
+def one_by_one(model_dir, rows):
+    """Logits of each pair alone, in full depth: no batches, no padding, no fast path."""
+    model, _ = load_cross_encoder(model_dir)
+    logits = []
+    for _, tokens, query_length, _ in rows:
+        ids = torch.tensor(np.array([tokens], dtype=np.int64))
+        segments = (torch.arange(ids.shape[1]) >= query_length).long()[None]
+        with torch.inference_mode():
+            logits.append(model(Batch(ids, segments, torch.ones_like(ids)), layers=[]).logits[0].numpy())
+    return np.array(logits, dtype=np.float64)
+
+
+@pytest.mark.parametrize("name", ["teacher", "student_2x24", "student_4x48"])
+@pytest.mark.parametrize("more", [[], ["--eval_batch_size", 3], ["--batch_tokens", 50], ["--batch_tokens", 1]])
+def test_scores_in_input_order_equal_those_of_single_pairs(golden_models, tmp_path, run_main, monkeypatch, name, more):
+    monkeypatch.setattr(features, "CHUNK_EXAMPLES", 40)
+    rows = random_rows(130)
+    file = write_features(tmp_path / "test.pkl", rows, set_name="test")
+    run_main(reranker, *arguments(golden_models[name], file, tmp_path / "scores.tsv", *more))
+    found, logits = read_scores(tmp_path / "scores.tsv"), one_by_one(golden_models[name], rows)
+    assert [f"{query_id}#{passage_id}" for query_id, passage_id, _ in found] == [row[0] for row in rows]
+    expected = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
+    np.testing.assert_allclose([score for *_, score in found], expected, rtol=0, atol=1e-6)
+
+
+def test_log_odds(golden_models, tmp_path, run_main):
+    rows = random_rows(30)
+    file = write_features(tmp_path / "test.pkl", rows, set_name="test")
+    run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv", "--score", "log_odds"))
+    logits = one_by_one(golden_models["teacher"], rows)
+    np.testing.assert_allclose([score for *_, score in read_scores(tmp_path / "scores.tsv")],
+                               logits[:, 1] - logits[:, 0], rtol=0, atol=2e-5)
+
+
+def test_distinct_margins_stay_distinct():
+    """B39: in float32 the probability is exactly 1 from a margin of 17 on."""
+    margins = np.linspace(5, 30, 1000, dtype=np.float32)
+    logits = np.stack([np.zeros_like(margins), margins], axis=1)
+    for score in ("probability", "log_odds"):
+        assert len(set(reranker.relevance(logits, score).tolist())) == 1000
+    extreme = reranker.relevance(np.array([[0.0, 800.0], [800.0, 0.0]]), "probability")
+    assert extreme.tolist() == pytest.approx([1.0, 0.0])
+
+
+def test_single_logit_models_score_by_the_sigmoid():
+    assert reranker.relevance(np.array([[math.log(3)]], np.float32), "probability")[0] == pytest.approx(0.75)
+    assert reranker.relevance(np.array([[2.5]], np.float32), "log_odds")[0] == 2.5
+
+
+@given(st.lists(st.integers(5, 300), min_size=1, max_size=200), st.integers(1, 3000),
+       st.one_of(st.none(), st.integers(1, 9)))
+def test_batches_hold_every_pair_once_within_the_budget(lengths, budget, most):
+    lengths = np.array(lengths, dtype=np.uint16)
+    batches = list(reranker.token_batches(lengths, budget, most))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
+        assert most is None or len(batch) <= most
+
+
+def test_ids_with_many_signs_and_several_files(golden_models, tmp_path, run_main):
+    rows = [(example_id, *rest) for example_id, (_, *rest)
+            in zip(["1#msmarco_v2.1_doc_00_0#4_17", "q-ü#D_1_0", "9#a#b#c_1"], random_rows(3))]
+    files = [write_features(tmp_path / f"{n}.pkl", [row], set_name="test") for n, row in enumerate(rows)]
+    run_main(reranker, *arguments(golden_models["teacher"], files, tmp_path / "scores.tsv"))
+    assert [row[:2] for row in read_scores(tmp_path / "scores.tsv")] == [
+        ("1", "msmarco_v2.1_doc_00_0#4_17"), ("q-ü", "D_1_0"), ("9", "a#b#c_1")]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, 50, 99])
+def test_an_interrupted_run_resumes_to_the_same_bytes(golden_models, tmp_path, run_main, monkeypatch, cut):
+    monkeypatch.setattr(features, "CHUNK_EXAMPLES", 40)
+    file = write_features(tmp_path / "test.pkl", random_rows(100), set_name="test")
+    run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"))
+    whole = (tmp_path / "scores.tsv").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (tmp_path / "scores.tsv").unlink()
+    (tmp_path / "scores.tsv.partial").write_bytes(b"".join(lines[:cut]) + lines[cut][:7])
+    counted = []
+    real = reranker.score_chunk
+    monkeypatch.setattr(reranker, "score_chunk", lambda *args: counted.append(len(args[1])) or real(*args))
+    run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv", "--resume"))
+    assert (tmp_path / "scores.tsv").read_bytes() == whole
+    assert sum(counted) == 100 - cut // 40 * 40
+    assert not (tmp_path / "scores.tsv.partial").exists()
+
+
+def test_resume_refuses_another_model(golden_models, tmp_path, run_main):
+    file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
+    run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"))
+    (tmp_path / "scores.tsv.partial").write_text("q0\tD0_0\t0.5\n")
+    with pytest.raises(UserError, match="another model, features or settings"):
+        run_main(reranker, *arguments(golden_models["student_4x48"], file, tmp_path / "scores.tsv", "--resume"))
+
+
+def test_pooled_relu_from_flag_or_configuration(golden_models, tmp_path, run_main):
+    file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
+    configured = shutil.copytree(golden_models["teacher"], tmp_path / "relu")
+    config = json.loads((configured / "config.json").read_text())
+    (configured / "config.json").write_text(json.dumps(config | {"pooled_relu": True}))
+    outputs = []
+    for number, (model, more) in enumerate([(golden_models["teacher"], []), (configured, []),
+                                            (golden_models["teacher"], ["--pooled_relu"])]):
+        run_main(reranker, *arguments(model, file, tmp_path / f"{number}.tsv", *more))
+        outputs.append((tmp_path / f"{number}.tsv").read_bytes())
+    assert outputs[0] != outputs[1] == outputs[2]
+
+
+def test_weights_that_are_not_numbers_are_called_out(golden_models, tmp_path, run_main):
+    file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
+    broken = shutil.copytree(golden_models["teacher"], tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["bert.pooler.dense.bias"][3] = math.nan
+    save_file(weights, broken / "model.safetensors")
+    with pytest.raises(UserError, match="logits of q0#D. are not numbers|logits of q0#D0_0 are not numbers"):
+        run_main(reranker, *arguments(broken, file, tmp_path / "scores.tsv"))
+    assert not (tmp_path / "scores.tsv").exists()
+
+
+def test_refusals_come_together_with_exit_code_2(golden_models, tmp_path):
+    file = write_features(tmp_path / "train.pkl", [("17", *row[1:]) for row in random_rows(3)])
+    done = run_script("reranker.py", *arguments(tmp_path / "no", file, tmp_path / "nowhere" / "s.tsv",
+                                                "--batch_tokens", 0))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for problem in ("no such model folder", "folder does not exist", "--batch_tokens 0", "3 of 3 ids"):
+        assert problem in done.stderr
+    general = shutil.copytree(golden_models["student_2x24"], tmp_path / "general")
+    weights = load_file(general / "model.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if not name.startswith("classifier")},
+              general / "model.safetensors")
+    file = write_features(tmp_path / "test.pkl", random_rows(3), set_name="test")
+    done = run_script("reranker.py", *arguments(general, file, tmp_path / "s.tsv"))
+    assert done.returncode == 2 and "classifier.weight; the model was not fine-tuned" in done.stderr
+    assert not (tmp_path / "s.tsv").exists()
