@@ -14,7 +14,8 @@ ranking, and a general student (a pre-trained small BERT). Models are folders or
 Out, in --output_student_dir: the finished student as a Hugging Face folder (config.json, model.safetensors, tokenizer,
 fit_dense.safetensors), train_loss.jsonl (a row every --train_loss_step steps: global_step, loss = cls_loss + att_loss +
 rep_loss, the unweighted soft_loss and hard_loss, learning_rate, examples_per_second), the same for TensorBoard, and
-checkpoint-<step>/ every --save_model_step steps, from which --resume goes on to the same student.
+checkpoint-<step>/ every --save_model_step steps (checkpoint-0: the student before the first), from which --resume goes
+on to the same student.
 """
 import argparse
 import math

@@ -26,7 +26,7 @@ from transformers import BertConfig
 from simplified_tinybert.checkpoints import load_cross_encoder, weights_fingerprint
 from simplified_tinybert.features import Examples, FeatureSummary, read_chunks, summarise
 from simplified_tinybert.files import Problems, UserError, check_output_file, run_main, say, sync_folder
-from simplified_tinybert.modeling import CrossEncoder, describe
+from simplified_tinybert.modeling import CrossEncoder, count_parameters, describe
 from simplified_tinybert.precision import autocast, select_precision
 from simplified_tinybert.preflight import check_length, check_model_fits, find_models
 from simplified_tinybert.runtime import record, select_device
@@ -121,8 +121,8 @@ def written_pairs(partial: Path, record_path: Path, wanted: dict, chunks: list[i
     if not (partial.is_file() and record_path.is_file()):
         return 0
     if json.loads(record_path.read_text(encoding="utf-8")).get("settings") != wanted:
-        raise UserError(f"{partial}: was written with another model, features or settings; repeat those, or leave out "
-                        f"--resume to start again")
+        raise UserError(f"{partial}: was written with another model, features or settings; repeat those, or remove the "
+                        f"file to start again")
     boundaries, lines, position, done, keep = set(np.cumsum(chunks).tolist()), 0, 0, 0, 0
     with open(partial, "rb+") as handle:
         for line in handle:
@@ -180,8 +180,10 @@ def main() -> None:
     write_scores(model, args, partial, done, summary.examples, batch_tokens, device, dtype)
     os.replace(partial, output)
     sync_folder(output.parent)
-    seconds = time.perf_counter() - start
-    say(f"scores       {output}: {summary.examples:,} pairs, {(summary.examples - done) / seconds:,.1f} pairs/s")
+    speed = (summary.examples - done) / (time.perf_counter() - start)
+    record(record_path, args, settings=wanted, device=str(device), parameters=count_parameters(model),
+           pairs_per_second=speed)
+    say(f"scores       {output}: {summary.examples:,} pairs, {speed:,.1f} pairs/s")
 
 
 if __name__ == "__main__":

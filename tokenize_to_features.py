@@ -81,7 +81,7 @@ def check_line(text: str, set_name: str) -> list[str]:
 
 def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
     """Check every line before anything expensive starts. Returns the number of pairs."""
-    ids, pairs = DuplicateFinder(), 0
+    ids, pairs, before = DuplicateFinder(), 0, problems.count
     for number, text in tqdm(read_lines(path, problems), desc="checking", unit=" lines", unit_scale=True):
         for complaint in check_line(text, set_name):
             problems.add(f"{path}:{number}: {complaint}")
@@ -89,7 +89,7 @@ def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
         pairs += 1
     keys = ((number, text.partition("\t")[0]) for number, text in read_lines(path, Problems()))
     ids.report(keys, path, "id", problems)
-    if not pairs and not problems.count:
+    if not pairs and problems.count == before:
         problems.add(f"{path}: is empty; expected one pair a line: {COLUMNS[set_name]}")
     return pairs
 

@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig
@@ -90,7 +89,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: holds more than tensors, or is damaged; it is refused, because loading it could run "
                         f"code. Have its author save it as safetensors") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:                          # a damaged file makes the libraries raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: is damaged or cut off ({reason}); copy or fetch it again") from error
     if not isinstance(weights, dict) or not all(isinstance(name, str) and _is_plain(value)

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 from transformers.models.bert.modeling_bert import BertLayer
+
+QUERY_BLOCK = 64        # positions
 
 
 @dataclass
@@ -99,10 +102,22 @@ def run_layer(layer: BertLayer, hidden: Tensor, mask: Tensor | None,
     key = _split_heads(attention.key(hidden), attention.num_attention_heads)
     value = _split_heads(attention.value(hidden), attention.num_attention_heads)
     dropout = attention.dropout.p if attention.training else 0.0
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)  # (B, H, L, d)
-    context = context.transpose(1, 2).flatten(start_dim=2)                                          # (B, L, D)
+    context = attend(query, key, value, mask, dropout).transpose(1, 2).flatten(start_dim=2)   # (B, L, D)
     attended = layer.attention.output(context, residual)
     return layer.output(layer.intermediate(attended), attended), query, key
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(QKᵀ/√d)V, (B, H, L, d), in memory that grows linearly with L.
+
+    PyTorch's fused kernels see to that, but on a CPU they have no dropout: there, queries go through in blocks, and a
+    block's scores are computed again in the backward pass instead of being kept.
+    """
+    if dropout == 0.0 or query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    blocks = [checkpoint(F.scaled_dot_product_attention, block, key, value, mask, dropout, use_reentrant=False)
+              for block in query.split(QUERY_BLOCK, dim=2)]
+    return torch.cat(blocks, dim=2)
 
 
 def _split_heads(projected: Tensor, heads: int) -> Tensor:

@@ -59,9 +59,11 @@ class Training:
     save_model: Callable[[Path], None]
 
     def run(self, checkpoint: Path | None = None) -> None:
-        """Train to the last step of the plan, from `checkpoint` on if there is one."""
+        """Train to the last step of the plan, from `checkpoint` on if there is one, else from a new checkpoint-0."""
         step = self._restore(checkpoint) if checkpoint else 0
         total = self.plan.total_steps(len(self.examples))
+        if not checkpoint:
+            self._save_checkpoint(0)
         self.student.train()
         with tqdm(total=total, initial=step, desc="distilling", unit=" steps") as progress:
             for group in self._groups(step, total):
@@ -72,7 +74,7 @@ class Training:
                     row = self.log.write(step, self.optimizer.learning_rate)
                     progress.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
                 if step % self.plan.save_every == 0 and step < total:
-                    save_checkpoint(self.output_dir / f"checkpoint-{step}", self.save_model, self._state(step))
+                    self._save_checkpoint(step)
         self.log.close()
         self.student.eval()
 
@@ -99,6 +101,9 @@ class Training:
         self.scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.log.step(size)
+
+    def _save_checkpoint(self, step: int) -> None:
+        save_checkpoint(self.output_dir / f"checkpoint-{step}", self.save_model, self._state(step))
 
     def _state(self, step: int) -> dict:
         random = {"cpu": torch.get_rng_state()}

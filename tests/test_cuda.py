@@ -1,0 +1,93 @@
+"""The same on an NVIDIA GPU: golden figures, mixed precision, memory. Skipped where there is none."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_rows, write_features
+from test_distill import arguments, golden_features, log_of  # noqa: F401
+from test_golden import CASES, TERMS, batch, load_case  # noqa: F401
+from test_reranker import arguments as rerank_arguments
+from test_reranker import read_scores
+from transformers import BertConfig
+
+import distill
+import reranker
+from simplified_tinybert.checkpoints import fit_projections
+from simplified_tinybert.modeling import Batch, CrossEncoder
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+@pytest.mark.parametrize("number", CASES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_golden_losses_and_gradients(golden, golden_models, batch, number, dtype, tolerance):  # noqa: F811
+    case, student, teacher, args = load_case(golden, golden_models, number, dtype)
+    terms = distill.objective(student.cuda(), teacher.cuda(), batch.to(torch.device("cuda")), args)
+    expected = {mine: case["losses"][theirs] for mine, theirs in TERMS.items() if theirs in case["losses"]}
+    assert {name: terms[name].item() for name in expected} == pytest.approx(expected, rel=tolerance)
+    terms["loss"].backward()
+    for name, parameter in student.named_parameters():
+        norm = case["grad_norm"][name.replace("projections.0", "fit_dense")]
+        if norm is not None and norm > 1e-12:
+            found = parameter.grad.norm().item()
+            assert found == pytest.approx(norm, rel=10 * tolerance, abs=1e-5 * (tolerance > 1e-8))
+
+
+@pytest.mark.parametrize("more, tolerance", [([], 1e-4), (["--bf16"], 0.03), (["--fp16"], 0.03)])
+@pytest.mark.parametrize("number", [2, 6, 12])
+def test_golden_training_from_the_command_line(golden, golden_models, golden_features, tmp_path, run_main,  # noqa: F811
+                                               number, more, tolerance):
+    case = golden["cases"][number]
+    run_main(distill, *arguments(
+        golden_features, golden_models, tmp_path / "out", "--distill_model", case["distill_model"], "--temperature",
+        case["temperature"], "--alpha", case["alpha"], "--train_batch_size", 6, "--num_train_epochs", 10,
+        "--learning_rate", 2e-3, "--warmup_proportion", 0.2, "--train_loss_step", 1, "--device", "0", *more,
+        *(["--pooled_relu"] if case["head"] == "tinybert" else []), student=case["student"]))
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["device"] == "cuda:0"
+    losses = [row["loss"] for row in log_of(tmp_path / "out")[:6]]
+    assert losses == pytest.approx(case["training"]["total_loss_per_step"], rel=tolerance)
+
+
+@pytest.mark.parametrize("more, tolerance", [([], 1e-5), (["--bf16"], 0.05), (["--fp16"], 0.01)])
+def test_scores_equal_those_of_the_cpu(golden_models, tmp_path, run_main, more, tolerance):
+    file = write_features(tmp_path / "test.pkl", random_rows(300), set_name="test")
+    scores = []
+    for device, flags in (("cpu", []), ("0", more)):
+        run_main(reranker, *rerank_arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"), "--device",
+                 device, *flags)
+        scores.append([score for *_, score in read_scores(tmp_path / "scores.tsv")])
+    np.testing.assert_allclose(scores[1], scores[0], rtol=0, atol=tolerance)
+
+
+def bert(layers, width, dropout):
+    return CrossEncoder(BertConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=12,
+                                   intermediate_size=4 * width, hidden_dropout_prob=dropout,
+                                   attention_probs_dropout_prob=dropout)).cuda()
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers, width", [(3, 384), (6, 768)])
+def test_peak_memory_of_a_training_step_is_linear_in_the_length(precision, layers, width):
+    """BERT-Base teacher, dropout 0.1, batches of 32 padded pairs; what the models themselves take is subtracted."""
+    student, teacher = bert(layers, width, 0.1).train(), bert(12, 768, 0.1).eval().requires_grad_(False)
+    fit_projections(student, 768, torch.Generator().manual_seed(0))
+    student.cuda()
+    args = type("Args", (), {"distill_model": "simplified", "temperature": 1.0, "padding": "reference"})
+    peaks = []
+    for length in (64, 128, 256, 512):                   # the first one warms up
+        mask = (torch.arange(length) < torch.randint(length // 2, length, (32, 1))).long()
+        data = Batch(torch.randint(30522, (32, length)), torch.zeros(32, length, dtype=torch.long), mask,
+                     torch.randint(2, (32,))).to(torch.device("cuda"))
+        student.zero_grad(set_to_none=False)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", dtype=precision, enabled=precision != torch.float32):
+            loss = distill.objective(student, teacher, data, args)["loss"]
+        loss.backward()
+        peaks.append((torch.cuda.max_memory_allocated() - before) / 2 ** 20)
+        del loss, data
+    print(f"{layers}/{width} {precision}: peak of a step at 128, 256, 512 positions: "
+          + ", ".join(f"{peak:,.0f} MiB" for peak in peaks[1:]))
+    assert peaks[2] < 2.2 * peaks[1] and peaks[3] < 2.2 * peaks[2]
