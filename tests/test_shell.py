@@ -1,0 +1,112 @@
+"""What a new user types: shell scripts from any folder, with data of their own; and what the README promises."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, random_rows, words
+
+SCRIPTS = ("distill.sh", "reranker.sh", "test.sh")
+COMMANDS = ("tokenize_to_features.py", "distill.py", "reranker.py", "convert_to_trec_results.py", "msmarco_mrr_eval.py")
+
+
+def bash(script, *arguments, cwd, **environment):
+    return subprocess.run(["bash", str(ROOT / script), *arguments], cwd=cwd, capture_output=True, text=True,
+                          timeout=300, env=os.environ | {"PYTHON": sys.executable} | environment)
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "ditill.sh", "python_env.sh", ".ci/run"])
+def test_shell_scripts_are_clean(name):
+    content = (ROOT / name).read_bytes()
+    assert b"\r" not in content                                   # the original's had them: "command not found"
+    assert subprocess.run(["bash", "-n", ROOT / name]).returncode == 0
+    if name in SCRIPTS:
+        assert content.startswith(b"#!/usr/bin/env bash\n") and b"\nset -euo pipefail\n" in content
+        assert os.access(ROOT / name, os.X_OK)
+
+
+@pytest.fixture
+def own_data(golden_models, tmp_path):
+    """A user's folder with models, training examples, test pairs and judgements; everything named relatively."""
+    for name, folder in golden_models.items():
+        shutil.copytree(folder, tmp_path / "my models" / name)
+    rows = [(row[0], words(row[1][1:row[2] - 1]), words(row[1][row[2]:-1]), row[3]) for row in random_rows(40)]
+    (tmp_path / "train.tsv").write_text("".join(f"{n}\t{q}\t{p}\t{y}\n" for n, (_, q, p, y) in enumerate(rows)))
+    (tmp_path / "pairs.tsv").write_text("".join(f"{i}\t{q}\t{p}\n" for i, q, p, _ in rows))
+    (tmp_path / "qrels.txt").write_text("".join(f"q{number} 0 D1 1\n" for number in range(4)))
+    return tmp_path
+
+
+def test_distill_and_rerank_with_data_of_ones_own_from_any_folder(own_data):
+    done = bash("ditill.sh", "--warmup_proportion", "0.2", cwd=own_data, TEACHER_MODEL="my models/teacher",
+                STUDENT_MODEL="my models/student_2x24", TRAIN_EXAMPLES="train.tsv", OUTPUT_STUDENT_DIR="out put",
+                MAX_SEQ_LENGTH="32", DEVICE="cpu")
+    assert done.returncode == 0, done.stderr
+    assert "2 epochs × 1 steps of 64 × 1 examples" in done.stderr
+    done = bash("reranker.sh", "--score", "log_odds", cwd=own_data, MODEL_DIR="out put", TEST_PAIRS="pairs.tsv",
+                OUTPUT_DIR="results", QRELS_FILE="qrels.txt", MAX_SEQ_LENGTH="32", DEVICE="cpu", MEASURES="nDCG@10 R@5")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"query_num: 4\nMRR: [\d.]+\nMRR@10: [\d.]+\nMRR@100: [\d.]+\nnDCG@10: [\d.]+\nR@5: ", done.stdout)
+    assert len((own_data / "results" / "scores.tsv").read_text().splitlines()) == 40
+    assert sorted(path.name for path in own_data.iterdir()) == [
+        "cache", "my models", "out put", "pairs.tsv", "qrels.txt", "results", "train.tsv", "train.tsv.pkl"]
+
+
+def test_reranking_before_distilling_says_what_to_do(tmp_path):
+    done = bash("reranker.sh", cwd=tmp_path, EXAMPLE_DIR=str(tmp_path / "none"))
+    assert done.returncode == 2 and "bash distill.sh" in done.stderr
+
+
+def test_a_failing_step_ends_the_script(own_data):
+    (own_data / "train.tsv").write_text("1\tonly two columns\n")
+    done = bash("distill.sh", cwd=own_data, TEACHER_MODEL="my models/teacher", STUDENT_MODEL="my models/student_2x24",
+                TRAIN_EXAMPLES="train.tsv", OUTPUT_STUDENT_DIR="out")
+    assert done.returncode == 2 and "train.tsv:1: found 2 tab-separated columns" in done.stderr
+    assert not (own_data / "out").exists()
+
+
+def test_an_environment_is_taken_only_if_it_has_what_is_pinned(tmp_path):
+    (tmp_path / "python_env.sh").write_bytes((ROOT / "python_env.sh").read_bytes())
+    script = f'source "{tmp_path}/python_env.sh"; satisfies "{sys.executable}" "$1" && echo yes || echo no'
+
+    def answer(text):
+        (tmp_path / "needs.txt").write_text(text)
+        return subprocess.run(["bash", "-c", script, "bash", tmp_path / "needs.txt"], capture_output=True,
+                              text=True).stdout.strip()
+    import numpy
+    assert answer(f"# comment\nnumpy=={numpy.__version__}\n") == "yes"
+    assert answer("numpy==1.0.0\n") == "no"
+    assert answer("no-such-package==1.0.0\n") == "no"
+    (tmp_path / "more.txt").write_text("numpy==1.0.0\n")
+    assert answer("-r more.txt\n") == "no"
+
+
+def test_requirements_are_pinned_and_shared_with_conda():
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            assert line.startswith(("#", "-r ")) or re.fullmatch(r"[A-Za-z0-9_-]+==[\w.]+", line), line
+    assert "- -r requirements.txt" in (ROOT / "env.yaml").read_text()
+
+
+@pytest.fixture(scope="module")
+def help_texts():
+    return {name: subprocess.run([sys.executable, ROOT / name, "--help"], capture_output=True, text=True,
+                                 check=True).stdout for name in COMMANDS}
+
+
+def test_every_script_explains_itself(help_texts):
+    for name, text in help_texts.items():
+        assert f"python {name}" in text and "default" in text, name
+
+
+def test_every_flag_of_the_readme_exists(help_texts):
+    flags = set(re.findall(r"--[a-z][a-z_0-9]+", (ROOT / "README.md").read_text())) - {"--help"}
+    known = set(re.findall(r"--[a-z][a-z_0-9]+", " ".join(help_texts.values())))
+    assert flags and flags <= known, flags - known
+
+
+def test_links_of_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / target).exists(), target
