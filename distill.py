@@ -26,7 +26,8 @@ from torch import Tensor
 
 from simplified_tinybert import losses
 from simplified_tinybert.checkpoints import fit_projections, load_cross_encoder, save_cross_encoder
-from simplified_tinybert.features import Examples, FeatureSummary, map_examples, summarise
+from simplified_tinybert.feature_cache import map_examples
+from simplified_tinybert.features import Examples, FeatureSummary, summarise
 from simplified_tinybert.files import Problems, UserError, run_main, say
 from simplified_tinybert.modeling import Batch, CrossEncoder, describe
 from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay

@@ -1,9 +1,9 @@
 """Cut query-passage pairs into word pieces, once, for any number of trainings and re-rankings.
 
     python tokenize_to_features.py --set_name train --raw_data_file examples.tsv --output_features_file train.pkl \\
-        --bert_model_dir bert-base-uncased --max_seq_length 256
+        --bert_model_dir google-bert/bert-base-uncased --max_seq_length 256
     python tokenize_to_features.py --set_name test --raw_data_file pairs.tsv.gz --output_features_file test.pkl \\
-        --bert_model_dir bert-base-uncased --max_seq_length 256
+        --bert_model_dir google-bert/bert-base-uncased --max_seq_length 256
 
 In, one pair a line, UTF-8, plain or gzip, columns separated by one tab:
     train      index <tab> query <tab> passage <tab> label        label 1: relevant, 0: not
@@ -85,9 +85,10 @@ def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
     for number, text in tqdm(read_lines(path, problems), desc="checking", unit=" lines", unit_scale=True):
         for complaint in check_line(text, set_name):
             problems.add(f"{path}:{number}: {complaint}")
-        ids.add(text.partition("\t")[0])
+        if text:                                        # a blank line is complained of above, not as a repeated id
+            ids.add(text.partition("\t")[0])
         pairs += 1
-    keys = ((number, text.partition("\t")[0]) for number, text in read_lines(path, Problems()))
+    keys = ((number, text.partition("\t")[0]) for number, text in read_lines(path, Problems()) if text)
     ids.report(keys, path, "id", problems)
     if not pairs and problems.count == before:
         problems.add(f"{path}: is empty; expected one pair a line: {COLUMNS[set_name]}")
@@ -120,6 +121,8 @@ def main() -> None:
     args, problems = parse_args(), Problems()
     if not 8 <= args.max_seq_length < 2 ** 16:
         problems.add(f"--max_seq_length {args.max_seq_length}: expected 8 to 65535 word pieces")
+    if args.num_workers < 0:
+        problems.add(f"--num_workers {args.num_workers}: expected 0 (one for each core) or more")
     check_output_file(args.output_features_file, problems, inputs=[args.raw_data_file])
     readable = check_input_file(args.raw_data_file, problems, "pairs", read_twice=True)
     try:

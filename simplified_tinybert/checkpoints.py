@@ -89,7 +89,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: holds more than tensors, or is damaged; it is refused, because loading it could run "
                         f"code. Have its author save it as safetensors") from error
-    except OSError:
+    except PermissionError:
         raise
     except Exception as error:                          # a damaged file makes the libraries raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -13,11 +13,8 @@ instruction before it runs one: a feature file cannot name, let alone call, any 
 fill.
 """
 import hashlib
-import os
 import pickle
 import pickletools
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,52 +180,6 @@ def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
         return None
     total.header, total.fingerprint = headers[0][1], digest.hexdigest()
     return total
-
-
-def map_examples(paths: list[Path], summary: FeatureSummary, cache_dir: Path) -> Examples:
-    """All examples of the files as memory maps in a folder of their own under `cache_dir`, built once and reused.
-
-    The folder is named by the content, so that jobs which share `cache_dir` never meet in one folder half-made.
-    """
-    folder = cache_dir / f"features-{summary.fingerprint[:32]}"
-    if not folder.is_dir():
-        aside = cache_dir / f".{folder.name}.{uuid.uuid4().hex}"      # containers and machines share process ids
-        aside.mkdir(parents=True)
-        try:
-            _write_arrays(paths, aside)
-            os.rename(aside, folder)
-        except OSError:
-            if not folder.is_dir():                     # otherwise another job was faster: its folder serves as well
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    try:
-        arrays = [np.load(folder / f"{name}.npy") for name in _ARRAYS]
-        tokens = np.memmap(folder / "tokens.bin", dtype=summary.header["token_type"], mode="r", shape=(summary.tokens,))
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{folder}: the cached features are damaged ({error}); remove this folder and start "
-                        f"again") from error
-    return Examples(tokens, *arrays)
-
-
-_ARRAYS = ("lengths", "query_lengths", "labels")
-
-
-def _write_arrays(paths: list[Path], folder: Path) -> None:
-    collected = {name: [] for name in _ARRAYS}
-    with open(folder / "tokens.bin", "wb") as tokens:
-        for path in paths:
-            for chunk in read_chunks(path):
-                tokens.write(chunk.tokens.tobytes())
-                for name in _ARRAYS:
-                    collected[name].append(getattr(chunk, name))
-        tokens.flush()
-        os.fsync(tokens.fileno())
-    for name in _ARRAYS:
-        with open(folder / f"{name}.npy", "wb") as handle:
-            np.save(handle, np.concatenate(collected[name]))
-            handle.flush()
-            os.fsync(handle.fileno())
 
 
 def _load_frame(handle: IO[bytes], path: Path, where: str) -> dict:

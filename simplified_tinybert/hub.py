@@ -17,7 +17,7 @@ def find_model(name: str) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.exists()
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists()
     if looks_like_path:
         raise UserError(f"{name}: no such model folder; expected a folder with one of {', '.join(CONFIG_FILES)}, "
                         f"or a hub id such as huawei-noah/TinyBERT_General_4L_312D")
