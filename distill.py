@@ -19,6 +19,7 @@ on to the same student.
 """
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ from simplified_tinybert.preflight import (
 )
 from simplified_tinybert.runtime import record, select_device
 from simplified_tinybert.tokenization import has_vocabulary
-from simplified_tinybert.training import Plan, Training, epoch_batches, padding_share
+from simplified_tinybert.training import Plan, Training, epoch_batches, padding_share, step_of
 from simplified_tinybert.training_log import TrainingLog
 
 
@@ -134,9 +135,9 @@ def check_flags(args: argparse.Namespace, problems: Problems) -> None:
         problems.add(f"--distill_model {args.distill_model} needs --teacher_model")
 
 
-def load_models(args: argparse.Namespace, models: dict, checkpoint: Path | None) \
+def load_models(args: argparse.Namespace, models: dict, checkpoint: Path | None, device: torch.device) \
         -> tuple[CrossEncoder, CrossEncoder | None]:
-    """Student (from a checkpoint if given) and teacher, with the head that --pooled_relu asks for."""
+    """Student (from a checkpoint if given) and teacher on the device, with the head that --pooled_relu asks for."""
     generator = torch.Generator().manual_seed(args.seed)
     folder, config = models["general student"]
     student, notes = load_cross_encoder(checkpoint or folder, None if checkpoint else config, new_head=generator)
@@ -155,7 +156,7 @@ def load_models(args: argparse.Namespace, models: dict, checkpoint: Path | None)
         notes += fit_projections(student, teacher.config.hidden_size, generator)
     for note in notes:
         say(f"note         {note}")
-    return student, teacher
+    return student.to(device), teacher and teacher.to(device)
 
 
 def describe_run(args: argparse.Namespace, student: CrossEncoder, teacher: CrossEncoder | None, examples: Examples,
@@ -202,8 +203,7 @@ def model_card(args: argparse.Namespace, student: CrossEncoder) -> str:
     return "\n".join(lines) + "\n"
 
 
-def check_all(args: argparse.Namespace, device: torch.device, problems: Problems) \
-        -> tuple[dict, FeatureSummary, int]:
+def check_all(args: argparse.Namespace, problems: Problems) -> tuple[dict, FeatureSummary, int]:
     """Models, features and padded length, once everything is known to fit. Raises UserError with all that does not."""
     check_flags(args, problems)
     check_output_dir(args.output_student_dir, args.resume, problems)
@@ -226,50 +226,57 @@ def check_all(args: argparse.Namespace, device: torch.device, problems: Problems
     return models, summary, width
 
 
+def make_plan(args: argparse.Namespace, width: int) -> Plan:
+    # Only the layer losses of the reference padding see how far a batch is padded
+    fixed = args.distill_model == "simplified" and args.padding == "reference"
+    return Plan(args.train_batch_size, args.gradient_accumulation_steps, args.num_train_epochs, args.seed,
+                width if fixed else None, args.padding == "masked", args.train_loss_step, args.save_model_step)
+
+
+def train(args: argparse.Namespace, student: CrossEncoder, teacher: CrossEncoder | None, examples: Examples, plan: Plan,
+          dtype: torch.dtype | None, save_model: Callable[[Path], None], checkpoint: Path | None) -> None:
+    """Distill, from the checkpoint on if there is one."""
+    device, total = student.classifier.weight.device, plan.total_steps(len(examples))
+    optimizer = BertAdam(decay_groups(student.named_parameters(), args.weight_decay), args.learning_rate,
+                         schedule=lambda step: linear_warmup_decay(step, total, args.warmup_proportion))
+    apex = args.fp16 and args.fp16_backend == "apex"
+    scaler = ApexScaler(student, optimizer, args.fp16_opt_level) if apex else LossScaler(device, dtype)
+    log = TrainingLog(args.output_student_dir / "train_loss.jsonl",
+                      args.tensorboard_dir or args.output_student_dir / "tensorboard", device,
+                      finished_steps=step_of(checkpoint) if checkpoint else 0)
+    torch.manual_seed(args.seed)
+    Training(student, lambda batch: objective(student, teacher, batch, args), examples, plan, optimizer, scaler, log,
+             device, None if apex else dtype, args.output_student_dir, save_model).run(checkpoint)
+
+
 def main() -> None:
     args, problems = parse_args(), Problems()
     device = select_device(args.device, args.no_cuda)
     dtype = select_precision(args.fp16, args.bf16, device, problems)
-    apex = args.fp16 and args.fp16_backend == "apex" and import_apex_amp()
-    models, summary, width = check_all(args, device, problems)
-    facts = {"settings": settings(args, summary), "device": str(device)}
-    finished, checkpoint = find_run(args.output_student_dir, facts["settings"])
+    if args.fp16 and args.fp16_backend == "apex":
+        import_apex_amp()                                # complains before anything is loaded
+    models, summary, width = check_all(args, problems)
+    output, facts = args.output_student_dir, {"settings": settings(args, summary), "device": str(device)}
+    finished, checkpoint = find_run(output, facts["settings"])
     if finished:
-        say(f"{args.output_student_dir}: the student is finished already; remove the folder to distill it again")
+        say(f"{output}: the student is finished already; remove the folder to distill it again")
         return
 
-    args.output_student_dir.mkdir(parents=True, exist_ok=True)
-    args.cache_file_dir.mkdir(parents=True, exist_ok=True)
-    record(args.output_student_dir / "run.json", args, **facts, finished=False)
-    student, teacher = load_models(args, models, checkpoint)
-    student.to(device)
-    if teacher:
-        teacher.to(device)
-    examples = map_examples(args.features_file, summary, args.cache_file_dir)
-    # Only the layer losses of the reference padding see how far a batch is padded
-    fixed = args.distill_model == "simplified" and args.padding == "reference"
-    plan = Plan(args.train_batch_size, args.gradient_accumulation_steps, args.num_train_epochs, args.seed,
-                width if fixed else None, args.padding == "masked", args.train_loss_step, args.save_model_step)
-    describe_run(args, student, teacher, examples, summary, plan)
-
-    total = plan.total_steps(len(examples))
-    optimizer = BertAdam(decay_groups(student.named_parameters(), args.weight_decay), args.learning_rate,
-                         schedule=lambda step: linear_warmup_decay(step, total, args.warmup_proportion))
-    scaler = ApexScaler(student, optimizer, args.fp16_opt_level) if apex else LossScaler(device, dtype)
-    finished_steps = int(checkpoint.name.partition("-")[2]) if checkpoint else 0
-    log = TrainingLog(args.output_student_dir / "train_loss.jsonl",
-                      args.tensorboard_dir or args.output_student_dir / "tensorboard", device, finished_steps)
+    student, teacher = load_models(args, models, checkpoint, device)
     tokenizer_folder = next((folder for folder, _ in models.values() if has_vocabulary(folder)), None)
 
     def save_model(folder: Path) -> None:
         save_cross_encoder(student, folder, tokenizer_folder, summary.header["lower_case"], model_card(args, student))
 
-    torch.manual_seed(args.seed)
-    Training(student, lambda batch: objective(student, teacher, batch, args), examples, plan, optimizer, scaler, log,
-             device, None if apex else dtype, args.output_student_dir, save_model).run(checkpoint)
-    save_model(args.output_student_dir)
-    record(args.output_student_dir / "run.json", args, **facts, finished=True)
-    say(f"student      {args.output_student_dir}")
+    output.mkdir(parents=True, exist_ok=True)
+    args.cache_file_dir.mkdir(parents=True, exist_ok=True)
+    record(output / "run.json", args, **facts, finished=False)
+    examples, plan = map_examples(args.features_file, summary, args.cache_file_dir), make_plan(args, width)
+    describe_run(args, student, teacher, examples, summary, plan)
+    train(args, student, teacher, examples, plan, dtype, save_model, checkpoint)
+    save_model(output)
+    record(output / "run.json", args, **facts, finished=True)
+    say(f"student      {output}")
 
 
 if __name__ == "__main__":

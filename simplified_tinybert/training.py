@@ -164,4 +164,9 @@ def save_checkpoint(folder: Path, save_model: Callable[[Path], None], state: dic
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Finished steps, from the name of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
