@@ -26,10 +26,15 @@ import torch
 from torch import Tensor
 
 from simplified_tinybert import losses
-from simplified_tinybert.checkpoints import fit_projections, load_cross_encoder, save_cross_encoder
+from simplified_tinybert.checkpoints import (
+    fit_projections,
+    load_cross_encoder,
+    save_cross_encoder,
+    weights_fingerprint,
+)
 from simplified_tinybert.feature_cache import map_examples
 from simplified_tinybert.features import Examples, FeatureSummary, summarise
-from simplified_tinybert.files import Problems, UserError, run_main, say
+from simplified_tinybert.files import Problems, UserError, locked, run_main, say
 from simplified_tinybert.modeling import Batch, CrossEncoder, describe
 from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay
 from simplified_tinybert.precision import ApexScaler, LossScaler, import_apex_amp, select_precision
@@ -43,7 +48,7 @@ from simplified_tinybert.preflight import (
 )
 from simplified_tinybert.runtime import record, select_device
 from simplified_tinybert.tokenization import has_vocabulary
-from simplified_tinybert.training import Plan, Training, epoch_batches, padding_share, step_of
+from simplified_tinybert.training import Plan, Training, epoch_batches, padding_share, remove_leftovers, step_of
 from simplified_tinybert.training_log import TrainingLog
 
 
@@ -183,16 +188,17 @@ def describe_run(args: argparse.Namespace, student: CrossEncoder, teacher: Cross
         f"{plan.accumulation} examples; warm-up {round(args.warmup_proportion * steps):,} steps")
 
 
-def settings(args: argparse.Namespace, summary: FeatureSummary) -> dict:
+def settings(args: argparse.Namespace, models: dict, summary: FeatureSummary) -> dict:
     """What must not change when a run is resumed."""
-    names = ("distill_model", "teacher_model", "general_student_model", "max_seq_length", "padding", "train_batch_size",
-             "gradient_accumulation_steps", "num_train_epochs", "learning_rate", "warmup_proportion", "weight_decay",
-             "alpha", "temperature", "pooled_relu", "fp16", "fp16_backend", "bf16", "seed", "train_loss_step")
-    return {name: getattr(args, name) for name in names} | {"features": summary.fingerprint}
+    names = ("distill_model", "max_seq_length", "padding", "train_batch_size", "gradient_accumulation_steps",
+             "num_train_epochs", "learning_rate", "warmup_proportion", "weight_decay", "alpha", "temperature",
+             "pooled_relu", "fp16", "fp16_backend", "bf16", "seed", "train_loss_step")
+    inputs = {role: weights_fingerprint(folder) for role, (folder, _) in models.items()}
+    return {name: getattr(args, name) for name in names} | inputs | {"features": summary.fingerprint}
 
 
 def model_card(args: argparse.Namespace, student: CrossEncoder) -> str:
-    teacher = f" and the teacher `{args.teacher_model}`" if args.teacher_model else ""
+    teacher = f" and the teacher `{args.teacher_model}`" if args.distill_model != "finetune" else ""
     lines = ["---", "pipeline_tag: text-ranking", "library_name: transformers", "---",
              f"# BERT re-ranker: {describe(student)}", "",
              f"Made with `distill.py --distill_model {args.distill_model}` from the student "
@@ -206,6 +212,11 @@ def model_card(args: argparse.Namespace, student: CrossEncoder) -> str:
 def check_all(args: argparse.Namespace, problems: Problems) -> tuple[dict, FeatureSummary, int]:
     """Models, features and padded length, once everything is known to fit. Raises UserError with all that does not."""
     check_flags(args, problems)
+    if args.fp16 and args.fp16_backend == "apex":
+        try:
+            import_apex_amp()
+        except UserError as error:
+            problems.add(str(error))
     check_output_dir(args.output_student_dir, args.resume, problems)
     roles = {"general student": args.general_student_model}
     if args.distill_model != "finetune":
@@ -253,29 +264,29 @@ def main() -> None:
     args, problems = parse_args(), Problems()
     device = select_device(args.device, args.no_cuda)
     dtype = select_precision(args.fp16, args.bf16, device, problems)
-    if args.fp16 and args.fp16_backend == "apex":
-        import_apex_amp()                                # complains before anything is loaded
     models, summary, width = check_all(args, problems)
-    output, facts = args.output_student_dir, {"settings": settings(args, summary), "device": str(device)}
+    output, facts = args.output_student_dir, {"settings": settings(args, models, summary), "device": str(device)}
     finished, checkpoint = find_run(output, facts["settings"])
     if finished:
         say(f"{output}: the student is finished already; remove the folder to distill it again")
         return
 
     student, teacher = load_models(args, models, checkpoint, device)
+    args.cache_file_dir.mkdir(parents=True, exist_ok=True)
+    examples, plan = map_examples(args.features_file, summary, args.cache_file_dir), make_plan(args, width)
+    describe_run(args, student, teacher, examples, summary, plan)
     tokenizer_folder = next((folder for folder, _ in models.values() if has_vocabulary(folder)), None)
 
     def save_model(folder: Path) -> None:
         save_cross_encoder(student, folder, tokenizer_folder, summary.header["lower_case"], model_card(args, student))
 
     output.mkdir(parents=True, exist_ok=True)
-    args.cache_file_dir.mkdir(parents=True, exist_ok=True)
-    record(output / "run.json", args, **facts, finished=False)
-    examples, plan = map_examples(args.features_file, summary, args.cache_file_dir), make_plan(args, width)
-    describe_run(args, student, teacher, examples, summary, plan)
-    train(args, student, teacher, examples, plan, dtype, save_model, checkpoint)
-    save_model(output)
-    record(output / "run.json", args, **facts, finished=True)
+    with locked(output):
+        remove_leftovers(output)
+        record(output / "run.json", args, **facts, finished=False)
+        train(args, student, teacher, examples, plan, dtype, save_model, checkpoint)
+        save_model(output)
+        record(output / "run.json", args, **facts, finished=True)
     say(f"student      {output}")
 
 

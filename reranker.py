@@ -12,7 +12,6 @@ Memory does not grow with the number of pairs: they are read, scored and written
 of similar length share a batch and only the [CLS] position of the last layer is computed, which changes no score.
 """
 import argparse
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -25,11 +24,11 @@ from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import load_cross_encoder, weights_fingerprint
 from simplified_tinybert.features import Examples, FeatureSummary, read_chunks, summarise
-from simplified_tinybert.files import Problems, UserError, check_output_file, run_main, say, sync_folder
+from simplified_tinybert.files import Problems, UserError, check_output_file, locked, run_main, say, sync_folder
 from simplified_tinybert.modeling import CrossEncoder, count_parameters, describe
 from simplified_tinybert.precision import autocast, select_precision
 from simplified_tinybert.preflight import check_length, check_model_fits, find_models
-from simplified_tinybert.runtime import record, select_device
+from simplified_tinybert.runtime import read_record, record, select_device
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}     # a CPU is fastest while a batch's activations stay in its cache
 
@@ -41,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     add("--features_file", type=Path, nargs="+", required=True, help="feature file(s) of pairs")
     add("--output_scores_file", type=Path, required=True, help="score file to write")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
+    add("--no_cuda", action="store_true", help="compute on the CPU whatever --device says")
     add("--cache_file_dir", type=Path, help="accepted for the original's command lines; nothing is cached here")
     add("--eval_batch_size", type=int, help="most pairs of a batch (default: as many as --batch_tokens admits)")
     add("--batch_tokens", type=int, help="positions of a batch with padding (default: 2048 on a CPU, 65536 on CUDA)")
@@ -120,7 +120,7 @@ def written_pairs(partial: Path, record_path: Path, wanted: dict, chunks: list[i
     """Pairs of the whole chunks (sizes: `chunks`) that an interrupted run has written; what follows is cut off."""
     if not (partial.is_file() and record_path.is_file()):
         return 0
-    if json.loads(record_path.read_text(encoding="utf-8")).get("settings") != wanted:
+    if read_record(record_path)["settings"] != wanted:
         raise UserError(f"{partial}: was written with another model, features or settings; repeat those, or remove the "
                         f"file to start again")
     boundaries, lines, position, done, keep = set(np.cumsum(chunks).tolist()), 0, 0, 0, 0
@@ -156,7 +156,7 @@ def write_scores(model: CrossEncoder, args: argparse.Namespace, partial: Path, d
 
 def main() -> None:
     args, problems = parse_args(), Problems()
-    device = select_device(args.device)
+    device = select_device(args.device, args.no_cuda)
     dtype = select_precision(args.fp16, args.bf16, device, problems)
     folder, config, summary = check_all(args, problems)
     model, notes = load_cross_encoder(folder, config)
@@ -168,21 +168,21 @@ def main() -> None:
     model.to(device)
     say(f"model        {describe(model)}")
 
-    output = args.output_scores_file
+    output = Path(os.path.realpath(args.output_scores_file))
     partial, record_path = output.with_name(output.name + ".partial"), output.with_name(output.name + ".run.json")
     batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
-    wanted = settings(args, folder, summary, batch_tokens)
-    done = written_pairs(partial, record_path, wanted, summary.chunks) if args.resume else 0
-    if not done:
-        partial.unlink(missing_ok=True)
-    record(record_path, args, settings=wanted, device=str(device))
-    start = time.perf_counter()
-    write_scores(model, args, partial, done, summary.examples, batch_tokens, device, dtype)
-    os.replace(partial, output)
+    facts = {"settings": settings(args, folder, summary, batch_tokens), "device": str(device)}
+    partial.touch()
+    with locked(partial):
+        done = written_pairs(partial, record_path, facts["settings"], summary.chunks) if args.resume else 0
+        os.truncate(partial, partial.stat().st_size if done else 0)
+        record(record_path, args, **facts)
+        start = time.perf_counter()
+        write_scores(model, args, partial, done, summary.examples, batch_tokens, device, dtype)
+        os.replace(partial, output)
     sync_folder(output.parent)
     speed = (summary.examples - done) / (time.perf_counter() - start)
-    record(record_path, args, settings=wanted, device=str(device), parameters=count_parameters(model),
-           pairs_per_second=speed)
+    record(record_path, args, **facts, parameters=count_parameters(model), pairs_per_second=speed)
     say(f"scores       {output}: {summary.examples:,} pairs, {speed:,.1f} pairs/s")
 
 

@@ -95,10 +95,17 @@ def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
     return pairs
 
 
+def lower_sigma(text: str) -> str:
+    """Python, and so the original, lower-cases a Σ that ends a word to ς; the Rust tokenizer would make it σ."""
+    return text.lower() if "Σ" in text else text
+
+
 def tokenize(lines: list[str], tokenizer: Tokenizer, vocabulary: Vocabulary, max_seq_length: int) -> Examples:
     """Checked lines → examples; queries that repeat are tokenized once."""
     rows = [line.split("\t") for line in lines]
-    queries, passages = [row[1] for row in rows], [row[2] for row in rows]
+    queries, passages = [[row[column] for row in rows] for column in (1, 2)]
+    if vocabulary.lower_case:
+        queries, passages = ([lower_sigma(text) for text in texts] for texts in (queries, passages))
     unique = {query: number for number, query in enumerate(dict.fromkeys(queries))}
     query_pieces = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(unique), add_special_tokens=False)]
     query_pieces = [query_pieces[unique[query]] for query in queries]

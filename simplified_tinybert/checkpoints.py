@@ -11,8 +11,9 @@ import re
 import shutil
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig
 
@@ -235,13 +236,8 @@ def save_tokenizer(source: Path, folder: Path, lower_case: bool, max_length: int
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    aside = path.with_name(f".{path.name}.tensors")
-    try:
-        save_file(tensors, aside, metadata={"format": "pt"})
-        with atomic_writer(path, "wb") as copy, open(aside, "rb") as written:
-            shutil.copyfileobj(written, copy)
-    finally:
-        aside.unlink(missing_ok=True)
+    with atomic_writer(path, "wb") as handle:
+        handle.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def _write_text(path: Path, text: str) -> None:

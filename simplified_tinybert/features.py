@@ -23,7 +23,7 @@ from typing import IO
 import numpy as np
 import torch
 
-from simplified_tinybert.files import Problems, UserError, shorten
+from simplified_tinybert.files import Problems, UserError, check_input_file, shorten
 from simplified_tinybert.modeling import Batch
 from simplified_tinybert.tokenization import Vocabulary
 
@@ -154,6 +154,8 @@ def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
     before, headers, total = problems.count, [], FeatureSummary({}, 0, 0, 0, 0, [], "")
     digest = hashlib.sha256()
     for path in paths:
+        if not check_input_file(path, problems, "features", read_twice=True):
+            continue
         try:
             headers.append((path, read_header(path)))
             _digest_header(digest, headers[-1][1])
@@ -166,8 +168,6 @@ def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
                 _digest_chunk(digest, chunk.frame())
         except UserError as error:
             problems.add(str(error))
-        except OSError as error:
-            problems.add(f"{path}: cannot read the feature file: {error.strerror}")
     for path, header in headers[1:]:
         first_path, first = headers[0]
         for field in ("max_seq_length", "vocabulary", "vocabulary_size", "lower_case", "token_type"):

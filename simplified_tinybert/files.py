@@ -3,6 +3,7 @@
 Every reader collects its complaints in a `Problems` list and raises them together; every writer goes through
 `atomic_writer`; every script ends in `run_main`, which turns a `UserError` into a message and exit code 2.
 """
+import fcntl
 import gzip
 import os
 import sys
@@ -92,6 +93,8 @@ def check_output_file(path: Path, problems: Problems, inputs: Collection[Path] =
     folder = path.parent
     if path.is_dir():
         problems.add(f"{path}: is a folder; name a file to write")
+    elif path.exists() and not path.is_file():
+        problems.add(f"{path}: is a device or a pipe, which would be replaced; name a file to write")
     elif not folder.is_dir():
         problems.add(f"{path}: its folder does not exist; make it first: mkdir -p {folder}")
     elif not os.access(folder, os.W_OK):
@@ -104,9 +107,9 @@ def check_output_file(path: Path, problems: Problems, inputs: Collection[Path] =
 def atomic_writer(path: Path | str, mode: str = "w") -> Iterator[IO]:
     """Open a file that appears under its name only when it is complete: write aside, sync, rename.
 
-    If the body raises, the unfinished file is removed and whatever stood at `path` stays as it was.
+    If the body raises, the unfinished file is removed and whatever stood at `path` stays as it was. A link is followed.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
@@ -115,8 +118,10 @@ def atomic_writer(path: Path | str, mode: str = "w") -> Iterator[IO]:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and not error.filename:      # a full disk does not say where
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
 
@@ -126,6 +131,22 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes of this tool from writing at `path` (a file or a folder). Raises UserError if one does."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{path}: another process is writing here; wait for it, or name another output") from error
+        except OSError:                                 # a file system without locks
+            pass
+        yield
     finally:
         os.close(descriptor)
 

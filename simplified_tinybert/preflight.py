@@ -1,8 +1,7 @@
-"""Do the inputs of a run exist and go together? Asked before a model is loaded or a device is touched.
+"""Do the inputs of a run exist and go together? Asked before weights are loaded or a device is touched.
 
 The functions add what is wrong to a `Problems` list, each with the way out, so that one run shows all of it.
 """
-import json
 from pathlib import Path
 
 from transformers import BertConfig
@@ -11,6 +10,7 @@ from simplified_tinybert.checkpoints import read_config
 from simplified_tinybert.features import FeatureSummary
 from simplified_tinybert.files import Problems, UserError, warn
 from simplified_tinybert.hub import find_model
+from simplified_tinybert.runtime import read_record
 from simplified_tinybert.tokenization import has_vocabulary, load_vocabulary
 from simplified_tinybert.training import newest_checkpoint
 
@@ -79,7 +79,7 @@ def check_output_dir(folder: Path, resume: bool, problems: Problems) -> None:
     """An output folder is new or empty, or holds a run that --resume may go on with."""
     if folder.exists() and not folder.is_dir():
         problems.add(f"{folder}: is a file; name a folder")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         if not resume:
             problems.add(f"{folder}: is not empty; name a new folder, or go on with the run in it by --resume")
         elif not (folder / "run.json").is_file():
@@ -94,10 +94,10 @@ def find_run(output_dir: Path, settings: dict) -> tuple[bool, Path | None]:
     path = output_dir / "run.json"
     if not path.is_file():
         return False, None
-    run = json.loads(path.read_text(encoding="utf-8"))
+    run = read_record(path)
     changed = [f"{name} was {run['settings'].get(name)}, is {value}"
                for name, value in settings.items() if run["settings"].get(name) != value]
     if changed:
         raise UserError(f"{output_dir}: holds a run with other settings ({'; '.join(changed)}); name another folder, "
                         f"or remove this one to start again")
-    return run["finished"], newest_checkpoint(output_dir)
+    return run.get("finished", False), newest_checkpoint(output_dir)

@@ -43,6 +43,17 @@ def record(path: Path, args: argparse.Namespace, **facts: object) -> None:
         handle.write("\n")
 
 
+def read_record(path: Path) -> dict:
+    """What `record` wrote. Raises UserError if it is something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+            return content
+    except ValueError:
+        pass
+    raise UserError(f"{path}: is not the record of a run of this tool, or damaged; remove it to start again")
+
+
 def plain(value: object) -> object:
     """Paths, alone or in lists, as strings, so that JSON can hold them."""
     if isinstance(value, list):

@@ -103,6 +103,7 @@ class Training:
         self.log.step(size)
 
     def _save_checkpoint(self, step: int) -> None:
+        self.log.check(step)
         save_checkpoint(self.output_dir / f"checkpoint-{step}", self.save_model, self._state(step))
 
     def _state(self, step: int) -> dict:
@@ -160,6 +161,12 @@ def save_checkpoint(folder: Path, save_model: Callable[[Path], None], state: dic
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     sync_folder(folder.parent)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a killed run had begun to write in its output folder."""
+    for path in [*output_dir.glob(".checkpoint-*"), *output_dir.glob(".*.tmp")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:

@@ -1,9 +1,9 @@
 """The log of a training: means of the loss terms over intervals of steps, as JSON lines and for TensorBoard."""
 import json
+import math
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,12 +15,10 @@ TERMS = ("loss", "cls_loss", "att_loss", "rep_loss", "soft_loss", "hard_loss")
 class TrainingLog:
     """Means of the loss terms over intervals of steps, to train_loss.jsonl and TensorBoard."""
 
-    def __init__(self, path: Path, tensorboard_dir: Path | None, device: torch.device, finished_steps: int = 0):
+    def __init__(self, path: Path, tensorboard_dir: Path, device: torch.device, finished_steps: int = 0):
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
 
-        self.path, self.tensorboard = path, None
-        if tensorboard_dir:
-            self.tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=finished_steps + 1)
+        self.path, self.tensorboard = path, SummaryWriter(str(tensorboard_dir), purge_step=finished_steps + 1)
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
         self.steps, self.examples, self.since = 0, 0, time.perf_counter()
         kept = [line for line in path.read_text().splitlines() if json.loads(line)["global_step"] <= finished_steps] \
@@ -39,22 +37,27 @@ class TrainingLog:
 
     def write(self, global_step: int, learning_rate: float) -> dict[str, float]:
         """Append a row for the steps since the last one. Raises UserError if the loss is no longer a number."""
+        self.check(global_step)
         means = dict(zip(TERMS, (self.sums / self.steps).tolist()))
         seconds = time.perf_counter() - self.since
         row = {"global_step": global_step, **means, "learning_rate": learning_rate,
                "examples_per_second": self.examples / seconds}
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
-        if self.tensorboard:
-            for name, value in list(row.items())[1:]:
-                self.tensorboard.add_scalar(name, value, global_step)
-            self.tensorboard.flush()
-        if not np.isfinite(means["loss"]):
-            raise UserError(f"the loss of steps {global_step - self.steps + 1} to {global_step} is {means['loss']}; "
-                            f"lower --learning_rate, or use --bf16 in place of --fp16")
+        for name, value in list(row.items())[1:]:
+            self.tensorboard.add_scalar(name, value, global_step)
+        self.tensorboard.flush()
         self.sums.zero_()
         self.steps, self.examples, self.since = 0, 0, time.perf_counter()
         return row
+
+    def check(self, global_step: int) -> None:
+        """Raise UserError if a loss since the last row was not a number: neither a row nor a checkpoint may hold it."""
+        loss = self.sums[0].item()
+        if not math.isfinite(loss):
+            raise UserError(f"the loss of steps {global_step - self.steps + 1} to {global_step} is {loss}; lower "
+                            f"--learning_rate, or use --bf16 in place of --fp16; if it is so from the first step on, "
+                            f"the weights of teacher or student are broken")
 
     def state(self) -> dict:
         return {"sums": self.sums.cpu(), "steps": self.steps, "examples": self.examples,
@@ -66,5 +69,4 @@ class TrainingLog:
         self.since = time.perf_counter() - state["seconds"]
 
     def close(self) -> None:
-        if self.tensorboard:
-            self.tensorboard.close()
+        self.tensorboard.close()

@@ -9,7 +9,7 @@ from conftest import random_rows, run_script, write_features
 from safetensors.torch import load_file
 
 import distill
-from simplified_tinybert.files import UserError
+from simplified_tinybert.files import UserError, locked
 from simplified_tinybert.training import Plan, Training, epoch_batches, padding_share
 
 
@@ -220,6 +220,51 @@ def test_an_infinite_loss_stops_the_run(golden_models, tmp_path, run_main):
     with pytest.raises(UserError, match="the loss of steps .* lower --learning_rate"):
         run_main(distill, *arguments(features, golden_models, tmp_path / "out", "--learning_rate", 1e30,
                                      "--train_batch_size", 4, "--num_train_epochs", 5, "--train_loss_step", 1))
+
+
+def test_no_checkpoint_of_a_broken_run_is_written(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(40))
+    with pytest.raises(UserError, match="lower --learning_rate"):
+        run_main(distill, *arguments(features, golden_models, tmp_path / "out", "--learning_rate", 1e30,
+                                     "--train_batch_size", 4, "--save_model_step", 2, "--train_loss_step", 100))
+    for path in (tmp_path / "out").glob("checkpoint-*/model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+def test_resume_refuses_models_that_changed_under_their_name(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(20))
+    models = golden_models | {"teacher": shutil.copytree(golden_models["teacher"], tmp_path / "teacher")}
+    run_main(distill, *arguments(features, models, tmp_path / "out"))
+    shutil.copyfile(golden_models["student_4x48"] / "model.safetensors", models["teacher"] / "model.safetensors")
+    with pytest.raises(UserError, match="teacher was"):
+        run_main(distill, *arguments(features, models, tmp_path / "out", "--resume"))
+
+
+@pytest.mark.parametrize("content", ["garbage", "[]", '{"settings": 3}', ""])
+def test_a_record_that_is_none_is_called_out(golden_models, tmp_path, run_main, content):
+    features = write_features(tmp_path / "train.pkl", random_rows(8))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(content)
+    with pytest.raises(UserError, match="run.json: is not the record of a run"):
+        run_main(distill, *arguments(features, golden_models, tmp_path / "out", "--resume"))
+
+
+def test_two_runs_do_not_share_an_output_folder(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(8))
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"), pytest.raises(UserError, match="another process is writing here"):
+        run_main(distill, *arguments(features, golden_models, tmp_path / "out"))
+    (tmp_path / "out" / ".checkpoint-5.123").mkdir()                      # left by a killed run
+    (tmp_path / "out" / ".run.json.123.tmp").write_text("{")
+    run_main(distill, *arguments(features, golden_models, tmp_path / "out"))
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_the_model_card_names_a_teacher_only_if_there_was_one(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(8))
+    for kind, named in (("finetune", False), ("standard", True)):
+        run_main(distill, *arguments(features, golden_models, tmp_path / kind, "--distill_model", kind))
+        assert ("the teacher" in (tmp_path / kind / "README.md").read_text()) == named
 
 
 def test_bfloat16_stays_near_float32(golden_models, tmp_path, run_main):

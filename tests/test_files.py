@@ -3,10 +3,13 @@ import errno
 import gzip
 import os
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -249,3 +252,31 @@ def test_shortened_values_are_one_short_line(text, width):
     shown = shorten(text, width)
     assert len(shown) <= width and len(shown.splitlines()) == 1
     assert len(repr(text)) > width or shown == repr(text)
+
+
+def test_devices_and_pipes_are_no_output_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        problems = Problems()
+        check_output_file(path, problems)
+        assert "is a device or a pipe" in problems.messages[0]
+
+
+def test_atomic_writer_follows_a_link(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with atomic_writer(tmp_path / "link") as handle:
+        handle.write("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+
+
+def test_a_full_disk_is_told_with_its_file(tmp_path):
+    script = ("import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+              "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+              "from simplified_tinybert.files import atomic_writer, run_main\n"
+              "def main():\n    with atomic_writer(sys.argv[1]) as handle:\n        handle.write('x' * 5000)\n"
+              "run_main(main)")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "big.txt")], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and f"{tmp_path}/big.txt: File too large" in done.stderr
+    assert not list(tmp_path.iterdir())

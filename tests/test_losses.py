@@ -58,6 +58,17 @@ def test_gram_form_in_float32(shape, padding):
     assert attention_loss(*tensors, mask, padding).item() == pytest.approx(exact.item(), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_gram_form_in_float32_keeps_its_digits_near_the_teacher(distance):
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, more_queries, more_keys = (torch.randn(2, 4, 256, 64, generator=generator) for _ in range(4))
+    student = queries + distance * more_queries, keys + distance * more_keys
+    mask = torch.ones(2, 256, dtype=torch.long)
+    exact = direct_attention_loss(*(tensor.double() for tensor in (*student, queries, keys)), mask, "reference")
+    assert attention_loss(*student, queries, keys, mask).item() == pytest.approx(exact.item(), rel=1e-4)
+    assert attention_loss(queries, keys, queries, keys, mask).item() == 0.0
+
+
 @settings(max_examples=50, deadline=None)
 @given(shapes, st.integers(0, 20))
 def test_masked_losses_do_not_see_how_far_a_batch_is_padded(shape, more):

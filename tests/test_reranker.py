@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import reranker
 from simplified_tinybert import features
 from simplified_tinybert.checkpoints import load_cross_encoder
-from simplified_tinybert.files import UserError
+from simplified_tinybert.files import UserError, locked
 from simplified_tinybert.modeling import Batch
 
 
@@ -121,6 +121,24 @@ def test_resume_refuses_another_model(golden_models, tmp_path, run_main):
     (tmp_path / "scores.tsv.partial").write_text("q0\tD0_0\t0.5\n")
     with pytest.raises(UserError, match="another model, features or settings"):
         run_main(reranker, *arguments(golden_models["student_4x48"], file, tmp_path / "scores.tsv", "--resume"))
+
+
+def test_two_runs_do_not_share_an_output_file(golden_models, tmp_path, run_main):
+    file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
+    (tmp_path / "scores.tsv.partial").write_text("q0\tD0_0\t0.5\n")
+    for more in ([], ["--resume"]):
+        with locked(tmp_path / "scores.tsv.partial"), pytest.raises(UserError, match="another process is writing"):
+            run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv", *more))
+    assert (tmp_path / "scores.tsv.partial").read_text() == "q0\tD0_0\t0.5\n"
+
+
+def test_a_link_is_followed(golden_models, tmp_path, run_main):
+    file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "scores.tsv").symlink_to(tmp_path / "elsewhere" / "real.tsv")
+    run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"))
+    assert (tmp_path / "scores.tsv").is_symlink()
+    assert len(read_scores(tmp_path / "elsewhere" / "real.tsv")) == 10
 
 
 def test_pooled_relu_from_flag_or_configuration(golden_models, tmp_path, run_main):

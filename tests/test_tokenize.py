@@ -535,3 +535,10 @@ def test_a_refusal_of_the_real_script(tmp_path, golden_models):
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert [line.split(" ")[0] for line in errors(done.stderr)] == [f"{path}:2:", f"{path}:3:"]
     assert os.listdir(tmp_path) == ["pairs.tsv"] and len(tiny_vocabulary()) == 200
+
+
+def test_a_final_sigma_is_lower_cased_as_python_does():
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "σοφος", "σοφοσ", "οσο"]
+    vocabulary = Vocabulary({piece: number for number, piece in enumerate(pieces)}, lower_case=True)
+    examples = tokenize(["1\tΣΟΦΟΣ\tΣΟΦΟΣ, ΟΣΟ\t1"], vocabulary.tokenizer(), vocabulary, 32)
+    assert examples.tokens.tolist() == [2, 4, 3, 4, 1, 6, 3]
