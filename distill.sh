@@ -30,7 +30,7 @@ if [ -n "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then
 else                                               # the embedded example: minutes on two CPU cores
     MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-128}"
     TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-32}"
-    LEARNING_RATE="${LEARNING_RATE:-3e-4}"
+    LEARNING_RATE="${LEARNING_RATE:-1e-3}"
     NUM_TRAIN_EPOCHS="${NUM_TRAIN_EPOCHS:-1}"
     TRAIN_LOSS_STEP="${TRAIN_LOSS_STEP:-25}"
     SAVE_MODEL_STEP="${SAVE_MODEL_STEP:-200}"

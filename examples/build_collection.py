@@ -1,0 +1,184 @@
+"""Turn the documentation of the running Python's standard library into a small document retrieval collection.
+
+    python examples/build_collection.py --output_dir example_data
+
+Documents are modules. A query is the first sentence of the documentation of one of their functions, held out of the
+document together with the function's name and parameters; the module is its relevant document. Candidates come from
+BM25. Nothing is downloaded, no module written in Python is imported, and one interpreter always gives the same bytes.
+Files as in MS MARCO, the *.tsv separated by tabs, the *.txt by blanks:
+
+    docs.tsv                        docid, url (empty), title, body        docid is the module's name
+    queries.{train,dev,test}.tsv    qid, text                              qid is the function's qualified name
+    qrels.{train,dev,test}.txt      qid 0 docid 1
+    bm25.{train,dev,test}.txt       qid Q0 docid rank score bm25           --candidates documents for each query
+    train.examples.tsv              index, query, passage, label           label 1: a passage of the relevant module
+    {dev,test}.pairs.tsv            qid#docid_n, query, passage            n-th passage of a candidate document
+    corpus.txt                      one passage a line, for pre-training
+
+A passage is the module's name and --window words of its text. {dev,test}.pairs.tsv hold those --passages_per_document
+passages of each candidate document that BM25 likes best, so that re-ranking takes seconds. Where BM25 misses the
+relevant document, it is not added to the candidates.
+"""
+
+import argparse
+import random
+import re
+import sys
+from pathlib import Path
+
+import bm25s
+import numpy as np
+import Stemmer
+from stdlib_collection import PSEUDO, Collection, Query, choose_queries, digest, make_collection
+from stdlib_docs import read_library
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' shared module
+from simplified_tinybert.files import UserError, atomic_writer, run_main  # noqa: E402
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and defaults."""
+
+
+class Bm25:
+    """BM25 over a list of texts; identifiers are split at underscores, words are stemmed."""
+
+    def __init__(self, texts: list[str], k1: float, b: float):
+        self.stem = Stemmer.Stemmer("english").stemWords
+        self.index = bm25s.BM25(k1=k1, b=b)
+        self.index.index([self.words(text) for text in texts], show_progress=False)
+        self.size = len(texts)
+
+    def words(self, text: str) -> list[str]:
+        return self.stem(re.findall(r"[a-z0-9]+", text.lower()))
+
+    def scores(self, query: str) -> np.ndarray:
+        known = [word for word in self.words(query) if word in self.index.vocab_dict]
+        return self.index.get_scores(known) if known else np.zeros(self.size, dtype=np.float32)
+
+
+class Ranking:
+    """Documents ranked for a query by the BM25 score of their best passage."""
+
+    def __init__(self, collection: Collection, query: Query, bm25: Bm25, depth: int):
+        self.scores = bm25.scores(query.text)
+        self.first = np.searchsorted(collection.document_of, np.arange(len(collection.names) + 1))
+        best = np.maximum.reduceat(self.scores, self.first[:-1])
+        self.documents = [int(document) for document in np.argsort(-best, kind="stable")[:depth] if best[document] > 0]
+        self.document_scores = best[self.documents]
+
+    def passages(self, document: int) -> list[int]:
+        """Passages of a document, the best first."""
+        start, end = self.first[document:document + 2]
+        return [int(start + index) for index in np.argsort(-self.scores[start:end], kind="stable")]
+
+
+def sample_examples(collection: Collection, query: Query, ranking: Ranking,
+                    args: argparse.Namespace) -> list[tuple[int, int]]:
+    """(passage, label) of one training query.
+
+    Positive: the passage of the function itself, and the passage of the module that BM25 likes best, since that is what
+    will be re-ranked. A pseudo query stands in its own passage, so only another passage of its module is positive.
+    Negative: the best passages of other candidate documents, as in re-ranking, and --random_negatives from anywhere.
+    """
+    chance = random.Random(digest(query.text))
+    others = [passage for passage in ranking.passages(query.document) if passage not in query.own]
+    positives = others[:1] if query.pseudo else query.own[:1] + ranking.passages(query.document)[:2]
+    positives = list(dict.fromkeys(positives))[:2]
+    documents = [document for document in ranking.documents if document != query.document]
+    documents = chance.sample(documents, min(args.hard_negatives, len(documents)))
+    negatives = [ranking.passages(document)[0] for document in documents]
+    while len(negatives) < len(documents) + args.random_negatives:
+        if collection.document_of[passage := chance.randrange(len(collection.passages))] != query.document:
+            negatives.append(passage)
+    return [(passage, 1) for passage in positives] + [(passage, 0) for passage in negatives if positives]
+
+
+def write_examples(path: Path, collection: Collection, queries: list[Query], bm25: Bm25,
+                   args: argparse.Namespace) -> None:
+    rows = []
+    for query in tqdm(queries, desc="training examples", unit="query"):
+        ranking = Ranking(collection, query, bm25, args.candidates)
+        chosen = sample_examples(collection, query, ranking, args)
+        rows += [f"{query.text}\t{collection.passages[passage]}\t{label}\n" for passage, label in chosen]
+    with atomic_writer(path) as handle:
+        handle.writelines(f"{index}\t{row}" for index, row in enumerate(rows))
+
+
+def write_pairs(path: Path, collection: Collection, queries: list[Query], bm25: Bm25, args: argparse.Namespace) -> None:
+    """The number in the id is the passage's place in its document."""
+    with atomic_writer(path) as handle:
+        for query in queries:
+            ranking = Ranking(collection, query, bm25, args.candidates)
+            for document in ranking.documents:
+                for passage in sorted(ranking.passages(document)[:args.passages_per_document]):
+                    pair = f"{query.qid}#{collection.names[document]}_{passage - ranking.first[document]}"
+                    handle.write(f"{pair}\t{query.text}\t{collection.passages[passage]}\n")
+
+
+def write_split(folder: Path, split: str, collection: Collection, bm25: Bm25, args: argparse.Namespace) -> None:
+    """Queries, judgements and BM25 run of a split."""
+    queries = collection.queries[split]
+    with atomic_writer(folder / f"queries.{split}.tsv") as handle:
+        handle.writelines(f"{query.qid}\t{query.text}\n" for query in queries)
+    with atomic_writer(folder / f"qrels.{split}.txt") as handle:
+        handle.writelines(f"{query.qid} 0 {collection.names[query.document]} 1\n" for query in queries)
+    with atomic_writer(folder / f"bm25.{split}.txt") as handle:
+        for query in queries:
+            ranking = Ranking(collection, query, bm25, args.candidates)
+            for rank, (document, score) in enumerate(zip(ranking.documents, ranking.document_scores), start=1):
+                handle.write(f"{query.qid} Q0 {collection.names[document]} {rank} {score:.6f} bm25\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--output_dir", type=Path, required=True, help="folder for the collection; made if it is missing")
+    add("--window", type=int, default=36, help="length of a passage, words")
+    add("--stride", type=int, default=24, help="from the start of one passage to the start of the next, words")
+    add("--dev_queries", type=int, default=150, help="at most so many dev queries")
+    add("--test_queries", type=int, default=150, help="at most so many test queries")
+    add("--candidates", type=int, default=10, help="documents that BM25 hands to the re-ranker, per query")
+    add("--passages_per_document", type=int, default=4, help="passages re-ranked of each candidate document")
+    add("--train_queries", type=int, default=1600, help="at most so many training queries get examples")
+    add("--pseudo_queries", type=int, default=1600,
+        help="so many sentences of the documents become training queries as well, for their own module")
+    add("--hard_negatives", type=int, default=3, help="negative examples from BM25's candidates, per query")
+    add("--random_negatives", type=int, default=1, help="negative examples from anywhere, per query")
+    add("--k1", type=float, default=0.9, help="BM25: saturation of the term frequency")
+    add("--b", type=float, default=0.4, help="BM25: strength of the length normalisation, 0 to 1")
+    return parser.parse_args()
+
+
+def write_collection(folder: Path, collection: Collection, bm25: Bm25, args: argparse.Namespace) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(folder / "docs.tsv") as handle:
+        handle.writelines(f"{name}\t\t{name}\t{body}\n" for name, body in zip(collection.names, collection.bodies))
+    with atomic_writer(folder / "corpus.txt") as handle:
+        handle.writelines(f"{passage}\n" for passage in collection.passages)
+    for split in ("train", "dev", "test"):
+        write_split(folder, split, collection, bm25, args)
+    for split in ("dev", "test"):
+        write_pairs(folder / f"{split}.pairs.tsv", collection, collection.queries[split], bm25, args)
+    pseudo = sorted(collection.queries[PSEUDO], key=lambda query: digest(query.text))[:args.pseudo_queries]
+    queries = collection.queries["train"][:args.train_queries] + pseudo
+    write_examples(folder / "train.examples.tsv", collection, queries, bm25, args)
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        modules = read_library()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    splits = choose_queries(modules, {"dev": args.dev_queries, "test": args.test_queries})
+    collection = make_collection(modules, splits, args.window, args.stride)
+    write_collection(args.output_dir, collection, Bm25(collection.passages, args.k1, args.b), args)
+    counts = ", ".join(f"{len(queries)} {split}" for split, queries in collection.queries.items())
+    size = f"{len(collection.names)} documents, {len(collection.passages)} passages"
+    print(f"{size}; queries: {counts}; in {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run_main(main)
