@@ -118,4 +118,8 @@ def make_collection(modules: list[Module], splits: dict[str, list[Entry]], windo
         collection.passages += [" ".join([module.name, ":", *words[start:end]]) for start, end in windows]
         document_of += [document] * len(windows)
     collection.document_of = np.array(document_of)
+    everything = "\n".join(map(normal_form, collection.bodies))
+    for split in splits:          # some sentences stand in another function's documentation too: no queries to hold out
+        collection.queries[split] = [query for query in collection.queries[split]
+                                     if normal_form(query.text) not in everything]
     return collection

@@ -1,0 +1,151 @@
+"""The embedded example: its collection, its committed models, its table."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+from safetensors.torch import load_file
+
+from simplified_tinybert.checkpoints import load_cross_encoder, read_config
+from simplified_tinybert.files import Problems
+from simplified_tinybert.tokenization import load_vocabulary
+from simplified_tinybert.trec import read_qrels, read_run
+from tokenize_to_features import check_pairs
+
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("collection")
+    done = run_script("examples/build_collection.py", "--output_dir", folder, "--train_queries", 50,
+                      "--pseudo_queries", 50)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def table(path: Path) -> list[list[str]]:
+    return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_collection_is_the_same_each_time(collection, tmp_path):
+    run_script("examples/build_collection.py", "--output_dir", tmp_path, "--train_queries", 50, "--pseudo_queries", 50)
+    names = sorted(path.name for path in collection.iterdir())
+    assert names == sorted(path.name for path in tmp_path.iterdir())
+    for name in names:
+        assert (collection / name).read_bytes() == (tmp_path / name).read_bytes(), name
+
+
+def test_queries_are_held_out_of_the_documents(collection):
+    """No document holds the sentence of a query, and no training example the one of a test query."""
+    documents = {docid: body for docid, _, _, body in table(collection / "docs.tsv")}
+    examples = (collection / "train.examples.tsv").read_text(encoding="utf-8")
+    corpus = (collection / "corpus.txt").read_text(encoding="utf-8")
+    for split in ("train", "dev", "test"):
+        qrels = read_qrels(collection / f"qrels.{split}.txt", Problems())
+        queries = dict(table(collection / f"queries.{split}.tsv"))
+        assert queries.keys() == qrels.keys() and len(queries) >= 100
+        for query_id, text in queries.items():
+            (docid, grade), = qrels[query_id].items()
+            assert grade == 1 and text not in documents[docid]
+            if split != "train":
+                assert text not in examples and text not in corpus
+
+
+def test_splits_do_not_share_queries(collection):
+    splits = [dict(table(collection / f"queries.{split}.tsv")) for split in ("train", "dev", "test")]
+    ids = [query_id for split in splits for query_id in split]
+    texts = [text for split in splits for text in split.values()]
+    assert len(set(ids)) == len(ids) and len(set(texts)) == len(texts)
+
+
+def test_pairs_and_examples_pass_the_tokenizers_checks(collection):
+    problems = Problems()
+    assert check_pairs(collection / "test.pairs.tsv", "test", problems) > 1000
+    assert check_pairs(collection / "train.examples.tsv", "train", problems) > 100
+    assert problems.count == 0, problems.messages
+
+
+def test_the_pairs_are_passages_of_bm25s_candidates(collection):
+    problems = Problems()
+    run = read_run(collection / "bm25.test.txt", problems)
+    documents = {docid: body for docid, _, _, body in table(collection / "docs.tsv")}
+    for pair_id, _, passage in table(collection / "test.pairs.tsv"):
+        query_id, _, passage_id = pair_id.partition("#")
+        docid = passage_id.rpartition("_")[0]
+        assert docid in run[query_id]
+        assert passage.startswith(f"{docid} : ") and passage.removeprefix(f"{docid} : ") in documents[docid]
+    assert problems.count == 0 and all(len(scores) <= 10 for scores in run.values())
+
+
+def test_a_python_without_documentation_is_called_out(tmp_path):
+    done = subprocess.run([sys.executable, "-OO", EXAMPLES / "build_collection.py", "--output_dir", tmp_path / "out"],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "-OO" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name, layers, has_head", [("teacher", 4, True), ("general_student", 2, False)])
+def test_committed_models_are_whole_and_small(name, layers, has_head):
+    folder = EXAMPLES / name
+    config = read_config(folder)
+    assert (config.num_hidden_layers, config.num_attention_heads) == (layers, 4)
+    assert ("classifier.weight" in load_file(folder / "model.safetensors")) == has_head
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 10e6
+    assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
+    if has_head:
+        load_cross_encoder(folder)
+
+
+def test_teacher_and_student_share_a_vocabulary():
+    teacher, student = (load_vocabulary(EXAMPLES / name) for name in ("teacher", "general_student"))
+    assert teacher.fingerprint() == student.fingerprint() and teacher.lower_case and student.lower_case
+
+
+def test_the_teacher_ranks_better_than_chance(collection, tmp_path):
+    """On 30 queries the best passage of the relevant document scores above most other passages."""
+    qrels = read_qrels(collection / "qrels.dev.txt", Problems())
+    rows = [row for row in table(collection / "dev.pairs.tsv") if row[0].partition("#")[0] in list(qrels)[:30]]
+    (tmp_path / "pairs.tsv").write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    assert run_script("tokenize_to_features.py", "--set_name", "dev", "--raw_data_file", tmp_path / "pairs.tsv",
+                      "--output_features_file", tmp_path / "dev.pkl", "--bert_model_dir", EXAMPLES / "teacher",
+                      "--max_seq_length", 128).returncode == 0
+    assert run_script("reranker.py", "--device", "cpu", "--model_dir", EXAMPLES / "teacher", "--features_file",
+                      tmp_path / "dev.pkl", "--output_scores_file", tmp_path / "scores.tsv").returncode == 0
+    scores = {}
+    for query_id, passage_id, score in table(tmp_path / "scores.tsv"):
+        relevant = passage_id.rpartition("_")[0] in qrels[query_id]
+        scores.setdefault(query_id, {True: [], False: []})[relevant].append(float(score))
+    shares = [np.mean(max(found[True]) > np.array(found[False])) for found in scores.values() if found[True]]
+    assert len(shares) > 15 and np.mean(shares) > 0.75
+
+
+def test_pretraining_learns_and_writes_a_general_student(collection, tmp_path):
+    lines = (collection / "corpus.txt").read_text(encoding="utf-8").splitlines()[:400]
+    (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
+    done = run_script("examples/pretrain.py", "--corpus", tmp_path / "corpus.txt", "--output_dir", tmp_path / "model",
+                      "--num_hidden_layers", 2, "--hidden_size", 32, "--vocab_size", 500, "--num_train_epochs", 2,
+                      "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "classifier.weight" not in load_file(tmp_path / "model" / "model.safetensors")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["model_type"] == "bert" and config["hidden_size"] == 32
+    assert load_vocabulary(tmp_path / "model").lower_case
+
+
+def test_the_table(tmp_path):
+    """Two judged queries, one of them missing from the run: by hand, MRR@10 = (1/2 + 0) / 2."""
+    (tmp_path / "qrels.txt").write_text("1 0 a 1\n2 0 b 1\n")
+    (tmp_path / "run.trec").write_text("1 Q0 x 1 2.0 t\n1 Q0 a 2 1.0 t\n")
+    (tmp_path / "run.tsv.run.json").write_text(json.dumps({"pairs_per_second": 1234.5, "parameters": 56789}))
+    done = run_script("examples/compare.py", "--qrels", tmp_path / "qrels.txt", "--output_table", tmp_path / "table.md",
+                      "--runs", f"one={tmp_path / 'run.trec'}")
+    assert done.returncode == 0, done.stderr
+    ndcg = 1 / np.log2(3) / 2
+    assert f"| one | 0.2500 |  {ndcg:.4f} |   1,234 |     56,789 |" in done.stdout
+    assert done.stdout.endswith((tmp_path / "table.md").read_text())
+    done = run_script("examples/compare.py", "--qrels", tmp_path / "qrels.txt", "--output_table", tmp_path / "table.md",
+                      "--runs", "one=none.trec")
+    assert done.returncode == 2 and "no such file" in done.stderr
