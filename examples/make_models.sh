@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Make the two models of the embedded example again: bash examples/make_models.sh [FOLDER]
 #
-# Half an hour to an hour on two CPU cores. FOLDER (default: example_models) receives the intermediate files and, at the end,
-# teacher/ and general_student/; compare them with the ones in this folder before replacing those. No query of the dev
-# or test split is read on the way.
+# Half an hour to an hour on two CPU cores. FOLDER (default: example_models) receives the intermediate files and, at
+# the end, teacher/ and general_student/; compare them with the ones in this folder before replacing those. No query of
+# the dev or test split is read on the way.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../python_env.sh"
 use_python requirements.txt
