@@ -170,9 +170,9 @@ def describe_run(args: argparse.Namespace, student: CrossEncoder, teacher: Cross
     steps, per_epoch = plan.total_steps(len(examples)), plan.steps_per_epoch(len(examples))
     batches = epoch_batches(examples.lengths, plan.batch_size, plan.seed, 0, plan.bucket)
     padding = padding_share(examples.lengths, batches, plan.width)
-    say(f"student      {describe(student)}")
+    say(f"student      {describe(student)}: {args.general_student_model}")
     if teacher:
-        say(f"teacher      {describe(teacher)}")
+        say(f"teacher      {describe(teacher)}: {args.teacher_model}")
     if args.distill_model == "simplified":
         layers = losses.layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
         say("layer map    student ← teacher: 0 ← 0 (embeddings), "
@@ -185,7 +185,7 @@ def describe_run(args: argparse.Namespace, student: CrossEncoder, teacher: Cross
     say(f"examples     {len(examples):,}, {100 * float((examples.labels == 1).mean()):.1f} % relevant, "
         f"{summary.tokens / len(examples):.1f} word pieces on average; {100 * padding:.1f} % of positions are padding")
     say(f"steps        {steps:,} = {plan.epochs:g} epochs × {per_epoch:,} steps of {plan.batch_size} × "
-        f"{plan.accumulation} examples; warm-up {round(args.warmup_proportion * steps):,} steps")
+        f"{plan.accumulation} examples; warm-up over {round(args.warmup_proportion * steps):,}")
 
 
 def settings(args: argparse.Namespace, models: dict, summary: FeatureSummary) -> dict:
@@ -203,7 +203,8 @@ def model_card(args: argparse.Namespace, student: CrossEncoder) -> str:
              f"# BERT re-ranker: {describe(student)}", "",
              f"Made with `distill.py --distill_model {args.distill_model}` from the student "
              f"`{args.general_student_model}`{teacher}; all settings are in run.json.",
-             "Input: `[CLS] query [SEP] passage [SEP]`; class 1 of the two is relevance."]
+             "Input: `[CLS] query [SEP] passage [SEP]`; class 1 of the two is relevance. In sentence-transformers:",
+             "`CrossEncoder(folder).predict(pairs, apply_softmax=True)[:, 1]`."]
     if student.config.pooled_relu:
         lines += ["", "The head is classifier(relu(pooled)): score with reranker.py, other tools leave the relu out."]
     return "\n".join(lines) + "\n"

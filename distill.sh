@@ -2,24 +2,39 @@
 # Distill a student: bash distill.sh [more arguments of distill.py, such as --bf16]
 #
 # With nothing set this runs the embedded example: a collection made of Python's own documentation, a small teacher and
-# a general student from examples/. For models and data of your own set what differs in the environment:
+# a general student from examples/; the results are in example_run/. For models and data of your own:
 #   TEACHER_MODEL=nboost/pt-bert-base-uncased-msmarco STUDENT_MODEL=huawei-noah/TinyBERT_General_6L_768D \
 #   FEATURES_FILE=train.pkl OUTPUT_STUDENT_DIR=student bash distill.sh --bf16
-# FEATURES_FILE is a feature file, or TRAIN_EXAMPLES a file of `index <tab> query <tab> passage <tab> label` to make one.
 # A run that was interrupted goes on where it was.
+#
+# Variables, with what they are for data of your own | in the example:
+#   TEACHER_MODEL, STUDENT_MODEL   folders or hub ids | examples/teacher, examples/general_student
+#   FEATURES_FILE                  feature file | made
+#   TRAIN_EXAMPLES                 instead: index <tab> query <tab> passage <tab> label, to be tokenized | made
+#   MAX_SEQ_LENGTH                 word pieces: 256 when tokenizing, else as the features were made | 128
+#   OUTPUT_STUDENT_DIR             student | example_run/student-$DISTILL_MODEL
+#   CACHE_FILE_DIR                 cache | example_run/cache
+#   DISTILL_MODEL                  finetune, standard, simplified (default)
+#   DEVICE                         auto (default), cpu, or a CUDA index
+#   TRAIN_BATCH_SIZE 64 | 32   LEARNING_RATE 5e-5 | 1e-3   NUM_TRAIN_EPOCHS 2 | 1   TRAIN_LOSS_STEP 1000 | 25
+#   SAVE_MODEL_STEP 3000 | 200
+#   EXAMPLE_DIR                    folder of the example, in place of example_run
+#   PYTHON                         interpreter to use as it is
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python_env.sh"
+help_for "${BASH_SOURCE[0]}" "$@"
 
-# The paper's settings, for data and models of your own
 EXAMPLE_DIR="${EXAMPLE_DIR:-$ROOT/example_run}"
 OUTPUT_STUDENT_DIR="${OUTPUT_STUDENT_DIR:-}"
 CACHE_FILE_DIR="${CACHE_FILE_DIR:-}"
-DISTILL_MODEL="${DISTILL_MODEL:-simplified}"       # finetune, standard, simplified
-DEVICE="${DEVICE:-auto}"                           # auto, cpu, or a CUDA index
-TEACHER_MODEL="${TEACHER_MODEL:-$ROOT/examples/teacher}"
-STUDENT_MODEL="${STUDENT_MODEL:-$ROOT/examples/general_student}"
-if [ -n "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then
-    MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-256}"
+DISTILL_MODEL="${DISTILL_MODEL:-simplified}"
+DEVICE="${DEVICE:-auto}"
+MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-}"
+if [ -n "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then     # the paper's settings, for data and models of your own
+    [ -n "${STUDENT_MODEL:-}" ] || fail "set STUDENT_MODEL to the general student for your data (folder or hub id)"
+    [ -n "${TEACHER_MODEL:-}" ] || [ "$DISTILL_MODEL" = finetune ] ||
+        fail "set TEACHER_MODEL to the teacher for your data (folder or hub id), or DISTILL_MODEL=finetune"
+    TEACHER_MODEL="${TEACHER_MODEL:-}"
     TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-64}"
     LEARNING_RATE="${LEARNING_RATE:-5e-5}"
     NUM_TRAIN_EPOCHS="${NUM_TRAIN_EPOCHS:-2}"
@@ -27,7 +42,9 @@ if [ -n "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then
     SAVE_MODEL_STEP="${SAVE_MODEL_STEP:-3000}"
     OUTPUT_STUDENT_DIR="${OUTPUT_STUDENT_DIR:-student}"
     CACHE_FILE_DIR="${CACHE_FILE_DIR:-cache}"
-else                                               # the embedded example: minutes on two CPU cores
+else                                                       # the embedded example: minutes on two CPU cores
+    TEACHER_MODEL="${TEACHER_MODEL:-$ROOT/examples/teacher}"
+    STUDENT_MODEL="${STUDENT_MODEL:-$ROOT/examples/general_student}"
     MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-128}"
     TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-32}"
     LEARNING_RATE="${LEARNING_RATE:-1e-3}"
@@ -48,17 +65,17 @@ fi
 if [ -n "${TRAIN_EXAMPLES:-}" ]; then
     FEATURES_FILE="${FEATURES_FILE:-$TRAIN_EXAMPLES.pkl}"
     "$PYTHON" "$ROOT/tokenize_to_features.py" --set_name train --raw_data_file "$TRAIN_EXAMPLES" \
-        --output_features_file "$FEATURES_FILE" --bert_model_dir "$STUDENT_MODEL" --max_seq_length "$MAX_SEQ_LENGTH"
+        --output_features_file "$FEATURES_FILE" --bert_model_dir "$STUDENT_MODEL" --max_seq_length "${MAX_SEQ_LENGTH:-256}"
 fi
 "$PYTHON" "$ROOT/distill.py" \
     --device "$DEVICE" \
     --features_file "$FEATURES_FILE" \
-    --teacher_model "$TEACHER_MODEL" \
+    ${TEACHER_MODEL:+--teacher_model "$TEACHER_MODEL"} \
     --general_student_model "$STUDENT_MODEL" \
     --output_student_dir "$OUTPUT_STUDENT_DIR" \
     --cache_file_dir "$CACHE_FILE_DIR" \
     --distill_model "$DISTILL_MODEL" \
-    --max_seq_length "$MAX_SEQ_LENGTH" \
+    ${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"} \
     --train_batch_size "$TRAIN_BATCH_SIZE" \
     --learning_rate "$LEARNING_RATE" \
     --num_train_epochs "$NUM_TRAIN_EPOCHS" \

@@ -3,6 +3,26 @@
 # file, which is made and filled when needed.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+[ -t 2 ] || export TQDM_MININTERVAL="${TQDM_MININTERVAL:-10}"     # seconds between progress lines in a log file
+
+# help_for FILE [arguments]: with -h or --help among the arguments, print the comment at the top of FILE and exit
+help_for() {
+    local argument
+    for argument in "${@:2}"; do
+        case "$argument" in
+            -h | --help)
+                sed -n '2,/^set -euo/{/^#/s/^# \{0,1\}//p}' "$1"
+                exit
+                ;;
+        esac
+    done
+}
+
+# fail MESSAGE
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
 
 # Exit code 0 if the interpreter $1 is 3.11 or newer and has every pinned package of requirement file $2.
 satisfies() {
@@ -33,13 +53,15 @@ find_python() {
             return
         fi
     done
-    echo "error: Python 3.11 or newer is needed and was not found; install it, or set PYTHON=/path/to/python" >&2
-    exit 2
+    fail "Python 3.11 or newer is needed and was not found; install it, or set PYTHON=/path/to/python"
 }
 
 use_python() {
     local requirements="$ROOT/$1" base
-    [ -z "${PYTHON:-}" ] || return 0
+    if [ -n "${PYTHON:-}" ]; then
+        command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not an interpreter"
+        return
+    fi
     base="$(find_python)"
     if satisfies "$base" "$requirements"; then
         PYTHON="$base"
@@ -48,14 +70,10 @@ use_python() {
     PYTHON="$ROOT/.venv/bin/python"
     if ! { [ -x "$PYTHON" ] && satisfies "$PYTHON" "$requirements"; }; then
         echo "installing $1 into $ROOT/.venv (once) ..." >&2
-        "$base" -m venv "$ROOT/.venv" || {
-            echo "error: $base cannot make a virtual environment (on Debian: apt-get install python3-venv); or activate" \
-                 "an environment that has $1, or set PYTHON to its interpreter" >&2
-            exit 2
-        }
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" || {
-            echo "error: the packages of $1 could not be installed; run the command again, or see the lines above" >&2
-            exit 2
-        }
+        "$base" -m venv "$ROOT/.venv" ||
+            fail "$base cannot make a virtual environment (on Debian: apt-get install python3-venv); or activate an \
+environment that has $1, or set PYTHON to its interpreter"
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
+            fail "the packages of $1 could not be installed; run the command again, or see the lines above"
     fi
 }

@@ -2,17 +2,38 @@
 # Re-rank and evaluate: bash reranker.sh [more arguments of reranker.py, such as --bf16]
 #
 # With nothing set this re-ranks the test queries of the embedded example with the student of `bash distill.sh`, with
-# the same student before distillation and with the teacher, and prints a table. For a model and data of your own:
+# the same student before distillation and with the teacher, and prints a table; files are in example_run/results.
+# For a model and data of your own:
 #   MODEL_DIR=student FEATURES_FILE=test.pkl OUTPUT_DIR=results QRELS_FILE=qrels.txt bash reranker.sh --bf16
-# FEATURES_FILE is a feature file, or TEST_PAIRS a file of `query_id#passage_id <tab> query <tab> passage` to make one.
-# OUTPUT_DIR receives scores.tsv and run.trec; with QRELS_FILE the run is evaluated as well.
+#
+# Variables:
+#   MODEL_DIR         folder or hub id of the model (example: example_run/student-$DISTILL_MODEL)
+#   FEATURES_FILE     feature file of the pairs
+#   TEST_PAIRS        instead: query_id#passage_id <tab> query <tab> passage, to be tokenized
+#   MAX_SEQ_LENGTH    word pieces, when tokenizing (default 256; example: 128)
+#   OUTPUT_DIR        receives scores.tsv and run.trec (default results)
+#   QRELS_FILE        judgements, to evaluate the run
+#   MEASURES          of ir_measures (default "nDCG@10 AP")
+#   COMPLETE          1: average over all judged queries, those missing from the run as 0 (official for MS MARCO)
+#   AGGREGATION       MaxP (default), FirstP, SumP, AvgP, 2-Max_and_AvgP, ...
+#   DEVICE            auto (default), cpu, or a CUDA index
+#   DISTILL_MODEL, TEACHER_MODEL, EXAMPLE_DIR, PYTHON   as in distill.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python_env.sh"
+help_for "${BASH_SOURCE[0]}" "$@"
 
 EXAMPLE_DIR="${EXAMPLE_DIR:-$ROOT/example_run}"
-DEVICE="${DEVICE:-auto}"                           # auto, cpu, or a CUDA index
-AGGREGATION="${AGGREGATION:-MaxP}"                 # MaxP, FirstP, SumP, AvgP, 2-Max_and_AvgP, ...
+DEVICE="${DEVICE:-auto}"
+AGGREGATION="${AGGREGATION:-MaxP}"
 MEASURES="${MEASURES:-nDCG@10 AP}"
+
+case "$AGGREGATION" in                             # before hours are spent on scores
+    MaxP | FirstP | SumP | AvgP | [1-9]*-Max"&"AvgP | [1-9]*-Max_and_AvgP) ;;
+    *) fail "AGGREGATION=$AGGREGATION: expected MaxP, FirstP, SumP, AvgP or k-Max_and_AvgP with a number for k" ;;
+esac
+[ -z "${QRELS_FILE:-}" ] || [ -r "$QRELS_FILE" ] || fail "QRELS_FILE=$QRELS_FILE: no such file"
+[ -n "${MODEL_DIR:-}" ] || [ -z "${FEATURES_FILE:-}${TEST_PAIRS:-}" ] ||
+    fail "set MODEL_DIR to the folder or hub id of the model"
 
 # rerank MODEL FEATURES SCORES RUN [more arguments]: scores of passages, then the ranking of documents
 rerank() {
@@ -30,7 +51,6 @@ tokenize() {
 
 use_python requirements.txt
 if [ -n "${FEATURES_FILE:-}${TEST_PAIRS:-}" ]; then
-    : "${MODEL_DIR:?set it to the folder or hub id of the model}"
     OUTPUT_DIR="${OUTPUT_DIR:-results}"
     mkdir -p "$OUTPUT_DIR"
     if [ -n "${TEST_PAIRS:-}" ]; then
@@ -40,17 +60,15 @@ if [ -n "${FEATURES_FILE:-}${TEST_PAIRS:-}" ]; then
     rerank "$MODEL_DIR" "$FEATURES_FILE" "$OUTPUT_DIR/scores.tsv" "$OUTPUT_DIR/run.trec" "$@"
     if [ -n "${QRELS_FILE:-}" ]; then
         # shellcheck disable=SC2086                  # MEASURES is a list
-        "$PYTHON" "$ROOT/msmarco_mrr_eval.py" "$QRELS_FILE" "$OUTPUT_DIR/run.trec" --measures $MEASURES
+        "$PYTHON" "$ROOT/msmarco_mrr_eval.py" "$QRELS_FILE" "$OUTPUT_DIR/run.trec" ${COMPLETE:+--complete} \
+            --measures $MEASURES
     fi
     exit
 fi
 
 TEACHER_MODEL="${TEACHER_MODEL:-$ROOT/examples/teacher}"
-MODEL_DIR="${MODEL_DIR:-$EXAMPLE_DIR/student-simplified}"
-if [ ! -f "$MODEL_DIR/model.safetensors" ]; then
-    echo "error: $MODEL_DIR holds no student yet; make it first: bash distill.sh" >&2
-    exit 2
-fi
+MODEL_DIR="${MODEL_DIR:-$EXAMPLE_DIR/student-${DISTILL_MODEL:-simplified}}"
+[ -f "$MODEL_DIR/model.safetensors" ] || fail "$MODEL_DIR holds no student yet; make it first: bash distill.sh"
 RESULTS="$EXAMPLE_DIR/results"
 mkdir -p "$RESULTS"
 tokenize "$EXAMPLE_DIR/collection/test.pairs.tsv" "$EXAMPLE_DIR/test.pkl" "$MODEL_DIR" "${MAX_SEQ_LENGTH:-128}"

@@ -10,7 +10,7 @@ In, one pair a line, UTF-8, plain or gzip, columns separated by one tab:
     dev, test  query_id#passage_id <tab> query <tab> passage (<tab> label)
 Out, a pickled feature file (format: simplified_tinybert/features.py): [CLS] query [SEP] passage [SEP] of each pair in
 input order, at most max_seq_length word pieces; the longer of the two texts loses a piece at a time, the passage at a
-tie. The whole input is checked before the first pair is tokenized; if a line is wrong, all wrong lines are named and
+tie. The whole input is checked before the first pair is tokenized; if lines are wrong, the first 20 are named and
 nothing is written.
 """
 import argparse
@@ -62,8 +62,9 @@ def check_line(text: str, set_name: str) -> list[str]:
     """What is wrong with a line, each as 'found ...; expected ...'."""
     columns = text.split("\t")
     if len(columns) not in ((4,) if set_name == "train" else (3, 4)):
-        return [f"found {len(columns)} tab-separated columns ({shorten(text)}); expected {COLUMNS[set_name]}; "
-                f"replace tabs inside texts by blanks"]
+        hint = ("if these are test pairs: --set_name test" if set_name == "train" and len(columns) == 3 else
+                "replace tabs inside texts by blanks" if len(columns) > 4 else "columns are separated by one tab each")
+        return [f"found {len(columns)} tab-separated columns ({shorten(text)}); expected {COLUMNS[set_name]}; {hint}"]
     complaints = []
     for name, value in zip(("query", "passage"), columns[1:3]):
         if not value.strip():
@@ -75,7 +76,8 @@ def check_line(text: str, set_name: str) -> list[str]:
     elif set_name != "train":
         query_id, hash_sign, passage_id = columns[0].partition("#")
         if not (query_id and hash_sign and passage_id) or columns[0].split() != [columns[0]]:
-            complaints.append(f"found id {shorten(columns[0])}; expected query_id#passage_id without white space")
+            complaints.append(f"found id {shorten(columns[0])}; expected query_id#passage_id without white space"
+                              + ("; if these are training examples: --set_name train" if len(columns) == 4 else ""))
     return complaints
 
 

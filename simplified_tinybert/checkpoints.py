@@ -213,6 +213,8 @@ def save_cross_encoder(model: CrossEncoder, folder: Path, tokenizer_folder: Path
         (folder / PROJECTION_FILE).unlink(missing_ok=True)                  # of a model that was here before
     config = model.config.to_dict() | {"architectures": ["BertForSequenceClassification"], "model_type": "bert",
                                        "dtype": str(model.classifier.weight.dtype).removeprefix("torch.")}
+    if model.config.num_labels == 2:
+        config |= {"id2label": {"0": "not relevant", "1": "relevant"}, "label2id": {"not relevant": 0, "relevant": 1}}
     _write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     if tokenizer_folder:
         save_tokenizer(tokenizer_folder, folder, lower_case, model.config.max_position_embeddings)

@@ -31,6 +31,9 @@ def find_models(names: dict[str, str | None], problems: Problems) -> dict[str, t
 def check_length(max_seq_length: int | None, summary: FeatureSummary, problems: Problems) -> int:
     """Length to pad to: --max_seq_length, or the features' own. Shorter than the features is a problem."""
     made_with = summary.header["max_seq_length"]
+    if max_seq_length is not None and max_seq_length > made_with:
+        warn(f"--max_seq_length {max_seq_length}: the features were made with {made_with}; padding further costs "
+             f"time and changes the losses of --padding reference")
     if max_seq_length is not None and max_seq_length < made_with:
         problems.add(f"--max_seq_length {max_seq_length}: the features were made with {made_with}; leave the flag out, "
                      f"or tokenize again with --max_seq_length {max_seq_length}")
@@ -42,8 +45,10 @@ def check_model_fits(role: str, folder: Path, config: BertConfig, summary: Featu
     """Complain where features and model do not go together: vocabulary, length; warn about casing."""
     header = summary.header
     if width > config.max_position_embeddings:
-        problems.add(f"{folder}: the {role} has {config.max_position_embeddings} positions, the features need {width}; "
-                     f"tokenize again with --max_seq_length {config.max_position_embeddings}")
+        positions = config.max_position_embeddings
+        way_out = ("leave --max_seq_length out" if header["max_seq_length"] <= positions else
+                   f"tokenize again with --max_seq_length {positions} (MAX_SEQ_LENGTH={positions} for the .sh scripts)")
+        problems.add(f"{folder}: the {role} has {positions} positions, {width} are asked for; {way_out}")
     if header["vocabulary_size"] > config.vocab_size:
         problems.add(f"{folder}: the {role} knows {config.vocab_size} word pieces, the features have "
                      f"{header['vocabulary_size']}; tokenize with --bert_model_dir {folder}")

@@ -58,7 +58,7 @@ def test_what_is_printed_first(golden_models, tmp_path, run_main):
     for fact in ("4 layers, hidden width 48, 4 heads, 91,154 parameters", "2 layers, hidden width 24",
                  "0 ← 0 (embeddings), 1 ← 2, 2 ← 4", "1 × attention + 1 × hidden + 1 × soft + 1 × hard",
                  "soft cross-entropy weighs 0.5", "50, 50.0 % relevant", "positions are padding",
-                 "14 = 2 epochs × 7 steps of 8 × 1 examples; warm-up 1"):
+                 "14 = 2 epochs × 7 steps of 8 × 1 examples; warm-up over 1"):
         assert fact in printed
 
 

@@ -59,6 +59,40 @@ def test_reranking_before_distilling_says_what_to_do(tmp_path):
     assert done.returncode == 2 and "bash distill.sh" in done.stderr
 
 
+@pytest.mark.parametrize("script, environment, message", [
+    ("reranker.sh", {"AGGREGATION": "MinP"}, "AGGREGATION=MinP: expected MaxP"),
+    ("reranker.sh", {"QRELS_FILE": "none.txt"}, "QRELS_FILE=none.txt: no such file"),
+    ("reranker.sh", {"FEATURES_FILE": "test.pkl"}, "set MODEL_DIR"),
+    ("distill.sh", {"FEATURES_FILE": "train.pkl"}, "set STUDENT_MODEL"),
+    ("distill.sh", {"FEATURES_FILE": "train.pkl", "STUDENT_MODEL": "s"}, "set TEACHER_MODEL"),
+    ("distill.sh", {"PYTHON": "no-such-python"}, "PYTHON=no-such-python is not an interpreter"),
+])
+def test_mistakes_in_variables_are_told_at_once(tmp_path, script, environment, message):
+    done = bash(script, cwd=tmp_path, **environment)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
+
+
+@pytest.mark.parametrize("script", ["distill.sh", "ditill.sh", "reranker.sh"])
+def test_shell_scripts_explain_their_variables(tmp_path, script):
+    done = bash(script, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr
+    used = set(re.findall(r"\$\{([A-Z][A-Z_]+):-", (ROOT / script.replace("ditill", "distill")).read_text()))
+    assert used and all(name in done.stdout for name in used)
+
+
+def test_features_shorter_than_256_need_no_flag(own_data):
+    """What a user with features of 32 word pieces and models of 64 positions meets."""
+    models = {"TEACHER_MODEL": "my models/teacher", "STUDENT_MODEL": "my models/student_2x24", "DEVICE": "cpu"}
+    done = bash("distill.sh", cwd=own_data, TRAIN_EXAMPLES="train.tsv", FEATURES_FILE="train.pkl", MAX_SEQ_LENGTH="32",
+                OUTPUT_STUDENT_DIR="one", **models)
+    assert done.returncode == 0, done.stderr
+    done = bash("distill.sh", cwd=own_data, FEATURES_FILE="train.pkl", OUTPUT_STUDENT_DIR="two", **models)
+    assert done.returncode == 0, done.stderr
+    done = bash("distill.sh", cwd=own_data, FEATURES_FILE="train.pkl", OUTPUT_STUDENT_DIR="three", MAX_SEQ_LENGTH="256",
+                **models)
+    assert done.returncode == 2 and "64 positions, 256 are asked for; leave --max_seq_length out" in done.stderr
+
+
 def test_a_failing_step_ends_the_script(own_data):
     (own_data / "train.tsv").write_text("1\tonly two columns\n")
     done = bash("distill.sh", cwd=own_data, TEACHER_MODEL="my models/teacher", STUDENT_MODEL="my models/student_2x24",
