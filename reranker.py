@@ -23,9 +23,9 @@ from tqdm import tqdm
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import load_cross_encoder, weights_fingerprint
+from simplified_tinybert.cpu_linear import pack_linear_layers, quantize_linear_layers
 from simplified_tinybert.features import Examples, FeatureSummary, read_chunks, summarise
 from simplified_tinybert.files import Problems, UserError, check_output_file, locked, run_main, say, sync_folder
-from simplified_tinybert.int8 import quantize_linear_layers
 from simplified_tinybert.modeling import CrossEncoder, count_parameters, describe
 from simplified_tinybert.precision import select_precision, to_half
 from simplified_tinybert.preflight import check_length, check_model_fits, find_models
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
         help="relu before the classifier, for checkpoints trained with it whose configuration does not say so")
     add("--fp16", action="store_true", help="compute in float16 (CUDA); pooler and classifier in float32")
     add("--bf16", action="store_true", help="compute in bfloat16; pooler and classifier in float32")
-    add("--int8", action="store_true", help="8-bit matrix products (CPU): about twice as fast; scores change a little, see README")
+    add("--int8", action="store_true", help="8-bit matrix products (CPU): faster, scores change a little; see README")
     add("--resume", action="store_true", help="go on after the last chunk of an interrupted run")
     return parser.parse_args()
 
@@ -86,6 +86,16 @@ def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterator[np.ndarr
     for indices, values in pending:
         logits[indices] = values.cpu().numpy()
     return logits
+
+
+def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> None:
+    """Bring the model, in place, into the form that scores fastest on its device in the precision asked for."""
+    if dtype:
+        to_half(model, dtype)
+    elif int8:
+        quantize_linear_layers(model)
+    elif model.classifier.weight.device.type == "cpu":
+        pack_linear_layers(model)
 
 
 def score_lines(ids: list[str], scores: np.ndarray) -> str:
@@ -170,12 +180,9 @@ def main() -> None:
     if model.config.num_labels not in (1, 2):
         raise UserError(f"{folder}: the model has {model.config.num_labels} classes; expected 2, or 1 logit")
     model.config.pooled_relu = args.pooled_relu or getattr(config, "pooled_relu", False)
-    model.to(device)
-    if dtype:
-        to_half(model, dtype)
-    if args.int8:
-        quantize_linear_layers(model)
     say(f"model        {describe(model)}")
+    parameters = count_parameters(model)
+    prepare(model.to(device), dtype, args.int8)
 
     output = Path(os.path.realpath(args.output_scores_file))
     partial, record_path = output.with_name(output.name + ".partial"), output.with_name(output.name + ".run.json")
@@ -191,7 +198,7 @@ def main() -> None:
         os.replace(partial, output)
     sync_folder(output.parent)
     speed = (summary.examples - done) / (time.perf_counter() - start)
-    record(record_path, args, **facts, parameters=count_parameters(model), pairs_per_second=speed)
+    record(record_path, args, **facts, parameters=parameters, pairs_per_second=speed)
     say(f"scores       {output}: {summary.examples:,} pairs, {speed:,.1f} pairs/s")
 
 

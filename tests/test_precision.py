@@ -4,16 +4,23 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import random_rows, write_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import reranker
-from simplified_tinybert.checkpoints import load_cross_encoder
+from simplified_tinybert.checkpoints import load_cross_encoder, read_config
+from simplified_tinybert.cpu_linear import (
+    Int8Linear,
+    PackedLinear,
+    pack_linear_layers,
+    quantize_linear_layers,
+    saturates,
+)
 from simplified_tinybert.features import read_chunks
 from simplified_tinybert.files import UserError
-from simplified_tinybert.int8 import Int8Linear, quantize_linear_layers, saturates
 from simplified_tinybert.precision import to_half
 
 
@@ -70,6 +77,35 @@ def test_int8_replaces_the_encoder_alone_and_stays_close(golden_models, features
     rounded = logits_of(model, features)
     assert 0 < (rounded - exact).abs().max() < 0.15 * exact.std()      # a tiny model of random weights: 0.1
     assert np.corrcoef(rounded[:, 1], exact[:, 1])[0, 1] > 0.98
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 130), st.integers(1, 130), st.integers(1, 5), st.integers(1, 40), st.booleans(),
+       st.integers(0, 2 ** 31 - 1))
+def test_packed_layers_give_the_same_products(outputs, inputs, batch, length, gelu, seed):
+    torch.manual_seed(seed)
+    layer, values = nn.Linear(inputs, outputs), torch.randn(batch, length, inputs) * 3
+    expected = F.gelu(layer(values)) if gelu else layer(values)
+    with torch.inference_mode():
+        assert torch.allclose(PackedLinear(layer, gelu)(values), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_a_packed_model_gives_the_same_scores_and_layers(golden_models, features, activation):
+    config = read_config(golden_models["teacher"])
+    config.hidden_act = activation
+    model, _ = load_cross_encoder(golden_models["teacher"], config)
+    packed, chunk = copy.deepcopy(model), next(read_chunks(features))
+    pack_linear_layers(packed)
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 6 * config.num_hidden_layers
+    batch = chunk.batch(np.arange(len(chunk)))
+    with torch.inference_mode():
+        for layers in (None, [1, config.num_hidden_layers]):
+            expected, found = model(batch, layers), packed(batch, layers)
+            assert torch.allclose(found.logits, expected.logits, atol=1e-5)
+            for name in ("hidden_states", "queries", "keys"):
+                for number, tensor in getattr(expected, name).items():
+                    assert torch.allclose(getattr(found, name)[number], tensor, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
