@@ -153,8 +153,7 @@ def written_pairs(partial: Path, record_path: Path, wanted: dict, chunks: list[i
 
 
 def scored_chunks(model: CrossEncoder, args: argparse.Namespace, done: int, total: int, batch_tokens: int,
-                  device: torch.device, processes: Processes) \
-        -> Iterator[tuple[Examples, np.ndarray]]:
+                  device: torch.device, processes: Processes) -> Iterator[tuple[Examples, np.ndarray]]:
     """Yield chunks with their logits (N, C), after the first `done` pairs; in every process, whoever computed them.
 
     Batches, which follow from the lengths alone, are dealt out in turn. The processes exchange their logits after as
@@ -171,8 +170,9 @@ def scored_chunks(model: CrossEncoder, args: argparse.Namespace, done: int, tota
                 batches = token_batches(chunk.lengths, batch_tokens, args.eval_batch_size)
                 mine = [indices for indices in batches if next(turns) == processes.rank]
                 logits.append(score_chunk(model, chunk, mine, device, progress))
-            for chunk, own in zip(window, logits):
-                yield chunk, finite(chunk, processes.merge(own))
+            merged = [processes.merge(own) for own in logits]
+            for chunk, values in zip(window, merged):
+                yield chunk, finite(chunk, values)
             seen += sum(map(len, window))
             progress.update(seen - progress.n)          # what the other processes computed
 

@@ -18,7 +18,7 @@ from typing import IO
 
 import numpy as np
 
-PATIENCE = 10           # seconds
+PATIENCE = 5            # seconds
 
 
 class UserError(Exception):
@@ -47,8 +47,8 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a script's main; a user's mistake or a failing disk ends in one message on stderr and exit code 2.
 
     Of several processes that torchrun started, the first speaks for all. Another one keeps what it has to say until it
-    fails, and says it then if it is the first of its machine. The rest wait: whoever made the same mistake tells it,
-    and torchrun ends them. Who is not ended was alone with it, and speaks.
+    fails, and says it then if it is the first of its machine. The rest wait one after the other: who met the same
+    mistake before has told it, and torchrun ends them. Who is not ended by then was alone with it, and speaks.
     """
     if process_number("RANK") == 0:
         code = _exit_code(main)
@@ -56,7 +56,7 @@ def run_main(main: Callable[[], None]) -> None:
         with redirect_stderr(io.StringIO()) as told, redirect_stdout(told):
             code = _exit_code(main)
         if code == 2:
-            time.sleep(PATIENCE if process_number("LOCAL_RANK") else 0)
+            time.sleep(PATIENCE * process_number("LOCAL_RANK"))
             sys.stderr.write(told.getvalue())
     if code:
         sys.exit(code)
