@@ -22,7 +22,6 @@ Several GPUs of a machine, or processes on its CPU, share every batch and end in
     torchrun --standalone --nproc_per_node=4 distill.py --features_file train.pkl ...
 """
 import argparse
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -45,6 +44,7 @@ from simplified_tinybert.modeling import Batch, CrossEncoder
 from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay
 from simplified_tinybert.precision import ApexScaler, LossScaler, import_apex_amp, select_precision
 from simplified_tinybert.preflight import (
+    check_flags,
     check_length,
     check_model_fits,
     check_output_dir,
@@ -132,25 +132,6 @@ def objective(student: CrossEncoder, teacher: CrossEncoder | None, batch: Batch,
                  for layer, source in enumerate([0, *mapped])) * (share.tokens if masked else share.examples)
     return {"loss": attention + hidden + soft + hard, "cls_loss": soft + hard, "att_loss": attention,
             "rep_loss": hidden, "soft_loss": soft, "hard_loss": hard}
-
-
-def check_flags(args: argparse.Namespace, problems: Problems) -> None:
-    several = f" for each of {process_count()} processes" if process_count() > 1 else ""
-    rules = [("train_batch_size", args.train_batch_size >= process_count(), f"1 or more{several}"),
-             ("gradient_accumulation_steps", args.gradient_accumulation_steps >= 1, "1 or more"),
-             ("num_train_epochs", 0 < args.num_train_epochs < math.inf, "more than 0"),
-             ("learning_rate", 0 <= args.learning_rate < math.inf, "0 or more"),
-             ("warmup_proportion", 0 <= args.warmup_proportion < 1, "0 to less than 1"),
-             ("weight_decay", 0 <= args.weight_decay < math.inf, "0 or more"),
-             ("alpha", 0 <= args.alpha <= 1, "0 to 1"),
-             ("temperature", 0 < args.temperature < math.inf, "more than 0"),
-             ("train_loss_step", args.train_loss_step >= 1, "1 or more"),
-             ("save_model_step", args.save_model_step >= 1, "1 or more")]
-    for name, holds, expected in rules:
-        if not holds:
-            problems.add(f"--{name} {getattr(args, name)}: expected {expected}")
-    if args.distill_model != "finetune" and not args.teacher_model:
-        problems.add(f"--distill_model {args.distill_model} needs --teacher_model")
 
 
 def load_models(args: argparse.Namespace, models: dict, checkpoint: Path | None, device: torch.device) \
