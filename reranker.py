@@ -10,11 +10,16 @@ log_odds the difference of the two logits, which does not crowd at 0 and 1.
 
 Memory does not grow with the number of pairs: they are read, scored and written a chunk at a time. Within a chunk pairs
 of similar length share a batch and only the [CLS] position of the last layer is computed, which changes no score.
+
+Several GPUs of a machine, or processes on its CPU, compute batches in turn; the score file is the same to the byte:
+
+    torchrun --standalone --nproc_per_node=4 reranker.py --model_dir student --features_file test.pkl ...
 """
 import argparse
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +29,18 @@ from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import load_cross_encoder, weights_fingerprint
 from simplified_tinybert.cpu_linear import pack_linear_layers, quantize_linear_layers
+from simplified_tinybert.distributed import Processes, process_group
 from simplified_tinybert.features import Examples, FeatureSummary, read_chunks, summarise
-from simplified_tinybert.files import Problems, UserError, check_output_file, locked, run_main, say, sync_folder
+from simplified_tinybert.files import (
+    Problems,
+    UserError,
+    check_output_file,
+    locked,
+    process_number,
+    run_main,
+    say,
+    sync_folder,
+)
 from simplified_tinybert.modeling import CrossEncoder, count_parameters, describe
 from simplified_tinybert.precision import select_precision, to_half
 from simplified_tinybert.preflight import check_length, check_model_fits, find_models
@@ -74,10 +89,10 @@ def relevance(logits: np.ndarray, score: str) -> np.ndarray:
     return log_odds if score == "log_odds" else np.exp(-np.logaddexp(0.0, -log_odds))
 
 
-def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterator[np.ndarray], device: torch.device,
+def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarray], device: torch.device,
                 progress: tqdm) -> np.ndarray:
-    """Logits (N, C) of all pairs of a chunk in float32, in input order."""
-    logits = np.empty((len(chunk), model.config.num_labels), dtype=np.float32)
+    """Logits (N, C) of the pairs of a chunk in float32, in input order; zeros for those in none of the batches."""
+    logits = np.zeros((len(chunk), model.config.num_labels), dtype=np.float32)
     pending = []                                          # results stay on the device until the chunk is through
     with torch.inference_mode():
         for indices in batches:
@@ -106,7 +121,8 @@ def score_lines(ids: list[str], scores: np.ndarray) -> str:
 
 def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertConfig, FeatureSummary]:
     """Model folder, its configuration, and the features, once all is known to fit. Raises UserError otherwise."""
-    check_output_file(args.output_scores_file, problems, inputs=args.features_file)
+    if process_number("RANK") == 0:                     # which alone writes
+        check_output_file(args.output_scores_file, problems, inputs=args.features_file)
     for name in ("eval_batch_size", "batch_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             problems.add(f"--{name} {getattr(args, name)}: expected 1 or more")
@@ -146,30 +162,51 @@ def written_pairs(partial: Path, record_path: Path, wanted: dict, chunks: list[i
     return done
 
 
-def write_scores(model: CrossEncoder, args: argparse.Namespace, partial: Path, done: int, total: int, batch_tokens: int,
-                 device: torch.device) -> None:
-    """Append the scores of all pairs after the first `done` to `partial`, a chunk at a time."""
-    with open(partial, "a", encoding="utf-8", newline="\n") as handle, \
-            tqdm(total=total, initial=done, desc="scoring", unit=" pairs") as progress:
-        seen = 0
-        for chunk in (chunk for path in args.features_file for chunk in read_chunks(path)):
-            seen += len(chunk)
-            if seen <= done:
-                continue
-            batches = token_batches(chunk.lengths, batch_tokens, args.eval_batch_size)
-            logits = score_chunk(model, chunk, batches, device, progress)
-            if not np.isfinite(logits).all():
-                bad = chunk.ids[int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])]
-                raise UserError(f"the model's logits of {bad} are not numbers; try --bf16 in place of --fp16, or "
-                                f"neither; else the model's weights are broken")
-            handle.write(score_lines(chunk.ids, relevance(logits, args.score)))
+def scored_chunks(model: CrossEncoder, args: argparse.Namespace, done: int, total: int, batch_tokens: int,
+                  device: torch.device, processes: Processes) -> Iterator[tuple[Examples, np.ndarray]]:
+    """Yield chunks with their logits (N, C), after the first `done` pairs; in every process, whoever computed them.
+
+    Batches, which follow from the lengths alone, are dealt out in turn. The processes exchange their logits after as
+    many chunks as there are processes, so that they seldom wait for each other.
+    """
+    chunks = (chunk for path in args.features_file for chunk in read_chunks(path))
+    seen, turns = 0, cycle(range(processes.count))
+    while seen < done:
+        seen += len(next(chunks))
+    with tqdm(total=total, initial=done, desc="scoring", unit=" pairs", disable=not processes.first) as progress:
+        while window := list(islice(chunks, processes.count)):
+            logits = []
+            for chunk in window:
+                batches = token_batches(chunk.lengths, batch_tokens, args.eval_batch_size)
+                mine = [indices for indices in batches if next(turns) == processes.rank]
+                logits.append(score_chunk(model, chunk, mine, device, progress))
+            merged = [processes.merge(own) for own in logits]
+            for chunk, values in zip(window, merged):
+                yield chunk, finite(chunk, values)
+            seen += sum(map(len, window))
+            progress.update(seen - progress.n)          # what the other processes computed
+
+
+def finite(chunk: Examples, logits: np.ndarray) -> np.ndarray:
+    """The logits. Raises UserError if there is one that is not a number."""
+    bad = ~np.isfinite(logits).all(axis=1)
+    if bad.any():
+        raise UserError(f"the model's logits of {chunk.ids[int(bad.argmax())]} are not numbers; try --bf16 in place of "
+                        f"--fp16, or neither; else the model's weights are broken")
+    return logits
+
+
+def write_scores(scored: Iterator[tuple[Examples, np.ndarray]], score: str, path: Path) -> None:
+    """Append the scores of all chunks to `path`, a chunk at a time."""
+    with open(path, "a", encoding="utf-8", newline="\n") as handle:
+        for chunk, logits in scored:
+            handle.write(score_lines(chunk.ids, relevance(logits, score)))
             handle.flush()
         os.fsync(handle.fileno())
 
 
-def main() -> None:
-    args, problems = parse_args(), Problems()
-    device = select_device(args.device, args.no_cuda)
+def rerank(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
+    problems = Problems()
     dtype = select_precision(args.fp16, args.bf16, device, problems)
     if args.int8 and (dtype or device.type != "cpu"):
         problems.add("--int8: runs on a CPU alone and not with --fp16 or --bf16; add --device cpu, or leave it out")
@@ -188,18 +225,35 @@ def main() -> None:
     partial, record_path = output.with_name(output.name + ".partial"), output.with_name(output.name + ".run.json")
     batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
     facts = {"settings": settings(args, folder, summary, batch_tokens), "device": str(device)}
+    processes.check_agreement(facts["settings"])
+
+    def scored(done: int) -> Iterator[tuple[Examples, np.ndarray]]:
+        done = processes.gather(done)[0]                # the first process knows
+        return scored_chunks(model, args, done, summary.examples, batch_tokens, device, processes)
+
+    if not processes.first:
+        for _ in scored(0):
+            pass
+        return
     partial.touch()
     with locked(partial):
         done = written_pairs(partial, record_path, facts["settings"], summary.chunks) if args.resume else 0
         os.truncate(partial, partial.stat().st_size if done else 0)
         record(record_path, args, **facts)
         start = time.perf_counter()
-        write_scores(model, args, partial, done, summary.examples, batch_tokens, device)
+        write_scores(scored(done), args.score, partial)
         os.replace(partial, output)
     sync_folder(output.parent)
     speed = (summary.examples - done) / (time.perf_counter() - start)
-    record(record_path, args, **facts, parameters=parameters, pairs_per_second=speed)
+    record(record_path, args, **facts, processes=processes.count, parameters=parameters, pairs_per_second=speed)
     say(f"scores       {output}: {summary.examples:,} pairs, {speed:,.1f} pairs/s")
+
+
+def main() -> None:
+    args = parse_args()
+    device = select_device(args.device, args.no_cuda)
+    with process_group(device) as processes:
+        rerank(args, device, processes)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """On which device a script computes, and the record it leaves."""
 import argparse
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -8,28 +9,40 @@ from pathlib import Path
 import torch
 import transformers
 
-from simplified_tinybert.files import UserError, atomic_writer, warn
+from simplified_tinybert.files import UserError, atomic_writer, process_count, process_number, warn
 
 
 def select_device(name: str, no_cuda: bool = False) -> torch.device:
     """Device of --device: auto, cpu, cuda, cuda:1, or a CUDA index as the original took it. Raises UserError.
 
     As in the original a bare index on a machine without CUDA means the CPU; `cuda` asked for by name is an error there.
+    Of several processes on a machine each takes the CUDA device of its own number.
     """
     available = 0 if no_cuda or not torch.cuda.is_available() else torch.cuda.device_count()
     if name == "cpu" or no_cuda or (name == "auto" and not available):
         return torch.device("cpu")
-    if name in ("auto", "cuda"):
-        name = "cuda:0"
-    index = name.removeprefix("cuda:")
+    index = str(process_number("LOCAL_RANK")) if name in ("auto", "cuda") else name.removeprefix("cuda:")
     if not index.isdecimal():
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:1, or the index of one CUDA device")
+    if process_count() > 1:
+        _check_devices(name, available)
     if not available and name == index:
         warn(f"--device {name}: no CUDA device here, computing on the CPU")
         return torch.device("cpu")
     if int(index) >= available:
         raise UserError(f"--device {name}: {available} CUDA devices can be used here; --device cpu works everywhere")
     return torch.device("cuda", int(index))
+
+
+def _check_devices(name: str, available: int) -> None:
+    """Raise UserError, in all processes of a machine alike, if they cannot have a CUDA device each."""
+    if name not in ("auto", "cuda"):
+        raise UserError(f"--device {name}: names one device for {process_count()} processes; leave the flag out, and "
+                        f"each takes one of its own (of those that CUDA_VISIBLE_DEVICES admits)")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if processes > available:
+        raise UserError(f"--device {name}: {available} CUDA devices can be used here, for {processes} processes; start "
+                        f"as many as there are devices (--nproc_per_node), or compute with --device cpu")
 
 
 def record(path: Path, args: argparse.Namespace, **facts: object) -> None:
