@@ -129,24 +129,36 @@ def best_rates(device: torch.device, width: int) -> dict[str, float]:
             "bf16": max(matrix_rates(device, torch.bfloat16, width).values())}
 
 
+def describe_rates(rates: dict[str, float]) -> str:
+    return ", ".join(f"{kind} {rate / 1e9:,.0f} GFLOP/s" for kind, rate in rates.items())
+
+
 def _repeat(run: Callable[[], object], device: torch.device) -> float:
     """Median seconds of repeated runs."""
     once = min(seconds(run, device) for _ in range(3))
     return statistics.median(seconds(run, device) for _ in range(max(5, int(RATE_SECONDS / once))))
 
 
-def forward_flops(config: BertConfig, lengths: Iterable[int]) -> float:
-    """Floating-point operations that the scores of pairs of these lengths need.
+def forward_flops(config: BertConfig, lengths: Iterable[int], cls_only: bool = True) -> float:
+    """Floating-point operations of the matrix products that a forward pass over pairs of these lengths needs.
 
-    Matrix products alone, without padding; in the last layer only keys and values are needed for every position.
+    With `cls_only`, for scores, the last layer's keys and values are needed for all positions, the rest for the first.
     """
     width, inner, total = config.hidden_size, config.intermediate_size, 0.0
     for length in map(int, lengths):
         layer = 2 * length * (4 * width * width + 2 * width * inner) + 4 * length * length * width
         last = 4 * length * width * width + 4 * width * width + 4 * width * inner + 4 * length * width
         head = 2 * width * width + 2 * width * config.num_labels
-        total += (config.num_hidden_layers - 1) * layer + last + head
+        total += (config.num_hidden_layers - 1) * layer + (last if cls_only else layer) + head
     return total
+
+
+def step_flops(student: BertConfig, teacher: BertConfig, lengths: Iterable[int]) -> float:
+    """The same for a distillation step: teacher once, student and its projections three times (forward, backward)."""
+    lengths = list(map(int, lengths))
+    projections = 2 * (student.num_hidden_layers + 1) * student.hidden_size * teacher.hidden_size * sum(lengths)
+    return (forward_flops(teacher, lengths, cls_only=False)
+            + 3 * (forward_flops(student, lengths, cls_only=False) + projections))
 
 
 def table(headings: list[str], rows: list[list[object]]) -> str:

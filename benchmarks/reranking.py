@@ -93,15 +93,11 @@ def ways_table(name: str, found: dict) -> str:
                      common.ratio(times[ORIGINAL], spent), common.ratio(times[PEER], spent) if PEER in times else "–",
                      f"{rate / 1e9:,.0f}", f"{100 * rate / best:.0f} %", f"{found['difference'][way]:.1e}"])
     title = (f"## {name}: {found['pairs']} pairs, {found['mean_length']:.0f} word pieces on average\n\n"
-             f"Matrix products on this machine at this width: {describe_rates(found['rates'])}. A pair needs "
+             f"Matrix products on this machine at this width: {common.describe_rates(found['rates'])}. A pair needs "
              f"{found['flops'] / found['pairs'] / 1e9:.2f} GFLOP. Standard deviation of the scores: "
              f"{found['scores_spread']:.2f}.\n\n")
     return title + common.table(["way", "pairs/s", "× original", "× sentence-transformers", "GFLOP/s", "of the rate",
                                  "largest score difference"], rows)
-
-
-def describe_rates(rates: dict[str, float]) -> str:
-    return ", ".join(f"{kind} {rate / 1e9:,.0f} GFLOP/s" for kind, rate in rates.items())
 
 
 def medians(found: dict) -> dict[str, float]:
