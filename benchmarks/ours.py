@@ -133,3 +133,9 @@ class Step:
 def bucketed_batches(examples: Examples, batch_size: int) -> list[np.ndarray]:
     """Batches of pairs of similar length, as distill.py --padding masked makes them."""
     return epoch_batches(examples.lengths, batch_size, seed=0, epoch=0, bucket=True)
+
+
+def tokenize_command(set_name: str, pairs: Path, output: Path, vocabulary: Path, max_seq_length: int) -> list[object]:
+    """Script and arguments of a run of tokenize_to_features.py."""
+    return [ROOT / "tokenize_to_features.py", "--set_name", set_name, "--raw_data_file", pairs,
+            "--output_features_file", output, "--bert_model_dir", vocabulary, "--max_seq_length", max_seq_length]
