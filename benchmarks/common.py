@@ -24,7 +24,7 @@ from simplified_tinybert.runtime import plain
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE_TOKENS = 2048          # rows of the products that measure the machine
-RATE_SECONDS = 0.15         # how long each of them is repeated
+RATE_SECONDS = {True: 0.01, False: 0.15}       # how long each of them is repeated, with and without --quick
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +101,7 @@ def number(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
-def matrix_rates(device: torch.device, dtype: torch.dtype, width: int) -> dict[str, float]:
+def matrix_rates(device: torch.device, dtype: torch.dtype, width: int, quick: bool) -> dict[str, float]:
     """FLOP per second of the products of a transformer layer of this width, as PyTorch computes them.
 
     On a CPU also by oneDNN with weights that were brought into its own layout beforehand, where PyTorch offers it: what
@@ -113,30 +113,30 @@ def matrix_rates(device: torch.device, dtype: torch.dtype, width: int) -> dict[s
             inputs = torch.randn(RATE_TOKENS, rows, device=device, dtype=dtype)
             weight, bias = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((columns, rows), (columns,)))
             work, shape = 2 * RATE_TOKENS * rows * columns, f"{RATE_TOKENS}×{rows}×{columns}"
-            rates[shape] = work / _repeat(lambda: F.linear(inputs, weight, bias), device)  # noqa: B023
+            rates[shape] = work / _repeat(lambda: F.linear(inputs, weight, bias), device, quick)  # noqa: B023
             if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
                 packed = torch.ops.mkldnn._reorder_linear_weight(weight, RATE_TOKENS)
-                rates[f"{shape} packed"] = work / _repeat(
-                    lambda: torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], ""), device)  # noqa: B023
+                rates[f"{shape} packed"] = work / _repeat(lambda: torch.ops.mkldnn._linear_pointwise(
+                    inputs, packed, bias, "none", [], ""), device, quick)  # noqa: B023
     return rates
 
 
-def best_rates(device: torch.device, width: int) -> dict[str, float]:
+def best_rates(device: torch.device, width: int, quick: bool) -> dict[str, float]:
     """FLOP per second of the fastest product: float32 as PyTorch computes it, float32 at its best, bf16."""
-    single = matrix_rates(device, torch.float32, width)
+    single = matrix_rates(device, torch.float32, width, quick)
     return {"float32": max(single.values()),
             "float32 without packed weights": max(rate for shape, rate in single.items() if "packed" not in shape),
-            "bf16": max(matrix_rates(device, torch.bfloat16, width).values())}
+            "bf16": max(matrix_rates(device, torch.bfloat16, width, quick).values())}
 
 
 def describe_rates(rates: dict[str, float]) -> str:
     return ", ".join(f"{kind} {rate / 1e9:,.0f} GFLOP/s" for kind, rate in rates.items())
 
 
-def _repeat(run: Callable[[], object], device: torch.device) -> float:
+def _repeat(run: Callable[[], object], device: torch.device, quick: bool) -> float:
     """Median seconds of repeated runs."""
     once = min(seconds(run, device) for _ in range(3))
-    return statistics.median(seconds(run, device) for _ in range(max(5, int(RATE_SECONDS / once))))
+    return statistics.median(seconds(run, device) for _ in range(max(5, int(RATE_SECONDS[quick] / once))))
 
 
 def forward_flops(config: BertConfig, lengths: Iterable[int], cls_only: bool = True) -> float:

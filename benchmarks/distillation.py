@@ -123,7 +123,7 @@ def measure_steps(args: argparse.Namespace, name: str, student: Path, teacher: P
             times[way].append(common.seconds(lambda: step(snug if MASKED in way else fixed), device))  # noqa: B023
         say(f"  {snug.input_ids.shape[1]} positions: " + ", ".join(f"{way} {t[-1]:.2f} s" for way, t in times.items()))
     used, configs = np.concatenate(batches), (read_config(student), read_config(teacher))
-    return {"rates": common.best_rates(device, configs[1].hidden_size),
+    return {"rates": common.best_rates(device, configs[1].hidden_size, args.quick),
             "flops": common.step_flops(*configs, [WIDTH] * len(used)),
             "masked_flops": common.step_flops(*configs, examples.lengths[used]), "batch_size": size,
             "mean_length": float(examples.lengths[used].mean()), "times": times,

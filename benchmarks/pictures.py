@@ -5,7 +5,8 @@ from pathlib import Path
 from simplified_tinybert.files import atomic_writer
 
 COLOURS = {"original": "#8c8c8c", "sentence-transformers": "#d9822b", "sentence-transformers, bf16": "#e8b27a",
-           "ours": "#1f6fb4", "ours, bf16": "#2a9d6f", "ours, masked": "#6a4fb0"}
+           "ours": "#1f6fb4", "ours, bf16": "#2a9d6f", "ours, masked": "#6a4fb0",
+           "ours, masked, bf16": "#a58fd8"}
 INK, FAINT = "#333333", "#dddddd"
 
 
@@ -45,7 +46,7 @@ def _lines(axes: object, panel: Panel) -> None:
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
     axes.minorticks_off()
     _plain_log_ticks(axes, [y for points in panel.lines.values() for y in points.values()])
-    axes.set_xlim(xs[0] * 0.88, xs[-1] * (xs[-1] / xs[0]) ** 0.55)       # room for the names
+    axes.set_xlim(xs[0] * 0.88, xs[-1] * max(xs[-1] / xs[0], 2.0) ** 0.55)       # room for the names
     _label_ends(axes, panel.lines)
     axes.set_xlabel(panel.x_label, fontsize=9.5, color=INK)
     axes.set_ylabel(panel.y_label, fontsize=9.5, color=INK)

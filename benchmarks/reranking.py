@@ -75,9 +75,9 @@ def measure_ways(args: argparse.Namespace, name: str, folder: Path, pairs: Sampl
     compared, lengths = ways(folder, sample, device, args.st_batch_sizes), sample.examples.lengths
     say(f"{name}: {len(lengths)} pairs, {lengths.mean():.1f} word pieces on average")
     scores = {way: run() for way, run in compared.items()}                  # also warms up
-    rates = [common.best_rates(device, config.hidden_size)]
+    rates = [common.best_rates(device, config.hidden_size, args.quick)]
     times = common.interleave(compared, args.rounds, device)
-    rates.append(common.best_rates(device, config.hidden_size))
+    rates.append(common.best_rates(device, config.hidden_size, args.quick))
     return {"pairs": len(lengths), "mean_length": float(lengths.mean()), "flops": common.forward_flops(config, lengths),
             "rates": {kind: max(rate[kind] for rate in rates) for kind in rates[0]}, "times": times,
             "scores_spread": float(np.std(scores[ORIGINAL])),
@@ -119,12 +119,13 @@ def teacher_table(measured: dict[str, dict]) -> str:
         ["way", "teacher, pairs/s", *(f"{student} is faster by" for student in students)], rows)
 
 
-def measure_lengths(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, dict[int, float]]:
+def measure_lengths(args: argparse.Namespace, folder: Path, pairs: Sample,
+                    device: torch.device) -> dict[str, dict[int, float]]:
     """Pairs per second of each way at each length: {way: {length: rate}}."""
-    texts, found = samples.Texts(), {}
+    found: dict[str, dict[int, float]] = {}
     tokens = args.pairs * 64 if args.pairs else {"cpu": 8192, "cuda": 2 ** 20}[device.type]
     for length in LENGTHS[:2] if args.quick else LENGTHS:
-        sample = equal_sample(texts, folder, length, max(2, tokens // length))
+        sample = equal_sample(pairs, folder, length, max(2, tokens // length))
         compared = ways(folder, sample, device, args.st_batch_sizes[1:4])
         del compared[OURS_TEXTS], compared[PEER_BF16]
         say(f"{length} word pieces, {len(sample.lines)} pairs")
@@ -140,14 +141,12 @@ def lengths_table(name: str, found: dict[str, dict[int, float]]) -> str:
         [[way, *(common.number(rate) for rate in rates.values())] for way, rates in found.items()])
 
 
-def measure_start(args: argparse.Namespace, folder: Path, device: torch.device,
+def measure_start(args: argparse.Namespace, folder: Path, pairs: Sample, device: torch.device,
                   scratch: Path) -> dict[str, list[float]]:
     """Seconds of the parts of re-ranking 10 pairs, from starting Python to having the file."""
-    lines = list(samples.Texts().pair_lines(10, repeats=1))
-    samples.write_lines(scratch / "ten.tsv", lines)
-    subprocess.run([sys.executable, common.ROOT / "tokenize_to_features.py", "--set_name", "test", "--raw_data_file",
-                    scratch / "ten.tsv", "--output_features_file", scratch / "ten.pkl", "--bert_model_dir", folder],
-                   check=True, capture_output=True)
+    samples.write_lines(scratch / "ten.tsv", pairs.lines[:10])
+    command = ours.tokenize_command("test", scratch / "ten.tsv", scratch / "ten.pkl", folder, pairs.width)
+    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
     found: dict[str, list[float]] = {}
     for _ in range(args.rounds):
         start = time.perf_counter()
@@ -201,10 +200,10 @@ def main() -> None:
                         for name, folder in folders.items()}
             sections += [ways_table(name, found) for name, found in measured.items()] + [teacher_table(measured)]
         if "lengths" in args.parts:
-            lengths = measure_lengths(args, folders[first], device)
+            lengths = measure_lengths(args, folders[first], pairs, device)
             sections.append(lengths_table(first, lengths))
         if "start" in args.parts:
-            start = measure_start(args, folders[first], device, Path(scratch))
+            start = measure_start(args, folders[first], pairs, device, Path(scratch))
             sections.append(start_table(first, start))
     common.write_results(args.output_dir, "reranking", "Re-ranking", facts, sections, args,
                          {"ways": measured, "lengths": lengths, "start": start})

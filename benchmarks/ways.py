@@ -1,7 +1,6 @@
 """Ways to score the same pairs with the same weights: the original's, sentence-transformers', ours. Not a command."""
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +38,14 @@ def real_sample(raw_data_file: Path | None, vocabulary: Path, size: int) -> Samp
     return Sample(lines, ours.tokenizer(vocabulary)(lines, RERANK_WIDTH), RERANK_WIDTH).part(size)
 
 
-def equal_sample(texts: samples.Texts, vocabulary: Path, length: int, size: int) -> Sample:
-    """`size` pairs that fill exactly `length` positions."""
-    passages = texts.passages()
+def equal_sample(pairs: Sample, vocabulary: Path, length: int, size: int) -> Sample:
+    """`size` pairs that fill exactly `length` positions: their passages are several of `pairs`, joined."""
+    texts = pairs.texts()
+    joined = 2 + length // 50
     lines = []
-    while len(lines) < size:
-        passage = " ".join(islice(passages, 2 + length // 100))
-        lines.append(f"q0#D{len(lines)}_0\t{texts.queries[0]}\t{passage}")
+    for number in range(size):
+        passage = " ".join(texts[(number + step) % len(texts)][1] for step in range(joined))
+        lines.append(f"q0#D{number}_0\t{texts[number % len(texts)][0]}\t{passage}")
     examples = ours.tokenizer(vocabulary)(lines, length)
     full = np.flatnonzero(examples.lengths == length)
     return Sample([lines[index] for index in full], ours.subset(examples, full), length)
