@@ -21,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +46,15 @@ from simplified_tinybert.checkpoints import read_config  # noqa: E402
 from simplified_tinybert.files import run_main, say  # noqa: E402
 from simplified_tinybert.runtime import select_device  # noqa: E402
 
-PAIRS = {"cpu": {384: 200, 768: 48}, "cuda": {384: 8192, 768: 4096}}
+PAIRS = {"cpu": {"3x384": 200, "6x768": 32, "12x768": 24}, "cuda": {"3x384": 8192, "6x768": 4096, "12x768": 4096}}
+ALL = (ORIGINAL, PEER, PEER_BF16, OURS, OURS_TEXTS, OURS_BF16)
 LENGTHS = (64, 128, 256, 512)
+
+PEER_SCRIPT = """
+from sentence_transformers import CrossEncoder
+pairs = [line.rstrip("\\n").split("\\t")[1:3] for line in open("ten.tsv", encoding="utf-8")]
+print(CrossEncoder("{folder}", max_length=256).predict(pairs, apply_softmax=True))
+"""
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--models", nargs="+", default=["3x384", "6x768", "12x768"],
         help="LAYERSxWIDTH, the teacher last (default: 3x384 6x768 12x768)")
-    add("--pairs", type=int, help="pairs of a measurement (CPU: 200 at width 384, 48 above; CUDA: thousands)")
+    add("--pairs", type=int, help="pairs of a measurement (CPU: 200 for 3x384, 32 for 6x768, else 24; CUDA: thousands)")
     add("--rounds", type=int, default=3, help="how often each way runs, in turn (default: 3)")
     add("--st_batch_sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128], help="tried for sentence-transformers")
     add("--parts", nargs="+", choices=("ways", "lengths", "start"), default=["ways", "lengths", "start"],
@@ -66,17 +75,23 @@ def parse_args() -> argparse.Namespace:
 
 
 def pairs_of(args: argparse.Namespace, name: str, device: torch.device) -> int:
-    """Pairs of a measurement: fewer for wide models on a CPU, which take long."""
-    return args.pairs or PAIRS[device.type].get(int(name.split("x")[1]), 48)
+    """Pairs of a measurement: fewer for large models on a CPU, which take long."""
+    return args.pairs or PAIRS[device.type].get(name, 24)
 
 
 def measure_ways(args: argparse.Namespace, name: str, folder: Path, pairs: Sample, device: torch.device) -> dict:
     config, sample = read_config(folder), pairs.part(pairs_of(args, name, device))
-    compared, lengths = ways(folder, sample, device, args.st_batch_sizes), sample.examples.lengths
-    say(f"{name}: {len(lengths)} pairs, {lengths.mean():.1f} word pieces on average")
-    scores = {way: run() for way, run in compared.items()}                  # also warms up
+    scores: dict[str, np.ndarray] = {}
+    say(f"{name}: {len(sample.lines)} pairs, {sample.examples.lengths.mean():.1f} word pieces on average")
+
+    def keep(way: str, run: Callable[[], np.ndarray]) -> None:
+        scores[way] = run()
+    compared = {way: partial(keep, way, run)
+                for way, run in ways(folder, sample, device, args.st_batch_sizes, ALL).items()}
+    if device.type == "cuda":                           # where the first call is much slower than the others
+        common.interleave(compared, 1, device)
     rates = [common.best_rates(device, config.hidden_size, args.quick)]
-    times = common.interleave(compared, args.rounds, device)
+    times, lengths = common.interleave(compared, args.rounds, device), sample.examples.lengths
     rates.append(common.best_rates(device, config.hidden_size, args.quick))
     return {"pairs": len(lengths), "mean_length": float(lengths.mean()), "flops": common.forward_flops(config, lengths),
             "rates": {kind: max(rate[kind] for rate in rates) for kind in rates[0]}, "times": times,
@@ -126,8 +141,7 @@ def measure_lengths(args: argparse.Namespace, folder: Path, pairs: Sample,
     tokens = args.pairs * 64 if args.pairs else {"cpu": 8192, "cuda": 2 ** 20}[device.type]
     for length in LENGTHS[:2] if args.quick else LENGTHS:
         sample = equal_sample(pairs, folder, length, max(2, tokens // length))
-        compared = ways(folder, sample, device, args.st_batch_sizes[1:4])
-        del compared[OURS_TEXTS], compared[PEER_BF16]
+        compared = ways(folder, sample, device, args.st_batch_sizes, (ORIGINAL, PEER, OURS, OURS_BF16))
         say(f"{length} word pieces, {len(sample.lines)} pairs")
         for way, spent in common.interleave(compared, args.rounds, device).items():
             found.setdefault(way, {})[length] = len(sample.lines) / statistics.median(spent)
@@ -155,15 +169,18 @@ def measure_start(args: argparse.Namespace, folder: Path, pairs: Sample, device:
         rest = whole - parts["imports"] - parts["model"] - parts["scoring"]
         for part, spent in (*parts.items(), ("rest", rest), ("whole", whole)):
             found.setdefault(part, []).append(spent)
-        spent = common.seconds(lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True), device)
-        found.setdefault("torch", []).append(spent)
+        for part, code in (("torch", "import torch"), ("peer", PEER_SCRIPT.format(folder=folder))):
+            start = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", code], cwd=scratch, capture_output=True)
+            found.setdefault(part, []).append(time.perf_counter() - start if done.returncode == 0 else float("nan"))
     return found
 
 
 def start_table(name: str, found: dict[str, list[float]]) -> str:
     rows = [("imports", "imports"), ("loading the model", "model"), ("scoring and writing 10 pairs", "scoring"),
             ("Python itself, checks, the rest", "rest"), ("**whole command**", "whole"),
-            ("for comparison: `python -c \"import torch\"`", "torch")]
+            ("for comparison: `python -c \"import torch\"`", "torch"),
+            ("for comparison: sentence-transformers, all of it", "peer")]
     return f"## reranker.py from start to end, 10 pairs, {name}\n\n" + common.table(
         ["part", "seconds"], [[title, common.spread(found[part])] for title, part in rows])
 

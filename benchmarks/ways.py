@@ -51,37 +51,41 @@ def equal_sample(pairs: Sample, vocabulary: Path, length: int, size: int) -> Sam
     return Sample([lines[index] for index in full], ours.subset(examples, full), length)
 
 
-def ways(folder: Path, sample: Sample, device: torch.device, batch_sizes: list[int]) -> dict[str, Callable]:
-    """Each way as a function without arguments that returns all scores."""
+def ways(folder: Path, sample: Sample, device: torch.device, batch_sizes: list[int],
+         wanted: tuple[str, ...]) -> dict[str, Callable[[], np.ndarray]]:
+    """The wanted ways as functions without arguments that return the scores of all pairs of the sample."""
     original, width = OriginalBert(folder).eval().to(device), max(RERANK_WIDTH, sample.width)
     batches = [sample.examples.batch(np.arange(start, min(start + RERANK_BATCH, len(sample.examples))), width)
                for start in range(0, len(sample.examples), RERANK_BATCH)]
-    found = {ORIGINAL: lambda: original_scores(original, [batch.to(device) for batch in batches]).numpy()}
-    for name, dtype in ((PEER, torch.float32), (PEER_BF16, torch.bfloat16)):
-        if predict := peer(folder, sample, device, dtype, batch_sizes):
-            found[name] = predict
     model, tokenize = ours.load_model(folder, device), ours.tokenizer(folder)
-    found[OURS] = lambda: ours.score(model, sample.examples, device)
-    found[OURS_TEXTS] = lambda: ours.score(model, tokenize(sample.lines, sample.width), device)
-    found[OURS_BF16] = lambda: ours.score(model, sample.examples, device, torch.bfloat16)
-    return found
+    found = {ORIGINAL: lambda: original_scores(original, [batch.to(device) for batch in batches]).numpy(),
+             **peers(folder, sample, device, batch_sizes),
+             OURS: lambda: ours.score(model, sample.examples, device),
+             OURS_TEXTS: lambda: ours.score(model, tokenize(sample.lines, sample.width), device),
+             OURS_BF16: lambda: ours.score(model, sample.examples, device, torch.bfloat16)}
+    return {way: run for way, run in found.items() if way in wanted}
 
 
-def peer(folder: Path, sample: Sample, device: torch.device, dtype: torch.dtype,
-         batch_sizes: list[int]) -> Callable | None:
-    """sentence-transformers with the batch size that is fastest on this sample; None if it is not installed."""
+def peers(folder: Path, sample: Sample, device: torch.device,
+          batch_sizes: list[int]) -> dict[str, Callable[[], np.ndarray]]:
+    """sentence-transformers in float32 and with bfloat16 weights; nothing if it is not installed.
+
+    Both use the batch size that is fastest in float32 on this sample; sizes beyond the sample are not tried.
+    """
     try:
         from sentence_transformers import CrossEncoder
     except ImportError:
         say("sentence-transformers is not installed: left out")
-        return None
-    model = CrossEncoder(str(folder), device=str(device), max_length=sample.width, model_kwargs={"dtype": dtype})
+        return {}
+    settings = {"device": str(device), "max_length": sample.width}
+    models = {name: CrossEncoder(str(folder), **settings, model_kwargs={"dtype": dtype})
+              for name, dtype in ((PEER, torch.float32), (PEER_BF16, torch.bfloat16))}
     texts = sample.texts()
 
-    def predict(size: int) -> np.ndarray:
-        return model.predict(texts, batch_size=size, apply_softmax=True, show_progress_bar=False)[:, 1]
-    predict(batch_sizes[0])
-    times = {size: common.seconds(lambda: predict(size), device) for size in batch_sizes}  # noqa: B023
+    def predict(name: str, size: int) -> np.ndarray:
+        return models[name].predict(texts, batch_size=size, apply_softmax=True, show_progress_bar=False)[:, 1]
+    sizes = [size for size in batch_sizes if size <= len(texts)] or batch_sizes[:1]
+    times = {size: common.seconds(lambda: predict(PEER, size), device) for size in sizes}  # noqa: B023
     best = min(times, key=times.get)
-    say(f"  sentence-transformers, {dtype}: " + ", ".join(f"{size}: {spent:.2f} s" for size, spent in times.items()))
-    return lambda: predict(best)
+    say("  sentence-transformers, batch size: " + ", ".join(f"{size} {spent:.2f} s" for size, spent in times.items()))
+    return {name: lambda name=name: predict(name, best) for name in models}
