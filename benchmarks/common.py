@@ -1,0 +1,188 @@
+"""What the benchmarks share: the machine's description and speed, timing, tables and pictures. Not a command.
+
+Times are wall-clock seconds. Ways that are compared run in turn (A B C A B C ...), so that whatever else the machine
+does meets all of them; a ratio is the median over the rounds of the ratio within a round (smallest – largest).
+"""
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import BertConfig
+
+from simplified_tinybert.files import atomic_writer, say
+from simplified_tinybert.runtime import plain
+
+ROOT = Path(__file__).resolve().parent.parent
+RATE_TOKENS = 2048          # rows of the products that measure the machine
+RATE_SECONDS = {True: 0.01, False: 0.15}       # how long each of them is repeated, with and without --quick
+
+
+def common_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, or a CUDA index (default: auto)")
+    add("--threads", type=int, help="CPU threads (default: as PyTorch chooses)")
+    add("--vocab_file", type=Path, default=ROOT / "tests/data/bert-base-uncased-vocab.txt",
+        help="word pieces, one a line (default: BERT-Base's, uncased)")
+    add("--raw_data_file", type=Path, help="own pairs, as tokenize_to_features.py reads them (default: generated)")
+    add("--output_dir", type=Path, default=ROOT / "benchmarks/results", help="folder for the results")
+    add("--quick", action="store_true", help="tiny sizes, to see that the command works; the figures mean nothing")
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What a reader must know to judge a figure."""
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    facts = {"CPU": names[0] if names else platform.processor() or platform.machine(),
+             "instructions": torch.backends.cpu.get_cpu_capability(),
+             "cores": f"{os.cpu_count()}, threads used: {torch.get_num_threads()}",
+             "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2 ** 30:.0f} GiB",
+             "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else "none used",
+             "system": platform.platform(), "python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "sentence-transformers"):
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    facts["load before"] = ", ".join(f"{load:.1f}" for load in os.getloadavg())
+    return facts | {"date": datetime.date.today().isoformat()}
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    run()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def interleave(ways: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each way in each round; the ways of a round run one after the other."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        for name, run in ways.items():
+            times[name].append(seconds(run, device))
+        say(f"  round {number + 1}: " + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in times.items()))
+    return times
+
+
+def ratio(slow: list[float], fast: list[float]) -> str:
+    """How many times faster, round by round: median (smallest – largest)."""
+    values = [one / other for one, other in zip(slow, fast)]
+    return spread(values, "× ")
+
+
+def spread(values: list[float], unit: str = "") -> str:
+    """Median and range, with three significant digits."""
+    low, high = (number(value) for value in (min(values), max(values)))
+    return f"{number(statistics.median(values))} {unit}({low} – {high})"
+
+
+def number(value: float) -> str:
+    """Three significant digits, thousands with commas."""
+    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{value:,.{digits}f}"
+
+
+def matrix_rates(device: torch.device, dtype: torch.dtype, width: int, quick: bool) -> dict[str, float]:
+    """FLOP per second of the products of a transformer layer of this width, as PyTorch computes them.
+
+    On a CPU also by oneDNN with weights that were brought into its own layout beforehand, where PyTorch offers it: what
+    the hardware can do is the largest of these figures.
+    """
+    rates = {}
+    with torch.inference_mode():
+        for rows, columns in ((width, width), (width, 4 * width), (4 * width, width)):
+            inputs = torch.randn(RATE_TOKENS, rows, device=device, dtype=dtype)
+            weight, bias = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((columns, rows), (columns,)))
+            work, shape = 2 * RATE_TOKENS * rows * columns, f"{RATE_TOKENS}×{rows}×{columns}"
+            rates[shape] = work / _repeat(lambda: F.linear(inputs, weight, bias), device, quick)  # noqa: B023
+            if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+                packed = torch.ops.mkldnn._reorder_linear_weight(weight, RATE_TOKENS)
+                rates[f"{shape} packed"] = work / _repeat(lambda: torch.ops.mkldnn._linear_pointwise(
+                    inputs, packed, bias, "none", [], ""), device, quick)  # noqa: B023
+    return rates
+
+
+def best_rates(device: torch.device, width: int, quick: bool) -> dict[str, float]:
+    """FLOP per second of the fastest product: float32 as PyTorch computes it, float32 at its best, bf16."""
+    single = matrix_rates(device, torch.float32, width, quick)
+    return {"float32": max(single.values()),
+            "float32 without packed weights": max(rate for shape, rate in single.items() if "packed" not in shape),
+            "bf16": max(matrix_rates(device, torch.bfloat16, width, quick).values())}
+
+
+def describe_rates(rates: dict[str, float]) -> str:
+    return ", ".join(f"{kind} {rate / 1e9:,.0f} GFLOP/s" for kind, rate in rates.items())
+
+
+def _repeat(run: Callable[[], object], device: torch.device, quick: bool) -> float:
+    """Median seconds of repeated runs."""
+    once = min(seconds(run, device) for _ in range(3))
+    return statistics.median(seconds(run, device) for _ in range(max(5, int(RATE_SECONDS[quick] / once))))
+
+
+def forward_flops(config: BertConfig, lengths: Iterable[int], cls_only: bool = True) -> float:
+    """Floating-point operations of the matrix products that a forward pass over pairs of these lengths needs.
+
+    With `cls_only`, for scores, the last layer's keys and values are needed for all positions, the rest for the first.
+    """
+    width, inner, total = config.hidden_size, config.intermediate_size, 0.0
+    for length in map(int, lengths):
+        layer = 2 * length * (4 * width * width + 2 * width * inner) + 4 * length * length * width
+        last = 4 * length * width * width + 4 * width * width + 4 * width * inner + 4 * length * width
+        head = 2 * width * width + 2 * width * config.num_labels
+        total += (config.num_hidden_layers - 1) * layer + (last if cls_only else layer) + head
+    return total
+
+
+def step_flops(student: BertConfig, teacher: BertConfig, lengths: Iterable[int]) -> float:
+    """The same for a distillation step: teacher once, student and its projections three times (forward, backward)."""
+    lengths = list(map(int, lengths))
+    projections = 2 * (student.num_hidden_layers + 1) * student.hidden_size * teacher.hidden_size * sum(lengths)
+    return (forward_flops(teacher, lengths, cls_only=False)
+            + 3 * (forward_flops(student, lengths, cls_only=False) + projections))
+
+
+def table(headings: list[str], rows: list[list[object]]) -> str:
+    """A Markdown table; the first column is text, the others are aligned to the right."""
+    cells = [headings, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
+    lines = ["| " + " | ".join(cell.rjust(width) if column else cell.ljust(width)
+                               for column, (cell, width) in enumerate(zip(row, widths))) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 1) + (":" if column else "-")
+                                   for column, width in enumerate(widths)) + "|")
+    return "\n".join(lines)
+
+
+def write_results(folder: Path, name: str, title: str, facts: dict[str, str], sections: list[str],
+                  args: argparse.Namespace, raw: dict) -> None:
+    """<name>.md for people, <name>.json with every single time; the former also to stdout."""
+    command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+    machine_line = "; ".join(f"{key}: {value}" for key, value in facts.items())
+    text = "\n\n".join([f"# {title}", f"`{command}`", machine_line, *sections]) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(folder / f"{name}.md") as handle:
+        handle.write(text)
+    arguments = {key: plain(value) for key, value in vars(args).items()}
+    with atomic_writer(folder / f"{name}.json") as handle:
+        json.dump({"machine": facts, "arguments": arguments, **raw}, handle, indent=1)
+        handle.write("\n")
+    print(text)

@@ -1,0 +1,214 @@
+"""Time and memory of a step of distill.py's simplified objective beside the original's, with the same weights.
+
+    python benchmarks/distillation.py
+    python benchmarks/distillation.py --students 6x768 --raw_data_file train.tsv --device 0
+
+In: nothing, or own labelled pairs (index <tab> query <tab> passage <tab> label); models have random weights.
+Out, in --output_dir: distillation.md (tables), distillation.json (every single time), distillation.png. Compared are
+
+    original         eager attention in teacher and student, scores and hidden states of all layers kept, losses on the
+                     L×L score matrices, an optimizer that goes through the parameters one by one; padded to 256
+    ours             distill.py --padding reference: the same losses, padded to 256
+    ours, masked     distill.py --padding masked: pairs of similar length share a batch; padded to the longest
+    ours, bf16; ours, masked, bf16      with --bf16 (always on CUDA; on a CPU with --bf16)
+
+on the same batches in turn: of a pool of pairs cut into batches of similar length, every n-th by length. Dropout is
+0.1, as in the configurations of the published students; losses are compared without it. Parts (--parts): steps, and
+memory (the most that one step adds to what was there before it, in a process of its own for each length).
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import common, ours, pictures, samples  # noqa: E402
+from benchmarks.original import OriginalAdam, OriginalBert, original_losses  # noqa: E402
+from simplified_tinybert.checkpoints import read_config  # noqa: E402
+from simplified_tinybert.features import Examples  # noqa: E402
+from simplified_tinybert.files import run_main, say  # noqa: E402
+from simplified_tinybert.modeling import Batch  # noqa: E402
+from simplified_tinybert.runtime import select_device  # noqa: E402
+
+BATCH = {"cpu": {384: 8, 768: 4}, "cuda": {384: 64, 768: 64}}
+WIDTH, LENGTHS = 256, (128, 256, 512)
+ORIGINAL, OURS, MASKED, BF16 = "original", "ours", "ours, masked", ", bf16"
+RETURN_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}     # freed memory goes back at once
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.common_arguments(parser)
+    add = parser.add_argument
+    add("--teacher", default="12x768", help="LAYERSxWIDTH (default: 12x768)")
+    add("--students", nargs="+", default=["3x384", "6x768"], help="LAYERSxWIDTH (default: 3x384 6x768)")
+    add("--batch_size", type=int, help="examples of a step (CPU: 8 at width 384, 4 above; CUDA: 64)")
+    add("--batches", type=int, default=6, help="steps of each way (default: 6)")
+    add("--pool", type=int, default=64, help="batches that are sorted by length together (default: 64, as distill.py)")
+    add("--dropout", type=float, default=0.1, help="of the student while training (default: 0.1)")
+    add("--bf16", action="store_true", help="measure bfloat16 on a CPU too")
+    add("--parts", nargs="+", choices=("steps", "memory"), default=["steps", "memory"], help="(default: both)")
+    args = parser.parse_args()
+    if args.quick:
+        args.teacher, args.students, args.batch_size, args.batches, args.pool = "2x48", ["1x24"], 2, 2, 4
+    return args
+
+
+def batch_size(args: argparse.Namespace, student: str, device: torch.device) -> int:
+    return args.batch_size or BATCH[device.type].get(int(student.split("x")[1]), 4)
+
+
+def sample_batches(args: argparse.Namespace, vocabulary: Path, size: int) -> tuple[Examples, list[np.ndarray]]:
+    """Examples, and of all batches of similar length every n-th by length: mean and mix are those of the pool."""
+    total = args.pool * size
+    lines = samples.read_pairs(args.raw_data_file, total) if args.raw_data_file else \
+        [line for line, _ in zip(samples.Texts().training_lines(), range(total))]
+    examples = ours.tokenizer(vocabulary)(lines, WIDTH)
+    batches = [batch for batch in ours.bucketed_batches(examples, size) if len(batch) == size]
+    longest = np.array([examples.lengths[batch].max() for batch in batches])
+    return examples, [batches[index] for index in samples.evenly(longest, min(args.batches, len(batches)))]
+
+
+def original_step(student: OriginalBert, teacher: OriginalBert) -> Callable[[Batch], None]:
+    optimizer = OriginalAdam(student, 5e-5, lambda step: 1.0)
+
+    def step(batch: Batch) -> None:
+        original_losses(student, teacher, batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def make_steps(student: Path, teacher: Path, device: torch.device, bf16: bool) -> dict[str, Callable[[Batch], None]]:
+    """Each way as a function that takes one optimizer step; all have their own student and share the teachers."""
+    old_student, old_teacher = (OriginalBert(folder).to(device) for folder in (student, teacher))
+    old_teacher.eval().requires_grad_(False)
+    new_teacher = ours.load_model(teacher, device)
+    steps = {ORIGINAL: original_step(old_student.train(), old_teacher)}
+    for suffix, dtype in (("", None), (BF16, torch.bfloat16))[:2 if bf16 else 1]:
+        for name, padding in ((OURS, "reference"), (MASKED, "masked")):
+            steps[name + suffix] = ours.Step(ours.load_model(student, device).train(), new_teacher, padding, dtype)
+    return steps
+
+
+def loss_difference(student: Path, teacher: Path, batch: Batch, device: torch.device) -> float:
+    """Relative difference of the total loss, without dropout."""
+    old = original_losses(OriginalBert(student).eval().to(device), OriginalBert(teacher).eval().to(device), batch)
+    new = ours.Step(ours.load_model(student, device), ours.load_model(teacher, device), "reference").losses(batch)
+    return abs(new["loss"].item() / old["loss"].item() - 1)
+
+
+def measure_steps(args: argparse.Namespace, name: str, student: Path, teacher: Path, vocabulary: Path,
+                  device: torch.device) -> dict:
+    size = batch_size(args, name, device)
+    examples, batches = sample_batches(args, vocabulary, size)
+    padded = [examples.batch(batch, WIDTH).to(device) for batch in batches]
+    difference = loss_difference(student, teacher, padded[0], device)
+    steps = make_steps(student, teacher, device, args.bf16 or device.type == "cuda")
+    times: dict[str, list[float]] = {way: [] for way in steps}
+    say(f"{name}: {len(batches)} batches of {size}")
+    for step in steps.values():                                             # warms up, makes the optimizer's state
+        step(padded[0])
+    for indices, fixed in zip(batches, padded):
+        snug = examples.batch(indices).to(device)
+        for way, step in steps.items():
+            times[way].append(common.seconds(lambda: step(snug if MASKED in way else fixed), device))  # noqa: B023
+        say(f"  {snug.input_ids.shape[1]} positions: " + ", ".join(f"{way} {t[-1]:.2f} s" for way, t in times.items()))
+    used, configs = np.concatenate(batches), (read_config(student), read_config(teacher))
+    return {"rates": common.best_rates(device, configs[1].hidden_size, args.quick),
+            "flops": common.step_flops(*configs, [WIDTH] * len(used)),
+            "masked_flops": common.step_flops(*configs, examples.lengths[used]), "batch_size": size,
+            "mean_length": float(examples.lengths[used].mean()), "times": times,
+            "widths": [int(examples.lengths[batch].max()) for batch in batches], "loss_difference": difference}
+
+
+def steps_table(name: str, teacher: str, found: dict) -> str:
+    rows, base = [], found["times"][ORIGINAL]
+    for way, times in found["times"].items():
+        per_example = 1000 * statistics.mean(times) / found["batch_size"]
+        rate = found["masked_flops" if MASKED in way else "flops"] / sum(times)
+        best = found["rates"]["bf16" if BF16 in way else "float32"]
+        rows.append([way, common.number(per_example), f"{sum(base) / sum(times):.2f} ×", common.ratio(base, times),
+                     f"{rate / 1e9:,.0f}", f"{100 * rate / best:.0f} %"])
+    return (f"## Student {name}, teacher {teacher}\n\n{len(base)} batches of {found['batch_size']} pairs, "
+            f"{found['mean_length']:.0f} word pieces on average; masked batches are "
+            f"{', '.join(map(str, sorted(found['widths'])))} positions wide, all others {WIDTH}. Relative difference "
+            f"of the losses (reference padding, no dropout): {found['loss_difference']:.1e}. Matrix products on this "
+            f"machine at the teacher's width: {common.describe_rates(found['rates'])}.\n\n"
+            + common.table(["way", "ms per example", "× original, all batches", "× original, by batch", "GFLOP/s",
+                            "of the rate"], rows))
+
+
+def measure_memory(args: argparse.Namespace, name: str, student: Path, teacher: Path,
+                   device: torch.device) -> dict[str, dict[int, float]]:
+    """MiB that a step adds: {way: {length: MiB}}."""
+    found: dict[str, dict[int, float]] = {}
+    size = batch_size(args, name, device)
+    ways = [ORIGINAL, OURS, OURS + BF16] if device.type == "cuda" or args.bf16 else [ORIGINAL, OURS]
+    for length in LENGTHS[:1] if args.quick else LENGTHS:
+        for way in ways:
+            command = [sys.executable, "-m", "benchmarks.step_memory", way, length, size, student, teacher, device]
+            done = subprocess.run(list(map(str, command)), cwd=common.ROOT, env=os.environ | RETURN_MEMORY,
+                                  capture_output=True, text=True, check=True)
+            found.setdefault(way, {})[length] = json.loads(done.stdout) / 2 ** 20
+        say(f"  {length} positions: " + ", ".join(f"{way} {sizes[length]:,.0f} MiB" for way, sizes in found.items()))
+    return found
+
+
+def memory_table(name: str, found: dict[str, dict[int, float]], size: int) -> str:
+    rows = [[f"{length}", *(f"{sizes[length]:,.0f}" for sizes in found.values()),
+             *(f"{100 * sizes[length] / found[ORIGINAL][length]:.0f} %" for way, sizes in found.items()
+               if way != ORIGINAL)] for length in found[ORIGINAL]]
+    return (f"## Most memory that a step adds, MiB: student {name}, {size} pairs\n\n"
+            "Weights and the optimizer's moments, there before the step, are not counted; gradients are.\n\n"
+            + common.table(["positions", *found, *(f"{way} / original" for way in found if way != ORIGINAL)], rows))
+
+
+def draw(path: Path, measured: dict[str, dict], memory: dict[str, dict[int, float]], title: str) -> None:
+    panels = []
+    if measured:
+        bars = {f"student\n{name}": {way: 1000 * statistics.mean(times) / found["batch_size"]
+                                     for way, times in found["times"].items()} for name, found in measured.items()}
+        panels.append(pictures.Panel("Time of a distillation step", "ms per example", bars=bars))
+    if memory:
+        panels.append(pictures.Panel(title, "MiB", "positions", lines=memory))
+    if panels:
+        pictures.draw(path, panels)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = select_device(args.device)
+    facts, sections, measured, memory = common.machine(device), [], {}, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        vocabulary = ours.vocabulary_folder(Path(scratch) / "vocabulary", args.vocab_file)
+        sizes = {name: list(map(int, name.split("x"))) for name in [args.teacher, *args.students]}
+        teacher = ours.make_model(Path(scratch) / "teacher", *sizes[args.teacher], vocabulary)
+        students = {name: ours.make_model(Path(scratch) / f"student-{name}", *sizes[name], vocabulary,
+                                          dropout=args.dropout, teacher_width=sizes[args.teacher][1])
+                    for name in args.students}
+        if "steps" in args.parts:
+            measured = {name: measure_steps(args, name, folder, teacher, vocabulary, device)
+                        for name, folder in students.items()}
+            sections += [steps_table(name, args.teacher, found) for name, found in measured.items()]
+        if "memory" in args.parts:
+            first = args.students[0]
+            memory = measure_memory(args, first, students[first], teacher, device)
+            sections.append(memory_table(first, memory, batch_size(args, first, device)))
+    common.write_results(args.output_dir, "distillation", "Distillation", facts, sections, args,
+                         {"steps": measured, "memory": memory})
+    draw(args.output_dir / "distillation.png", measured, memory, f"Memory of a step, {args.students[0]}")
+
+
+if __name__ == "__main__":
+    run_main(main)

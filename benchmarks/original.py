@@ -1,0 +1,133 @@
+"""How the original implementation computes, written anew from its description: the baseline. Not a command.
+
+Weights are taken from a Hugging Face folder into Hugging Face's parameter containers; every step of the computation
+stands here, as the original has it: attention by matrix products over padded batches, an additive mask of -10000, the
+error function spelled out in GELU, all positions of all layers, attention scores and hidden states of every layer
+returned; losses on the L×L score matrices; an optimizer that goes through the parameters one by one. Where the original
+is slower than necessary by mistake (it converts masks and segments on every access, keeps dropout on in the teacher,
+asks the device for the loss at every step), this baseline is not.
+
+Shapes: B examples, L positions, H heads, D hidden width.
+"""
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.utils.logging import disable_progress_bar
+
+from simplified_tinybert.hub import PROJECTION_FILE
+from simplified_tinybert.modeling import Batch
+
+RERANK_BATCH, RERANK_WIDTH = 100, 256
+
+
+class OriginalBert(nn.Module):
+    """Logits (B, 2), attention scores of all layers (B, H, L, L) with the mask added, hidden states (B, L, D)."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        disable_progress_bar()
+        self.model = BertForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        self.fit_dense = None
+        if (folder / PROJECTION_FILE).is_file():
+            weights = load_file(folder / PROJECTION_FILE)
+            self.fit_dense = nn.Linear(*reversed(weights["fit_dense.weight"].shape))
+            self.fit_dense.load_state_dict({name.removeprefix("fit_dense."): value for name, value in weights.items()})
+
+    def forward(self, batch: Batch, keep: bool = True) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        parts = self.model.bert.embeddings
+        mask = (1.0 - batch.attention_mask[:, None, None, :].to(parts.word_embeddings.weight.dtype)) * -10000.0
+        positions = torch.arange(batch.input_ids.shape[1], device=mask.device).expand_as(batch.input_ids)
+        hidden = (parts.word_embeddings(batch.input_ids) + parts.position_embeddings(positions)
+                  + parts.token_type_embeddings(batch.token_type_ids))
+        hidden = parts.dropout(parts.LayerNorm(hidden))
+        all_scores, all_hidden = [], [hidden]
+        for layer in self.model.bert.encoder.layer:
+            hidden, scores = original_layer(layer, hidden, mask)
+            if keep:
+                all_scores.append(scores)
+                all_hidden.append(hidden)
+        pooled = torch.tanh(self.model.bert.pooler.dense(hidden[:, 0]))
+        return self.model.classifier(pooled), all_scores, all_hidden
+
+
+def original_layer(layer: BertLayer, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """One layer on all positions: its output and its attention scores before the softmax."""
+    parts = layer.attention.self
+    heads, width = parts.num_attention_heads, parts.attention_head_size
+
+    def split(projected: Tensor) -> Tensor:
+        return projected.view(*projected.shape[:2], heads, width).permute(0, 2, 1, 3)
+
+    query, key, value = split(parts.query(hidden)), split(parts.key(hidden)), split(parts.value(hidden))
+    scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(width) + mask
+    context = torch.matmul(parts.dropout(nn.functional.softmax(scores, dim=-1)), value)
+    context = context.permute(0, 2, 1, 3).contiguous().view(*hidden.shape[:2], heads * width)
+    output = layer.attention.output
+    attended = output.LayerNorm(output.dropout(output.dense(context)) + hidden)
+    inner = layer.intermediate.dense(attended)
+    inner = inner * 0.5 * (1.0 + torch.erf(inner / math.sqrt(2.0)))
+    return layer.output.LayerNorm(layer.output.dropout(layer.output.dense(inner)) + attended), scores
+
+
+def original_scores(model: OriginalBert, batches: list[Batch]) -> Tensor:
+    """Probabilities of relevance (N): softmax in float32, class 1."""
+    with torch.no_grad():
+        return torch.cat([nn.functional.softmax(model(batch, keep=False)[0], dim=-1)[:, 1] for batch in batches]).cpu()
+
+
+def original_losses(student: OriginalBert, teacher: OriginalBert, batch: Batch, temperature: float = 1.0) \
+        -> dict[str, Tensor]:
+    """The simplified objective, "loss", and its parts."""
+    logits, scores, hidden = student(batch)
+    hidden = [student.fit_dense(states) for states in hidden]
+    with torch.no_grad():
+        teacher_logits, teacher_scores, teacher_hidden = teacher(batch)
+    step = len(teacher_scores) // len(scores)
+    attention = sum(nn.functional.mse_loss(_zero_padding(own), _zero_padding(teacher_scores[step * place + step - 1]))
+                    for place, own in enumerate(scores))
+    states = sum(nn.functional.mse_loss(own, teacher_hidden[step * place]) for place, own in enumerate(hidden))
+    targets = nn.functional.softmax(teacher_logits / temperature, dim=-1)
+    soft = (-targets * nn.functional.log_softmax(logits / temperature, dim=-1)).mean()
+    hard = nn.functional.cross_entropy(logits, batch.labels)
+    return {"loss": attention + states + soft + hard, "att_loss": attention, "rep_loss": states, "soft_loss": soft,
+            "hard_loss": hard}
+
+
+def _zero_padding(scores: Tensor) -> Tensor:
+    return torch.where(scores <= -1e2, torch.zeros_like(scores), scores)
+
+
+class OriginalAdam:
+    """BertAdam in a loop over the parameters; each gradient is clipped to norm 1 by itself."""
+
+    def __init__(self, model: nn.Module, rate: float, schedule: Callable[[int], float], decay: float = 0.01):
+        self.rate, self.schedule, self.decay, self.steps, self.state = rate, schedule, decay, 0, {}
+        self.parameters = list(model.named_parameters())
+
+    @torch.no_grad()
+    def step(self) -> None:
+        rate = self.rate * self.schedule(self.steps)
+        self.steps += 1
+        for name, parameter in self.parameters:
+            if parameter.grad is None:
+                continue
+            if name not in self.state:
+                self.state[name] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            mean, square = self.state[name]
+            nn.utils.clip_grad_norm_(parameter, 1.0)
+            mean.mul_(0.9).add_(parameter.grad, alpha=0.1)
+            square.mul_(0.999).addcmul_(parameter.grad, parameter.grad, value=0.001)
+            update = mean / (square.sqrt() + 1e-6)
+            if not name.endswith(("bias", "LayerNorm.weight")):
+                update += self.decay * parameter
+            parameter.add_(-rate * update)
+
+    def zero_grad(self) -> None:
+        for _, parameter in self.parameters:
+            parameter.grad = None

@@ -1,0 +1,141 @@
+"""The benchmarks' only way to the code they measure: change this file when that code changes. Not a command."""
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import BertConfig
+
+import distill
+import reranker
+import tokenize_to_features
+from benchmarks.common import ROOT
+from simplified_tinybert.checkpoints import fit_projections, load_cross_encoder, save_cross_encoder
+from simplified_tinybert.features import Examples
+from simplified_tinybert.modeling import Batch, CrossEncoder
+from simplified_tinybert.optimizer import BertAdam, decay_groups
+from simplified_tinybert.precision import autocast
+from simplified_tinybert.tokenization import load_vocabulary
+from simplified_tinybert.training import epoch_batches
+
+HEADS = 12
+PROBE = """
+import sys, time
+start = time.perf_counter()
+import reranker
+spent = {"imports": time.perf_counter() - start, "model": 0.0, "scoring": 0.0}
+def timed(name, function):
+    def call(*args, **kwargs):
+        begin = time.perf_counter()
+        result = function(*args, **kwargs)
+        spent[name] += time.perf_counter() - begin
+        return result
+    return call
+reranker.load_cross_encoder = timed("model", reranker.load_cross_encoder)
+reranker.write_scores = timed("scoring", reranker.write_scores)
+reranker.main()
+import json
+print(json.dumps(spent | {"total": time.perf_counter() - start}))
+"""
+
+
+def vocabulary_folder(folder: Path, vocab_file: Path) -> Path:
+    folder.mkdir()
+    shutil.copyfile(vocab_file, folder / "vocab.txt")
+    return folder
+
+
+def make_model(folder: Path, layers: int, width: int, vocabulary: Path, examples: Examples | None = None,
+               dropout: float = 0.1, teacher_width: int | None = None) -> Path:
+    """A model with random weights, of the size that trained ones have, as a Hugging Face folder.
+
+    With `examples` their logits have mean 0 and standard deviation 1, so that scores differ as they do in life.
+    """
+    torch.manual_seed(layers * width)
+    pieces = len(load_vocabulary(vocabulary).pieces)
+    model = CrossEncoder(BertConfig(vocab_size=pieces, hidden_size=width, num_hidden_layers=layers,
+                                    num_attention_heads=HEADS, intermediate_size=4 * width, initializer_range=0.04,
+                                    hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout))
+    if examples:
+        spread_scores(model.eval(), examples.batch(np.arange(min(len(examples), 16))))
+    if teacher_width:
+        fit_projections(model, teacher_width, torch.Generator().manual_seed(0))
+    save_cross_encoder(model, folder, vocabulary, lower_case=True)
+    return folder
+
+
+@torch.no_grad()
+def spread_scores(model: CrossEncoder, batch: Batch) -> None:
+    logits = model(batch).logits
+    model.classifier.weight /= logits.std(dim=0)[:, None]
+    model.classifier.bias.copy_((model.classifier.bias - logits.mean(dim=0)) / logits.std(dim=0))
+
+
+def load_model(folder: Path, device: torch.device) -> CrossEncoder:
+    return load_cross_encoder(folder)[0].to(device)
+
+
+def tokenizer(folder: Path) -> Callable[[list[str], int], Examples]:
+    """A function (lines of pairs, max_seq_length) → examples, as tokenize_to_features.py does it."""
+    vocabulary = load_vocabulary(folder)
+    cut = vocabulary.tokenizer()
+    return lambda lines, max_seq_length: tokenize_to_features.tokenize(lines, cut, vocabulary, max_seq_length)
+
+
+def subset(examples: Examples, indices: np.ndarray) -> Examples:
+    parts = [examples.tokens[examples.offsets[i]:examples.offsets[i + 1]] for i in indices]
+    return Examples(np.concatenate(parts), examples.lengths[indices], examples.query_lengths[indices],
+                    examples.labels[indices], [examples.ids[i] for i in indices])
+
+
+def score(model: CrossEncoder, examples: Examples, device: torch.device,
+          dtype: torch.dtype | None = None) -> np.ndarray:
+    """Probabilities of relevance (N), as reranker.py computes them."""
+    batches = reranker.token_batches(examples.lengths, reranker.BATCH_TOKENS[device.type], None)
+    logits = reranker.score_chunk(model, examples, batches, device, dtype, tqdm(disable=True))
+    return reranker.relevance(logits, "probability")
+
+
+def start_up(model_dir: Path, features_file: Path, scores_file: Path, device: torch.device) -> dict[str, float]:
+    """Seconds of a whole reranker.py in a process of its own, by parts."""
+    flags = ["--model_dir", model_dir, "--features_file", features_file, "--output_scores_file", scores_file,
+             "--device", str(device)]
+    done = subprocess.run([sys.executable, "-c", PROBE, *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
+    return json.loads(done.stdout)
+
+
+class Step:
+    """Optimizer steps of distill.py's simplified objective."""
+
+    def __init__(self, student: CrossEncoder, teacher: CrossEncoder, padding: str, dtype: torch.dtype | None = None,
+                 rate: float = 5e-5):
+        self.student, self.teacher, self.dtype = student, teacher.requires_grad_(False), dtype
+        self.args = argparse.Namespace(distill_model="simplified", temperature=1.0, alpha=0.5, padding=padding)
+        self.optimizer = BertAdam(decay_groups(student.named_parameters(), 0.01), rate, lambda step: 1.0)
+
+    def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
+        with autocast(batch.input_ids.device, self.dtype):
+            return distill.objective(self.student, self.teacher, batch, self.args)
+
+    def __call__(self, batch: Batch) -> None:
+        self.losses(batch)["loss"].backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def bucketed_batches(examples: Examples, batch_size: int) -> list[np.ndarray]:
+    """Batches of pairs of similar length, as distill.py --padding masked makes them."""
+    return epoch_batches(examples.lengths, batch_size, seed=0, epoch=0, bucket=True)
+
+
+def tokenize_command(set_name: str, pairs: Path, output: Path, vocabulary: Path, max_seq_length: int) -> list[object]:
+    """Script and arguments of a run of tokenize_to_features.py."""
+    return [ROOT / "tokenize_to_features.py", "--set_name", set_name, "--raw_data_file", pairs,
+            "--output_features_file", output, "--bert_model_dir", vocabulary, "--max_seq_length", max_seq_length]

@@ -1,0 +1,93 @@
+"""Pictures of the benchmarks: lines with their names beside them, or bars with their values. Not a command."""
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simplified_tinybert.files import atomic_writer
+
+COLOURS = {"original": "#8c8c8c", "sentence-transformers": "#d9822b", "sentence-transformers, bf16": "#e8b27a",
+           "ours": "#1f6fb4", "ours, bf16": "#2a9d6f", "ours, masked": "#6a4fb0",
+           "ours, masked, bf16": "#a58fd8"}
+INK, FAINT = "#333333", "#dddddd"
+
+
+@dataclass
+class Panel:
+    """lines: {name: {x: y}}; or bars: {group: {name: y}} (then y_label names the values)."""
+    title: str
+    y_label: str
+    x_label: str = ""
+    lines: dict[str, dict[float, float]] = field(default_factory=dict)
+    bars: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def draw(path: Path, panels: list[Panel]) -> None:
+    """Panels side by side as a PNG that is legible at the width of a README."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0 * len(panels), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        _bars(axes, panel) if panel.bars else _lines(axes, panel)
+        axes.set_title(panel.title, fontsize=10.5, loc="left", color=INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=INK, labelsize=9)
+    with atomic_writer(path, "wb") as handle:
+        figure.savefig(handle, format="png", dpi=110)
+
+
+def _lines(axes: object, panel: Panel) -> None:
+    xs = sorted({x for points in panel.lines.values() for x in points})
+    for name, points in panel.lines.items():
+        colour = COLOURS.get(name, INK)
+        axes.plot(list(points), list(points.values()), marker="o", markersize=4, color=colour, linewidth=1.8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(xs, [f"{x:g}" for x in xs])
+    axes.minorticks_off()
+    _plain_log_ticks(axes, [y for points in panel.lines.values() for y in points.values()])
+    axes.set_xlim(xs[0] * 0.88, xs[-1] * max(xs[-1] / xs[0], 2.0) ** 0.55)       # room for the names
+    _label_ends(axes, panel.lines)
+    axes.set_xlabel(panel.x_label, fontsize=9.5, color=INK)
+    axes.set_ylabel(panel.y_label, fontsize=9.5, color=INK)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
+
+
+def _plain_log_ticks(axes: object, values: list[float]) -> None:
+    """1, 2, 5, 10, 20, ... as they are usually written."""
+    ticks = [digit * 10.0 ** power for power in range(-6, 9) for digit in (1, 2, 5)]
+    low, high = min(values) / 1.25, max(values) * 1.25
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axes.set_ylim(low, high)
+
+
+def _label_ends(axes: object, lines: dict[str, dict[float, float]]) -> None:
+    """Names at the ends of the lines, pushed apart where they would overlap."""
+    from math import log
+
+    low, high = axes.get_ylim()
+    gap, last = 0.085 * log(high / low), -float("inf")
+    for name, points in sorted(lines.items(), key=lambda item: list(item[1].values())[-1]):
+        x, y = list(points.items())[-1]
+        last = max(log(y), last + gap)
+        axes.annotate(name, (x, y), xytext=(x * 1.1, 2.718281828 ** last), fontsize=9, va="center",
+                      color=COLOURS.get(name, INK))
+
+
+def _bars(axes: object, panel: Panel) -> None:
+    position, ticks = 0.0, []
+    longest = max(value for values in panel.bars.values() for value in values.values())
+    for group, values in panel.bars.items():
+        ticks.append((position + (len(values) - 1) / 2, group))
+        for name, value in values.items():
+            axes.barh(position, value, height=0.85, color=COLOURS.get(name, INK))
+            shown = f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+            axes.text(value + longest * 0.015, position, f"{shown}  {name}", va="center", fontsize=8.5, color=INK)
+            position += 1
+        position += 0.7
+    axes.set_yticks([place for place, _ in ticks], [group for _, group in ticks])
+    axes.set_xlim(0, longest * 1.5)
+    axes.invert_yaxis()
+    axes.set_xlabel(panel.y_label, fontsize=9.5, color=INK)
+    axes.tick_params(axis="y", length=0)

@@ -1,0 +1,69 @@
+"""The most memory in bytes that one distillation step adds, printed; distillation.py runs this in processes of its own.
+
+    python -m benchmarks.step_memory WAY LENGTH PAIRS STUDENT_DIR TEACHER_DIR DEVICE
+
+A short step before makes what does not depend on the length: the optimizer's moments, buffers of the libraries. On CUDA
+the allocator's own figure is taken, on a CPU the process's peak less what it occupied before the step.
+"""
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.distillation import BF16, ORIGINAL, original_step
+from benchmarks.original import OriginalBert
+from benchmarks.ours import Step, load_model
+from simplified_tinybert.modeling import Batch
+
+
+def random_batch(pairs: int, length: int, device: torch.device) -> Batch:
+    """Pairs that leave a few positions for padding."""
+    mask = (torch.arange(length) < length - 3).long().expand(pairs, length)
+    ids = torch.randint(5, 1000, (pairs, length)) * mask
+    return Batch(ids, torch.zeros_like(ids), mask, torch.arange(pairs) % 2).to(device)
+
+
+def occupied() -> int:
+    """Bytes of the process in memory now, from which on the peak counts; elsewhere than on Linux the peak so far."""
+    if not Path("/proc/self/clear_refs").is_file():
+        return peak()
+    Path("/proc/self/clear_refs").write_text("5")                          # forget the peak of loading the models
+    return status("VmRSS")
+
+
+def peak() -> int:
+    if Path("/proc/self/clear_refs").is_file():
+        return status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def main() -> None:
+    way, length, pairs, student, teacher, device = sys.argv[1:]
+    device = torch.device(device)
+    if way == ORIGINAL:
+        old = OriginalBert(Path(teacher)).to(device).eval().requires_grad_(False)
+        step = original_step(OriginalBert(Path(student)).to(device).train(), old)
+    else:
+        step = Step(load_model(Path(student), device).train(), load_model(Path(teacher), device), "reference",
+                    torch.bfloat16 if way.endswith(BF16) else None)
+    step(random_batch(2, 8, device))
+    batch = random_batch(int(pairs), int(length), device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step(batch)
+        print(torch.cuda.max_memory_allocated(device) - before)
+    else:
+        before = occupied()
+        step(batch)
+        print(peak() - before)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Speed, memory and size of tokenize_to_features.py beside the original's pure-Python way; the same tokens.
+
+    python benchmarks/tokenization.py
+    python benchmarks/tokenization.py --pairs 1000000 --rounds 1
+    python benchmarks/tokenization.py --raw_data_file pairs.tsv --set_name test
+
+In: nothing, or own pairs. Out, in --output_dir: tokenization.md (tables), tokenization.json (every single time),
+tokenization.png. Both run as commands, from start to end, in turn:
+
+    original    benchmarks/original_tokenizer.py on the first --sample pairs
+    ours        tokenize_to_features.py on all --pairs
+
+Re-ranking pairs: each passage is a candidate of --repeats queries on average, 100 candidates to a query. Training
+pairs: every passage occurs once. Rates "without start" leave out what the command takes for 10 pairs.
+"""
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import common, ours, pictures, samples  # noqa: E402
+from simplified_tinybert.features import read_chunks  # noqa: E402
+from simplified_tinybert.files import UserError, run_main, say  # noqa: E402
+from simplified_tinybert.runtime import select_device  # noqa: E402
+
+FEW = 10                # pairs of a run that is all start-up
+WAYS = ("original", "ours")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.common_arguments(parser)
+    add = parser.add_argument
+    add("--pairs", type=int, default=100_000, help="pairs for tokenize_to_features.py (default: 100,000)")
+    add("--sample", type=int, default=3000, help="pairs for the original's way (default: 3,000)")
+    add("--repeats", type=float, default=4, help="queries that share a passage in re-ranking pairs (default: 4)")
+    add("--rounds", type=int, default=3, help="how often each command runs, in turn (default: 3)")
+    add("--max_seq_length", type=int, default=256, help="word pieces of a pair (default: 256)")
+    add("--kinds", nargs="+", choices=("re-ranking", "training"), default=["re-ranking", "training"],
+        help="pairs to generate (default: both)")
+    add("--set_name", choices=("train", "dev", "test"), default="test", help="kind of --raw_data_file (default: test)")
+    args = parser.parse_args()
+    if args.quick:
+        args.pairs, args.sample, args.rounds = 300, 100, 1
+    return args
+
+
+def run(command: list[object]) -> tuple[float, float]:
+    """Seconds and peak memory in MiB of a command in a process of its own."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as told:
+        process = subprocess.Popen(list(map(str, command)), stdout=told, stderr=told, cwd=common.ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        spent = time.perf_counter() - start
+        if process.returncode:
+            told.seek(0)
+            raise UserError(f"{command[1]} failed:\n{told.read().decode()[-2000:]}")
+    return spent, usage.ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def write_pairs(args: argparse.Namespace, kind: str, path: Path, scratch: Path) -> tuple[int, Path, Path]:
+    """All pairs at `path`, the sample and a few of them beside it. Returns the number of pairs and these two."""
+    if args.raw_data_file:
+        lines = samples.read_pairs(args.raw_data_file, args.pairs)
+    else:
+        texts = samples.Texts()
+        lines = islice(texts.training_lines(), args.pairs) if kind == "training" else \
+            texts.pair_lines(args.pairs, args.repeats)
+    samples.write_lines(path, lines)
+    with open(path, encoding="utf-8", newline="\n") as handle:
+        start = list(islice(handle, args.sample))
+        total = len(start) + sum(1 for _ in handle)
+    parts = scratch / f"{kind}.sample.tsv", scratch / f"{kind}.few.tsv"
+    for part, size in zip(parts, (args.sample, FEW)):
+        samples.write_lines(part, (line.rstrip("\n") for line in start[:size]))
+    return total, *parts
+
+
+def measure(args: argparse.Namespace, kind: str, scratch: Path) -> dict:
+    vocabulary = ours.vocabulary_folder(scratch / f"{kind}-vocabulary", args.vocab_file)
+    set_name = args.set_name if args.raw_data_file else "train" if kind == "training" else "test"
+    total, sample, few = write_pairs(args, kind, scratch / f"{kind}.tsv", scratch)
+    files = {"ours": (scratch / f"{kind}.tsv", total), "original": (sample, min(args.sample, total))}
+
+    def command(way: str, pairs: Path, output: Path) -> list[object]:
+        if way == "original":
+            return [sys.executable, "benchmarks/original_tokenizer.py", pairs, output, args.vocab_file,
+                    args.max_seq_length]
+        return [sys.executable, *ours.tokenize_command(set_name, pairs, output, vocabulary, args.max_seq_length)]
+
+    found = {way: {"pairs": files[way][1], "seconds": [], "start": [], "MiB": []} for way in WAYS}
+    for number in range(args.rounds):
+        for way, facts in found.items():
+            facts["start"].append(run(command(way, few, scratch / "few"))[0])
+            spent, memory = run(command(way, files[way][0], scratch / f"{kind}.{way}"))
+            facts["seconds"].append(spent)
+            facts["MiB"].append(memory)
+            facts["bytes"] = (scratch / f"{kind}.{way}").stat().st_size / facts["pairs"]
+        say(f"  {kind}, round {number + 1}: " + ", ".join(f"{way} {facts['seconds'][-1]:.1f} s for "
+                                                        f"{facts['pairs']:,}" for way, facts in found.items()))
+    different, mean = compare(scratch / f"{kind}.original", scratch / f"{kind}.ours")
+    return {"ways": found, "different": different, "mean_length": mean, "input_bytes": files["ours"][0].stat().st_size}
+
+
+def compare(rows: Path, feature_file: Path) -> tuple[int, float]:
+    """How many pairs of the original's rows have other tokens or segments here; mean length of all pairs here."""
+    different, tokens, examples = 0, 0, 0
+    with open(rows, encoding="utf-8") as handle:
+        for chunk in read_chunks(feature_file):
+            for index, row in enumerate(islice(handle, len(chunk))):
+                ids, mask, segments = np.array(row.split(",")[2:], dtype=np.int64).reshape(3, -1)
+                own, length = chunk.tokens[chunk.offsets[index]:chunk.offsets[index + 1]], int(chunk.lengths[index])
+                different += not (mask.sum() == length and np.array_equal(ids[:length], own)
+                                  and np.argmax(segments) == chunk.query_lengths[index])
+            tokens, examples = tokens + len(chunk.tokens), examples + len(chunk)
+    return different, tokens / examples
+
+
+def rates(facts: dict) -> list[float]:
+    """Pairs per second of each round, start-up left out."""
+    start = statistics.median(facts["start"])
+    return [(facts["pairs"] - FEW) / (spent - start) for spent in facts["seconds"]]
+
+
+def kind_table(kind: str, found: dict, args: argparse.Namespace) -> str:
+    ways, rows = found["ways"], []
+    base = rates(ways["original"])
+    for way, facts in ways.items():
+        whole = [facts["pairs"] / spent for spent in facts["seconds"]]
+        times = [fast / slow for fast, slow in zip(rates(facts), base)]
+        rows.append([way, f"{facts['pairs']:,}", common.spread(whole), common.spread(rates(facts)),
+                     common.spread(times, "× "), common.spread(facts["start"]), f"{max(facts['MiB']):,.0f}",
+                     f"{facts['bytes']:,.0f}"])
+    shared = f" Each passage occurs {args.repeats:g} times on average." if kind == "re-ranking" else ""
+    return (f"## {kind} pairs\n\n{found['mean_length']:.0f} word pieces on average of at most {args.max_seq_length}; "
+            f"{found['input_bytes'] / ways['ours']['pairs']:,.0f} bytes of text each.{shared} Pairs of the original's "
+            f"sample with other tokens here: {found['different']}.\n\n"
+            + common.table(["way", "pairs", "pairs/s, whole command", "pairs/s without start", "× original",
+                            "start, s", "peak memory, MiB", "bytes per pair"], rows))
+
+
+def main() -> None:
+    args = parse_args()
+    facts = common.machine(select_device("cpu"))
+    kinds = [args.set_name] if args.raw_data_file else args.kinds
+    with tempfile.TemporaryDirectory() as scratch:
+        measured = {kind: measure(args, kind, Path(scratch)) for kind in kinds}
+    sections = [kind_table(kind, found, args) for kind, found in measured.items()]
+    common.write_results(args.output_dir, "tokenization", "Tokenization", facts, sections, args, measured)
+    speed = {f"{kind}\npairs": {way: statistics.median(rates(found["ways"][way])) for way in WAYS}
+             for kind, found in measured.items()}
+    size = {f"{kind}\npairs": {way: found["ways"][way]["bytes"] for way in WAYS} for kind, found in measured.items()}
+    pictures.draw(args.output_dir / "tokenization.png",
+                  [pictures.Panel("Tokenization speed", "pairs per second, start-up left out", bars=speed),
+                   pictures.Panel("Size of the features", "bytes per pair", bars=size)])
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,91 @@
+"""Ways to score the same pairs with the same weights: the original's, sentence-transformers', ours. Not a command."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import common, ours, samples
+from benchmarks.original import RERANK_BATCH, RERANK_WIDTH, OriginalBert, original_scores
+from simplified_tinybert.features import Examples
+from simplified_tinybert.files import say
+
+ORIGINAL, PEER, PEER_BF16 = "original", "sentence-transformers", "sentence-transformers, bf16"
+OURS, OURS_TEXTS, OURS_BF16 = "ours", "ours, from texts", "ours, bf16"
+
+
+@dataclass
+class Sample:
+    """The same pairs as lines of text and as features."""
+    lines: list[str]
+    examples: Examples
+    width: int
+
+    def texts(self) -> list[tuple[str, str]]:
+        return [tuple(line.split("\t")[1:3]) for line in self.lines]
+
+    def part(self, size: int) -> "Sample":
+        """`size` of the pairs, as long as all of them are, in random order."""
+        chosen = samples.evenly(self.examples.lengths, min(size, len(self.lines)))
+        return Sample([self.lines[index] for index in chosen], ours.subset(self.examples, chosen), self.width)
+
+
+def real_sample(raw_data_file: Path | None, vocabulary: Path, size: int) -> Sample:
+    """`size` pairs that are as long as twenty times as many are."""
+    lines = samples.read_pairs(raw_data_file, 20 * size) if raw_data_file else \
+        list(samples.Texts().pair_lines(20 * size, repeats=1))
+    return Sample(lines, ours.tokenizer(vocabulary)(lines, RERANK_WIDTH), RERANK_WIDTH).part(size)
+
+
+def equal_sample(pairs: Sample, vocabulary: Path, length: int, size: int) -> Sample:
+    """`size` pairs that fill exactly `length` positions: their passages are several of `pairs`, joined."""
+    texts = pairs.texts()
+    joined = 2 + length // 50
+    lines = []
+    for number in range(size):
+        passage = " ".join(texts[(number + step) % len(texts)][1] for step in range(joined))
+        lines.append(f"q0#D{number}_0\t{texts[number % len(texts)][0]}\t{passage}")
+    examples = ours.tokenizer(vocabulary)(lines, length)
+    full = np.flatnonzero(examples.lengths == length)
+    return Sample([lines[index] for index in full], ours.subset(examples, full), length)
+
+
+def ways(folder: Path, sample: Sample, device: torch.device, batch_sizes: list[int],
+         wanted: tuple[str, ...]) -> dict[str, Callable[[], np.ndarray]]:
+    """The wanted ways as functions without arguments that return the scores of all pairs of the sample."""
+    original, width = OriginalBert(folder).eval().to(device), max(RERANK_WIDTH, sample.width)
+    batches = [sample.examples.batch(np.arange(start, min(start + RERANK_BATCH, len(sample.examples))), width)
+               for start in range(0, len(sample.examples), RERANK_BATCH)]
+    model, tokenize = ours.load_model(folder, device), ours.tokenizer(folder)
+    found = {ORIGINAL: lambda: original_scores(original, [batch.to(device) for batch in batches]).numpy(),
+             **peers(folder, sample, device, batch_sizes),
+             OURS: lambda: ours.score(model, sample.examples, device),
+             OURS_TEXTS: lambda: ours.score(model, tokenize(sample.lines, sample.width), device),
+             OURS_BF16: lambda: ours.score(model, sample.examples, device, torch.bfloat16)}
+    return {way: run for way, run in found.items() if way in wanted}
+
+
+def peers(folder: Path, sample: Sample, device: torch.device,
+          batch_sizes: list[int]) -> dict[str, Callable[[], np.ndarray]]:
+    """sentence-transformers in float32 and with bfloat16 weights; nothing if it is not installed.
+
+    Both use the batch size that is fastest in float32 on this sample; sizes beyond the sample are not tried.
+    """
+    try:
+        from sentence_transformers import CrossEncoder
+    except ImportError:
+        say("sentence-transformers is not installed: left out")
+        return {}
+    settings = {"device": str(device), "max_length": sample.width}
+    models = {name: CrossEncoder(str(folder), **settings, model_kwargs={"dtype": dtype})
+              for name, dtype in ((PEER, torch.float32), (PEER_BF16, torch.bfloat16))}
+    texts = sample.texts()
+
+    def predict(name: str, size: int) -> np.ndarray:
+        return models[name].predict(texts, batch_size=size, apply_softmax=True, show_progress_bar=False)[:, 1]
+    sizes = [size for size in batch_sizes if size <= len(texts)] or batch_sizes[:1]
+    times = {size: common.seconds(lambda: predict(PEER, size), device) for size in sizes}  # noqa: B023
+    best = min(times, key=times.get)
+    say("  sentence-transformers, batch size: " + ", ".join(f"{size} {spent:.2f} s" for size, spent in times.items()))
+    return {name: lambda name=name: predict(name, best) for name in models}

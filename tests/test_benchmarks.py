@@ -1,0 +1,148 @@
+"""The benchmarks' baselines compute what the original computes, and each command runs and writes its files."""
+import json
+import subprocess
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, ROOT, random_rows, write_features
+from test_golden import batch, golden_name  # noqa: F401
+
+from benchmarks import common, original, original_tokenizer, ours, samples
+from simplified_tinybert.checkpoints import load_cross_encoder, read_config, save_cross_encoder
+from simplified_tinybert.features import read_chunks
+from simplified_tinybert.optimizer import linear_warmup_decay
+
+VOCABULARY = DATA / "bert-base-uncased-vocab.txt"
+SIMPLIFIED = (2, 3, 6, 7)          # cases with classifier(pooled), the head of the baseline
+
+
+@pytest.fixture(scope="module")
+def folders(golden_models, tmp_path_factory):
+    """The golden models as this repository writes them, the projection in a file of its own."""
+    saved = {}
+    for name, folder in golden_models.items():
+        saved[name] = tmp_path_factory.mktemp("saved") / name
+        save_cross_encoder(load_cross_encoder(folder)[0], saved[name], folder, lower_case=True)
+    return saved
+
+
+@pytest.mark.parametrize("name", ["teacher", "student_2x24", "student_4x48"])
+def test_the_original_way_scores_as_the_original_and_as_reranker_py(golden, folders, batch, tmp_path, name):  # noqa: F811
+    model = original.OriginalBert(folders[name]).eval()
+    expected = golden["rerank"][name]["relevance_probability"]
+    assert original.original_scores(model, [batch]).tolist() == pytest.approx(expected, abs=1e-6)
+    chunk, = read_chunks(write_features(tmp_path / "test.pkl", random_rows(50), set_name="test"))
+    padded = [chunk.batch(np.arange(start, start + 25), 32) for start in (0, 25)]
+    mine = ours.score(ours.load_model(folders[name], torch.device("cpu")), chunk, torch.device("cpu"))
+    np.testing.assert_allclose(original.original_scores(model, padded), mine, rtol=0, atol=1e-6)
+    assert mine.std() > 1e-3
+
+
+@pytest.mark.parametrize("number", SIMPLIFIED)
+def test_the_original_step_is_the_originals(golden, folders, batch, number):  # noqa: F811
+    """Losses, gradients and six steps, in double precision, against the original's figures."""
+    case = golden["cases"][number]
+    assert case["head"] == "bert"
+    student = original.OriginalBert(folders[case["student"]]).double()
+    teacher = original.OriginalBert(folders["teacher"]).double()
+    training, losses = case["training"], []
+    optimizer = original.OriginalAdam(student, training["learning_rate"], lambda step: linear_warmup_decay(
+        step, training["t_total"], training["warmup_proportion"]), training["weight_decay"])
+    for step in range(6):
+        terms = original.original_losses(student, teacher, batch, case["temperature"])
+        losses.append(terms["loss"].item())
+        terms["loss"].backward()
+        if step == 0:
+            found = {name.removeprefix("model."): parameter for name, parameter in student.named_parameters()}
+            assert terms["att_loss"].item() == pytest.approx(case["losses"]["attention"], rel=1e-6)
+            assert terms["rep_loss"].item() == pytest.approx(case["losses"]["hidden"], rel=1e-6)
+            for name, norm in case["grad_norm"].items():
+                assert found[name].grad.norm().item() == pytest.approx(norm, rel=1e-6, abs=1e-12), name
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == pytest.approx(training["total_loss_per_step"], rel=1e-6)
+    norms = {name.removeprefix("model."): parameter.norm().item() for name, parameter in student.named_parameters()}
+    assert norms == pytest.approx(training["parameter_norm_after"], rel=1e-6)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_our_step_takes_the_student_where_the_originals_does(folders, batch):  # noqa: F811
+    old, teacher = (original.OriginalBert(folders[name]).double() for name in ("student_2x24", "teacher"))
+    step = original.OriginalAdam(old, 1e-3, lambda step: 1.0)
+    student, new_teacher = (ours.load_model(folders[name], torch.device("cpu")).double()
+                            for name in ("student_2x24", "teacher"))
+    new_step = ours.Step(student, new_teacher, "reference", rate=1e-3)
+    for _ in range(3):
+        original.original_losses(old, teacher, batch)["loss"].backward()
+        step.step()
+        step.zero_grad()
+        new_step(batch)
+    expected = {name.removeprefix("model."): parameter for name, parameter in old.named_parameters()}
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(parameter, expected[golden_name(name)], rtol=1e-6, atol=1e-9)
+
+
+def test_the_pure_python_tokenizer_cuts_as_the_original():
+    pieces = {piece: number for number, piece in enumerate(VOCABULARY.read_text(encoding="utf-8").split("\n")) if piece}
+    for case in json.loads((DATA / "tokenization.json").read_text(encoding="utf-8")):
+        length = case["max_seq_length"]
+        ids, mask, segments = original_tokenizer.features(case["query"], case["passage"], pieces, length)
+        padding = [0] * (length - case["length"])
+        assert (ids, segments) == (case["input_ids"] + padding, case["token_type_ids"] + padding), case["query"]
+        assert mask == [1] * case["length"] + padding
+
+
+def test_operations_of_a_forward_pass(folders):
+    """Against PyTorch's own count of the matrix products of a pass over one pair, padding none."""
+    from torch.utils.flop_counter import FlopCounterMode
+    config, length = read_config(folders["student_4x48"]), 20
+    tokens = torch.randint(5, 100, (1, length))
+    pair = ours.Batch(tokens, torch.zeros_like(tokens), torch.ones_like(tokens), has_padding=True)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        original.OriginalBert(folders["student_4x48"]).eval()(pair)
+    assert common.forward_flops(config, [length], cls_only=False) == counter.get_total_flops()
+    assert 0.6 < common.forward_flops(config, [length]) / common.forward_flops(config, [length], cls_only=False) < 0.9
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return samples.Texts()
+
+
+def test_pairs_repeat_passages_as_often_as_asked(texts):
+    rows = [line.split("\t") for line in texts.pair_lines(1000, repeats=4)]
+    assert len({row[0] for row in rows}) == 1000 and len({row[1] for row in rows}) == 10
+    assert 200 < len({row[2] for row in rows}) <= 250
+    passages = [line.split("\t")[2] for line, _ in zip(texts.training_lines(), range(1000))]
+    assert len(set(passages)) > 990
+
+
+def test_spread_and_table():
+    assert common.ratio([4.0, 6.0, 9.0], [2.0, 2.0, 2.0]) == "3.00 × (2.00 – 4.50)"
+    assert common.table(["a", "b"], [["x", 1]]) == "| a | b |\n|---|--:|\n| x | 1 |"
+
+
+@pytest.mark.slow
+def test_each_command_runs_and_writes_its_files(texts, tmp_path):
+    pairs, examples = tmp_path / "pairs.tsv", tmp_path / "examples.tsv"
+    samples.write_lines(pairs, texts.pair_lines(100, repeats=1))
+    samples.write_lines(examples, islice(texts.training_lines(), 40))
+    flags = {"reranking": ["--raw_data_file", pairs], "distillation": ["--raw_data_file", examples],
+             "tokenization": ["--kinds", "re-ranking"]}
+    running = {name: subprocess.Popen(
+        [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--quick", "--device", "cpu", "--output_dir", tmp_path,
+         *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for name, more in flags.items()}
+    for name, process in running.items():
+        output, told = process.communicate(timeout=200)
+        assert process.returncode == 0, told[-3000:]
+        assert (tmp_path / f"{name}.md").read_text(encoding="utf-8") == output[:-1] and "CPU: " in output
+        assert json.loads((tmp_path / f"{name}.json").read_text())["arguments"]["quick"]
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    differences = json.loads((tmp_path / "reranking.json").read_text())["ways"]["1x48"]["difference"]
+    assert max(value for way, value in differences.items() if "bf16" not in way) < 1e-5
+    steps = json.loads((tmp_path / "distillation.json").read_text())["steps"]["1x24"]
+    assert steps["loss_difference"] < 1e-5
+    assert json.loads((tmp_path / "tokenization.json").read_text())["re-ranking"]["different"] == 0
