@@ -36,6 +36,7 @@ from simplified_tinybert.checkpoints import (
     save_cross_encoder,
     weights_fingerprint,
 )
+from simplified_tinybert.cpu_linear import pack_linear_layers
 from simplified_tinybert.distributed import WHOLE, Processes, Share, process_group
 from simplified_tinybert.feature_cache import map_examples
 from simplified_tinybert.features import Examples, FeatureSummary, summarise
@@ -53,7 +54,7 @@ from simplified_tinybert.preflight import (
     find_run,
 )
 from simplified_tinybert.report import describe_run, model_card
-from simplified_tinybert.runtime import record, select_device
+from simplified_tinybert.runtime import keep_freed_memory, record, select_device
 from simplified_tinybert.tokenization import has_vocabulary
 from simplified_tinybert.training import Plan, Training, remove_leftovers, step_of
 from simplified_tinybert.training_log import TrainingLog
@@ -114,7 +115,7 @@ def objective(student: CrossEncoder, teacher: CrossEncoder | None, batch: Batch,
     mapped = None                                        # teacher layer that each student layer learns from
     if args.distill_model == "simplified":
         mapped = losses.layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-    with torch.no_grad():
+    with torch.inference_mode():
         taught = teacher(batch, layers=mapped)
     learnt = student(batch, layers=mapped and list(range(1, len(mapped) + 1)))
     soft = share.examples * losses.soft_loss(learnt.logits, taught.logits, args.temperature)
@@ -210,6 +211,8 @@ def train(args: argparse.Namespace, student: CrossEncoder, teacher: CrossEncoder
           dtype: torch.dtype | None, save_model: Callable[[Path], None], checkpoint: Path | None,
           processes: Processes) -> None:
     """Distill, from the checkpoint on if there is one."""
+    if teacher and not dtype:
+        pack_linear_layers(teacher)
     device, total = student.classifier.weight.device, plan.total_steps(len(examples))
     optimizer = BertAdam(decay_groups(student.named_parameters(), args.weight_decay), args.learning_rate,
                          schedule=lambda step: linear_warmup_decay(step, total, args.warmup_proportion))
@@ -263,6 +266,7 @@ def distill(args: argparse.Namespace, device: torch.device, processes: Processes
 def main() -> None:
     args = parse_args()
     device = select_device(args.device, args.no_cuda)
+    keep_freed_memory(device)
     with process_group(device) as processes:
         distill(args, device, processes)
 

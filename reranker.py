@@ -44,7 +44,7 @@ from simplified_tinybert.files import (
 from simplified_tinybert.modeling import CrossEncoder, count_parameters, describe
 from simplified_tinybert.precision import select_precision, to_half
 from simplified_tinybert.preflight import check_length, check_model_fits, find_models
-from simplified_tinybert.runtime import read_record, record, select_device
+from simplified_tinybert.runtime import keep_freed_memory, read_ahead, read_record, record, select_device
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}     # a CPU is fastest while a batch's activations stay in its cache
 
@@ -109,7 +109,7 @@ def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> None:
         to_half(model, dtype)
     elif int8:
         quantize_linear_layers(model)
-    elif model.classifier.weight.device.type == "cpu":
+    else:
         pack_linear_layers(model)
 
 
@@ -169,7 +169,7 @@ def scored_chunks(model: CrossEncoder, args: argparse.Namespace, done: int, tota
     Batches, which follow from the lengths alone, are dealt out in turn. The processes exchange their logits after as
     many chunks as there are processes, so that they seldom wait for each other.
     """
-    chunks = (chunk for path in args.features_file for chunk in read_chunks(path))
+    chunks = read_ahead(chunk for path in args.features_file for chunk in read_chunks(path))
     seen, turns = 0, cycle(range(processes.count))
     while seen < done:
         seen += len(next(chunks))
@@ -252,6 +252,7 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
 def main() -> None:
     args = parse_args()
     device = select_device(args.device, args.no_cuda)
+    keep_freed_memory(device)
     with process_group(device) as processes:
         rerank(args, device, processes)
 

@@ -36,7 +36,7 @@ from simplified_tinybert.checkpoints import read_config  # noqa: E402
 from simplified_tinybert.features import Examples  # noqa: E402
 from simplified_tinybert.files import run_main, say  # noqa: E402
 from simplified_tinybert.modeling import Batch  # noqa: E402
-from simplified_tinybert.runtime import select_device  # noqa: E402
+from simplified_tinybert.runtime import keep_freed_memory, select_device  # noqa: E402
 
 BATCH = {"cpu": {384: 8, 768: 4}, "cuda": {384: 64, 768: 64}}
 WIDTH, LENGTHS = 256, (128, 256, 512)
@@ -189,6 +189,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = select_device(args.device)
+    keep_freed_memory(device)                           # for all ways alike, though only ours does so by itself
     facts, sections, measured, memory = common.machine(device), [], {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = ours.vocabulary_folder(Path(scratch) / "vocabulary", args.vocab_file)

@@ -9,7 +9,7 @@ Out, in --output_dir: reranking.md (tables), reranking.json (every single time),
     original                 as the original scores features: eager attention, all positions of all layers, batches of
                              100 padded to 256
     sentence-transformers    CrossEncoder.predict on texts, with the fastest of --st_batch_sizes; bf16: bfloat16 weights
-    ours                     what reranker.py does with features; bf16: with --bf16
+    ours                     what reranker.py does with features; bf16: with --bf16, int8: with --int8 (CPU)
     ours, from texts         with what tokenize_to_features.py does before that
 
 Parts (--parts): ways (all of them on real pairs, for each model), lengths (the first model at equal lengths), start
@@ -34,6 +34,7 @@ from benchmarks.ways import (  # noqa: E402
     ORIGINAL,
     OURS,
     OURS_BF16,
+    OURS_INT8,
     OURS_TEXTS,
     PEER,
     PEER_BF16,
@@ -44,10 +45,10 @@ from benchmarks.ways import (  # noqa: E402
 )
 from simplified_tinybert.checkpoints import read_config  # noqa: E402
 from simplified_tinybert.files import run_main, say  # noqa: E402
-from simplified_tinybert.runtime import select_device  # noqa: E402
+from simplified_tinybert.runtime import keep_freed_memory, select_device  # noqa: E402
 
 PAIRS = {"cpu": {"3x384": 200, "6x768": 32, "12x768": 24}, "cuda": {"3x384": 8192, "6x768": 4096, "12x768": 4096}}
-ALL = (ORIGINAL, PEER, PEER_BF16, OURS, OURS_TEXTS, OURS_BF16)
+ALL = (ORIGINAL, PEER, PEER_BF16, OURS, OURS_TEXTS, OURS_BF16, OURS_INT8)
 LENGTHS = (64, 128, 256, 512)
 
 PEER_SCRIPT = """
@@ -204,6 +205,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = select_device(args.device)
+    keep_freed_memory(device)                           # for all ways alike, though only ours does so by itself
     facts = common.machine(device)
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = ours.vocabulary_folder(Path(scratch) / "vocabulary", args.vocab_file)

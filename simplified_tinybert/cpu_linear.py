@@ -49,8 +49,13 @@ class Int8Linear(nn.Module):
 
 
 def pack_linear_layers(model: CrossEncoder) -> None:
-    """Replace the linear layers of a float32 model's encoder by packed ones, in place, where PyTorch offers them."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    """Replace the encoder's linear layers by packed ones, in place; other models than float32 on a CPU stay as they are.
+
+    So do all models where PyTorch was built without oneDNN.
+    """
+    weight = model.classifier.weight
+    offered = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not offered or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return
     for layer in model.bert.encoder.layer:
         if layer.activation is F.gelu:

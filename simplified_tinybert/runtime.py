@@ -1,15 +1,22 @@
 """On which device a script computes, and the record it leaves."""
 import argparse
+import ctypes
 import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
 
 from simplified_tinybert.files import UserError, atomic_writer, process_count, process_number, warn
+
+Item = TypeVar("Item")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                   # of glibc's malloc.h
 
 
 def select_device(name: str, no_cuda: bool = False) -> torch.device:
@@ -43,6 +50,27 @@ def _check_devices(name: str, available: int) -> None:
     if processes > available:
         raise UserError(f"--device {name}: {available} CUDA devices can be used here, for {processes} processes; start "
                         f"as many as there are devices (--nproc_per_node), or compute with --device cpu")
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Keep the C library from returning large tensors' memory to the system, which hands it out again page by page.
+
+    Worth 5 to 40 % of the time of large batches on a CPU. Only glibc has the setting; elsewhere nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if device.type == "cpu" and mallopt:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+
+
+def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items; a thread fetches the next one while the caller works on the present one."""
+    with ThreadPoolExecutor(1) as pool:
+        end = object()
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
 
 
 def record(path: Path, args: argparse.Namespace, **facts: object) -> None:
