@@ -162,6 +162,21 @@ def written_pairs(partial: Path, record_path: Path, wanted: dict, chunks: list[i
     return done
 
 
+def load_model(args: argparse.Namespace, folder: Path, config: BertConfig, device: torch.device,
+               dtype: torch.dtype | None) -> tuple[CrossEncoder, int]:
+    """The model on the device, in the precision that is asked for, and its parameters. Raises UserError."""
+    model, notes = load_cross_encoder(folder, config)
+    for note in notes:
+        say(f"note         {note}")
+    if model.config.num_labels not in (1, 2):
+        raise UserError(f"{folder}: the model has {model.config.num_labels} classes; expected 2, or 1 logit")
+    model.config.pooled_relu = args.pooled_relu or getattr(config, "pooled_relu", False)
+    say(f"model        {describe(model)}")
+    parameters = count_parameters(model)
+    prepare(model.to(device), dtype, args.int8)
+    return model, parameters
+
+
 def scored_chunks(model: CrossEncoder, args: argparse.Namespace, done: int, total: int, batch_tokens: int,
                   device: torch.device, processes: Processes) -> Iterator[tuple[Examples, np.ndarray]]:
     """Yield chunks with their logits (N, C), after the first `done` pairs; in every process, whoever computed them.
@@ -211,15 +226,7 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
     if args.int8 and (dtype or device.type != "cpu"):
         problems.add("--int8: runs on a CPU alone and not with --fp16 or --bf16; add --device cpu, or leave it out")
     folder, config, summary = check_all(args, problems)
-    model, notes = load_cross_encoder(folder, config)
-    for note in notes:
-        say(f"note         {note}")
-    if model.config.num_labels not in (1, 2):
-        raise UserError(f"{folder}: the model has {model.config.num_labels} classes; expected 2, or 1 logit")
-    model.config.pooled_relu = args.pooled_relu or getattr(config, "pooled_relu", False)
-    say(f"model        {describe(model)}")
-    parameters = count_parameters(model)
-    prepare(model.to(device), dtype, args.int8)
+    model, parameters = load_model(args, folder, config, device, dtype)
 
     output = Path(os.path.realpath(args.output_scores_file))
     partial, record_path = output.with_name(output.name + ".partial"), output.with_name(output.name + ".run.json")
