@@ -45,6 +45,7 @@ def machine(device: torch.device) -> dict[str, str]:
              "instructions": torch.backends.cpu.get_cpu_capability(),
              "cores": f"{os.cpu_count()}, threads used: {torch.get_num_threads()}",
              "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2 ** 30:.0f} GiB",
+             "huge pages": " ".join(_lines("/sys/kernel/mm/transparent_hugepage/enabled")) or "unknown",
              "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else "none used",
              "system": platform.platform(), "python": platform.python_version()}
     for package in ("torch", "transformers", "tokenizers", "sentence-transformers"):

@@ -12,9 +12,12 @@ Out, in --output_dir: distillation.md (tables), distillation.json (every single 
     ours, masked     distill.py --padding masked: pairs of similar length share a batch; padded to the longest
     ours, bf16; ours, masked, bf16      with --bf16 (always on CUDA; on a CPU with --bf16)
 
-on the same batches in turn: of a pool of pairs cut into batches of similar length, every n-th by length. Dropout is
-0.1, as in the configurations of the published students; losses are compared without it. Parts (--parts): steps, and
-memory (the most that one step adds to what was there before it, in a process of its own for each length).
+in turn. The cost of the padded ways does not depend on the texts; each round takes one batch for them and two for the
+masked ways, one as far above as the other is below the middle by length, of a pool of pairs that was cut into batches
+of similar length. Dropout is 0.1, as in the configurations of the published students; losses are compared without it.
+Batches should not be much smaller than those of a real training (64): on a CPU, score matrices of more than 32 MiB are
+got from the system anew each time, smaller ones are kept for re-use and cost less. Parts (--parts): steps, and memory
+(the most that one step adds to what was there before it, in a process of its own for each length).
 """
 import argparse
 import json
@@ -24,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +42,7 @@ from simplified_tinybert.files import run_main, say  # noqa: E402
 from simplified_tinybert.modeling import Batch  # noqa: E402
 from simplified_tinybert.runtime import keep_freed_memory, select_device  # noqa: E402
 
-BATCH = {"cpu": {384: 8, 768: 4}, "cuda": {384: 64, 768: 64}}
+BATCH = {"cpu": {384: 32, 768: 16}, "cuda": {384: 64, 768: 64}}
 WIDTH, LENGTHS = 256, (128, 256, 512)
 ORIGINAL, OURS, MASKED, BF16 = "original", "ours", "ours, masked", ", bf16"
 RETURN_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}     # freed memory goes back at once
@@ -50,31 +54,34 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--teacher", default="12x768", help="LAYERSxWIDTH (default: 12x768)")
     add("--students", nargs="+", default=["3x384", "6x768"], help="LAYERSxWIDTH (default: 3x384 6x768)")
-    add("--batch_size", type=int, help="examples of a step (CPU: 8 at width 384, 4 above; CUDA: 64)")
-    add("--batches", type=int, default=6, help="steps of each way (default: 6)")
+    add("--batch_size", type=int, help="examples of a step (CPU: 32 at width 384, 16 above; CUDA: 64)")
+    add("--memory_pairs", type=int, default=8, help="examples of a step whose memory is measured (default: 8)")
+    add("--rounds", type=int, default=3, help="steps of each padded way, half of those of a masked one (default: 3)")
     add("--pool", type=int, default=64, help="batches that are sorted by length together (default: 64, as distill.py)")
     add("--dropout", type=float, default=0.1, help="of the student while training (default: 0.1)")
     add("--bf16", action="store_true", help="measure bfloat16 on a CPU too")
     add("--parts", nargs="+", choices=("steps", "memory"), default=["steps", "memory"], help="(default: both)")
     args = parser.parse_args()
     if args.quick:
-        args.teacher, args.students, args.batch_size, args.batches, args.pool = "2x48", ["1x24"], 2, 2, 4
+        args.teacher, args.students, args.batch_size, args.rounds, args.pool = "2x48", ["1x24"], 2, 1, 4
+        args.memory_pairs = 2
     return args
 
 
 def batch_size(args: argparse.Namespace, student: str, device: torch.device) -> int:
-    return args.batch_size or BATCH[device.type].get(int(student.split("x")[1]), 4)
+    return args.batch_size or BATCH[device.type].get(int(student.split("x")[1]), 16)
 
 
-def sample_batches(args: argparse.Namespace, vocabulary: Path, size: int) -> tuple[Examples, list[np.ndarray]]:
-    """Examples, and of all batches of similar length every n-th by length: mean and mix are those of the pool."""
+def sample_rounds(args: argparse.Namespace, vocabulary: Path, size: int) -> tuple[Examples, list[list[np.ndarray]]]:
+    """Examples, and for each round two batches of similar length, as far above and below the pool's middle."""
     total = args.pool * size
     lines = samples.read_pairs(args.raw_data_file, total) if args.raw_data_file else \
-        [line for line, _ in zip(samples.Texts().training_lines(), range(total))]
+        list(islice(samples.Texts().training_lines(), total))
     examples = ours.tokenizer(vocabulary)(lines, WIDTH)
     batches = [batch for batch in ours.bucketed_batches(examples, size) if len(batch) == size]
-    longest = np.array([examples.lengths[batch].max() for batch in batches])
-    return examples, [batches[index] for index in samples.evenly(longest, min(args.batches, len(batches)))]
+    batches.sort(key=lambda batch: examples.lengths[batch].max())
+    places = ((np.arange(2 * args.rounds) + 0.5) / (2 * args.rounds) * len(batches)).astype(np.int64)
+    return examples, [[batches[places[number]], batches[places[-1 - number]]] for number in range(args.rounds)]
 
 
 def original_step(student: OriginalBert, teacher: OriginalBert) -> Callable[[Batch], None]:
@@ -109,53 +116,54 @@ def loss_difference(student: Path, teacher: Path, batch: Batch, device: torch.de
 def measure_steps(args: argparse.Namespace, name: str, student: Path, teacher: Path, vocabulary: Path,
                   device: torch.device) -> dict:
     size = batch_size(args, name, device)
-    examples, batches = sample_batches(args, vocabulary, size)
-    padded = [examples.batch(batch, WIDTH).to(device) for batch in batches]
-    difference = loss_difference(student, teacher, padded[0], device)
+    examples, rounds = sample_rounds(args, vocabulary, size)
+    few = examples.batch(rounds[0][0][:4], WIDTH).to(device)
+    difference = loss_difference(student, teacher, few, device)
     steps = make_steps(student, teacher, device, args.bf16 or device.type == "cuda")
     times: dict[str, list[float]] = {way: [] for way in steps}
-    say(f"{name}: {len(batches)} batches of {size}")
+    say(f"{name}: batches of {size}")
     for step in steps.values():                                             # warms up, makes the optimizer's state
-        step(padded[0])
-    for indices, fixed in zip(batches, padded):
-        snug = examples.batch(indices).to(device)
+        step(few)
+    for pair in rounds:
+        fixed, snug = [examples.batch(pair[0], WIDTH).to(device)], [examples.batch(one).to(device) for one in pair]
         for way, step in steps.items():
-            times[way].append(common.seconds(lambda: step(snug if MASKED in way else fixed), device))  # noqa: B023
-        say(f"  {snug.input_ids.shape[1]} positions: " + ", ".join(f"{way} {t[-1]:.2f} s" for way, t in times.items()))
-    used, configs = np.concatenate(batches), (read_config(student), read_config(teacher))
-    return {"rates": common.best_rates(device, configs[1].hidden_size, args.quick),
-            "flops": common.step_flops(*configs, [WIDTH] * len(used)),
-            "masked_flops": common.step_flops(*configs, examples.lengths[used]), "batch_size": size,
-            "mean_length": float(examples.lengths[used].mean()), "times": times,
-            "widths": [int(examples.lengths[batch].max()) for batch in batches], "loss_difference": difference}
+            batches = snug if MASKED in way else fixed
+            spent = [common.seconds(lambda: step(batch), device) for batch in batches]  # noqa: B023
+            times[way].append(statistics.mean(spent) / size)
+        say(f"  masked {' and '.join(str(batch.input_ids.shape[1]) for batch in snug)} positions, ms per example: "
+            + ", ".join(f"{way} {1000 * spent[-1]:.0f}" for way, spent in times.items()))
+    used, configs = np.concatenate(sum(rounds, [])), (read_config(student), read_config(teacher))
+    return {"batch_size": size, "mean_length": float(examples.lengths[used].mean()), "times": times,
+            "widths": sorted(int(examples.lengths[batch].max()) for pair in rounds for batch in pair),
+            "loss_difference": difference, "rates": common.best_rates(device, configs[1].hidden_size, args.quick),
+            "flops": common.step_flops(*configs, [WIDTH]),
+            "masked_flops": common.step_flops(*configs, examples.lengths[used]) / len(used)}
 
 
 def steps_table(name: str, teacher: str, found: dict) -> str:
     rows, base = [], found["times"][ORIGINAL]
     for way, times in found["times"].items():
-        per_example = 1000 * statistics.mean(times) / found["batch_size"]
-        rate = found["masked_flops" if MASKED in way else "flops"] / sum(times)
+        rate = found["masked_flops" if MASKED in way else "flops"] / statistics.median(times)
         best = found["rates"]["bf16" if BF16 in way else "float32"]
-        rows.append([way, common.number(per_example), f"{sum(base) / sum(times):.2f} ×", common.ratio(base, times),
+        rows.append([way, common.spread([1000 * spent for spent in times]), common.ratio(base, times),
                      f"{rate / 1e9:,.0f}", f"{100 * rate / best:.0f} %"])
-    return (f"## Student {name}, teacher {teacher}\n\n{len(base)} batches of {found['batch_size']} pairs, "
+    return (f"## Student {name}, teacher {teacher}\n\nBatches of {found['batch_size']} pairs, "
             f"{found['mean_length']:.0f} word pieces on average; masked batches are "
-            f"{', '.join(map(str, sorted(found['widths'])))} positions wide, all others {WIDTH}. Relative difference "
+            f"{', '.join(map(str, found['widths']))} positions wide, all others {WIDTH}. Relative difference "
             f"of the losses (reference padding, no dropout): {found['loss_difference']:.1e}. Matrix products on this "
             f"machine at the teacher's width: {common.describe_rates(found['rates'])}.\n\n"
-            + common.table(["way", "ms per example", "× original, all batches", "× original, by batch", "GFLOP/s",
-                            "of the rate"], rows))
+            + common.table(["way", "ms per example", "× original", "GFLOP/s", "of the rate"], rows))
 
 
-def measure_memory(args: argparse.Namespace, name: str, student: Path, teacher: Path,
+def measure_memory(args: argparse.Namespace, student: Path, teacher: Path,
                    device: torch.device) -> dict[str, dict[int, float]]:
     """MiB that a step adds: {way: {length: MiB}}."""
     found: dict[str, dict[int, float]] = {}
-    size = batch_size(args, name, device)
     ways = [ORIGINAL, OURS, OURS + BF16] if device.type == "cuda" or args.bf16 else [ORIGINAL, OURS]
     for length in LENGTHS[:1] if args.quick else LENGTHS:
         for way in ways:
-            command = [sys.executable, "-m", "benchmarks.step_memory", way, length, size, student, teacher, device]
+            command = [sys.executable, "-m", "benchmarks.step_memory", way, length, args.memory_pairs, student,
+                       teacher, device]
             done = subprocess.run(list(map(str, command)), cwd=common.ROOT, env=os.environ | RETURN_MEMORY,
                                   capture_output=True, text=True, check=True)
             found.setdefault(way, {})[length] = json.loads(done.stdout) / 2 ** 20
@@ -175,7 +183,7 @@ def memory_table(name: str, found: dict[str, dict[int, float]], size: int) -> st
 def draw(path: Path, measured: dict[str, dict], memory: dict[str, dict[int, float]], title: str) -> None:
     panels = []
     if measured:
-        bars = {f"student\n{name}": {way: 1000 * statistics.mean(times) / found["batch_size"]
+        bars = {f"student\n{name}": {way: 1000 * statistics.median(times)
                                      for way, times in found["times"].items()} for name, found in measured.items()}
         panels.append(pictures.Panel("Time of a distillation step", "ms per example", bars=bars))
     if memory:
@@ -204,8 +212,8 @@ def main() -> None:
             sections += [steps_table(name, args.teacher, found) for name, found in measured.items()]
         if "memory" in args.parts:
             first = args.students[0]
-            memory = measure_memory(args, first, students[first], teacher, device)
-            sections.append(memory_table(first, memory, batch_size(args, first, device)))
+            memory = measure_memory(args, students[first], teacher, device)
+            sections.append(memory_table(first, memory, args.memory_pairs))
     common.write_results(args.output_dir, "distillation", "Distillation", facts, sections, args,
                          {"steps": measured, "memory": memory})
     draw(args.output_dir / "distillation.png", measured, memory, f"Memory of a step, {args.students[0]}")

@@ -46,7 +46,7 @@ def _lines(axes: object, panel: Panel) -> None:
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
     axes.minorticks_off()
     _plain_log_ticks(axes, [y for points in panel.lines.values() for y in points.values()])
-    axes.set_xlim(xs[0] * 0.88, xs[-1] * max(xs[-1] / xs[0], 2.0) ** 0.55)       # room for the names
+    axes.set_xlim(xs[0] * 0.88, xs[-1] * max(xs[-1] / xs[0], 2.0) ** 0.65)       # room for the names
     _label_ends(axes, panel.lines)
     axes.set_xlabel(panel.x_label, fontsize=9.5, color=INK)
     axes.set_ylabel(panel.y_label, fontsize=9.5, color=INK)
