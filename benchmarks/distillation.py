@@ -40,7 +40,7 @@ from simplified_tinybert.checkpoints import read_config  # noqa: E402
 from simplified_tinybert.features import Examples  # noqa: E402
 from simplified_tinybert.files import run_main, say  # noqa: E402
 from simplified_tinybert.modeling import Batch  # noqa: E402
-from simplified_tinybert.runtime import keep_freed_memory, select_device  # noqa: E402
+from simplified_tinybert.runtime import select_device  # noqa: E402
 
 BATCH = {"cpu": {384: 32, 768: 16}, "cuda": {384: 64, 768: 64}}
 WIDTH, LENGTHS = 256, (128, 256, 512)
@@ -128,6 +128,7 @@ def measure_steps(args: argparse.Namespace, name: str, student: Path, teacher: P
         fixed, snug = [examples.batch(pair[0], WIDTH).to(device)], [examples.batch(one).to(device) for one in pair]
         for way, step in steps.items():
             batches = snug if MASKED in way else fixed
+            common.set_memory(way, device)
             spent = [common.seconds(lambda: step(batch), device) for batch in batches]  # noqa: B023
             times[way].append(statistics.mean(spent) / size)
         say(f"  masked {' and '.join(str(batch.input_ids.shape[1]) for batch in snug)} positions, ms per example: "
@@ -197,7 +198,6 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = select_device(args.device)
-    keep_freed_memory(device)                           # for all ways alike, though only ours does so by itself
     facts, sections, measured, memory = common.machine(device), [], {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = ours.vocabulary_folder(Path(scratch) / "vocabulary", args.vocab_file)

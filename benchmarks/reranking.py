@@ -45,7 +45,7 @@ from benchmarks.ways import (  # noqa: E402
 )
 from simplified_tinybert.checkpoints import read_config  # noqa: E402
 from simplified_tinybert.files import run_main, say  # noqa: E402
-from simplified_tinybert.runtime import keep_freed_memory, select_device  # noqa: E402
+from simplified_tinybert.runtime import select_device  # noqa: E402
 
 PAIRS = {"cpu": {"3x384": 200, "6x768": 32, "12x768": 24}, "cuda": {"3x384": 8192, "6x768": 4096, "12x768": 4096}}
 ALL = (ORIGINAL, PEER, PEER_BF16, OURS, OURS_TEXTS, OURS_BF16, OURS_INT8)
@@ -205,7 +205,6 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = select_device(args.device)
-    keep_freed_memory(device)                           # for all ways alike, though only ours does so by itself
     facts = common.machine(device)
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = ours.vocabulary_folder(Path(scratch) / "vocabulary", args.vocab_file)
