@@ -49,9 +49,9 @@ class Int8Linear(nn.Module):
 
 
 def pack_linear_layers(model: CrossEncoder) -> None:
-    """Replace the encoder's linear layers by packed ones, in place; other models than float32 on a CPU stay as they are.
+    """Replace the encoder's linear layers by packed ones, in place.
 
-    So do all models where PyTorch was built without oneDNN.
+    Models that are not float32 on a CPU stay as they are, and all where PyTorch was built without oneDNN.
     """
     weight = model.classifier.weight
     offered = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
