@@ -142,7 +142,8 @@ def test_each_command_runs_and_writes_its_files(texts, tmp_path):
         assert json.loads((tmp_path / f"{name}.json").read_text())["arguments"]["quick"]
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     differences = json.loads((tmp_path / "reranking.json").read_text())["ways"]["1x48"]["difference"]
-    assert max(value for way, value in differences.items() if not way.endswith(("bf16", "int8"))) < 1e-4      # random weights, scores spread by force
+    exact = [value for way, value in differences.items() if not way.endswith(("bf16", "int8"))]
+    assert max(exact) < 1e-4                            # of random weights, whose scores are spread by force
     steps = json.loads((tmp_path / "distillation.json").read_text())["steps"]["1x24"]
     assert steps["loss_difference"] < 1e-5
     assert json.loads((tmp_path / "tokenization.json").read_text())["re-ranking"]["different"] == 0
