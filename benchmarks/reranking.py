@@ -6,8 +6,8 @@
 In: nothing, or own pairs (query_id#passage_id <tab> query <tab> passage); models have random weights.
 Out, in --output_dir: reranking.md (tables), reranking.json (every single time), reranking.png. Compared are
 
-    original                 as the original scores features: eager attention, all positions of all layers, batches of
-                             100 padded to 256
+    original                 as the original scores features: eager attention, all positions of all layers, scores and
+                             hidden states of all layers kept until the last, batches of 100 padded to 256
     sentence-transformers    CrossEncoder.predict on texts, with the fastest of --st_batch_sizes; bf16: bfloat16 weights
     ours                     what reranker.py does with features; bf16: with --bf16, int8: with --int8 (CPU)
     ours, from texts         with what tokenize_to_features.py does before that
