@@ -18,14 +18,15 @@ import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from simplified_tinybert.files import Problems, UserError, check_input_file, shorten
-from simplified_tinybert.modeling import Batch
 from simplified_tinybert.tokenization import Vocabulary
+
+if TYPE_CHECKING:
+    from simplified_tinybert.modeling import Batch
 
 FORMAT, VERSION = "simplified-tinybert features", 1
 CHUNK_EXAMPLES = 8192
@@ -61,8 +62,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, indices: np.ndarray, width: int | None = None) -> Batch:
+    def batch(self, indices: np.ndarray, width: int | None = None) -> "Batch":
         """Examples `indices` padded with zeros to `width` positions (default: the longest of them)."""
+        import torch  # here, because it takes seconds, and only models have a use for it
+
+        from simplified_tinybert.modeling import Batch
         lengths = self.lengths[indices].astype(np.int64)
         width = width or int(lengths.max())
         positions = np.arange(width)

@@ -1,9 +1,6 @@
 """Where a model is: a local folder, or a Hugging Face hub id that is fetched once and kept in the hub's own cache."""
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
 from simplified_tinybert.files import UserError
 from simplified_tinybert.tokenization import TOKENIZER_FILES
 
@@ -21,12 +18,13 @@ def find_model(name: str) -> Path:
     if looks_like_path:
         raise UserError(f"{name}: no such model folder; expected a folder with one of {', '.join(CONFIG_FILES)}, "
                         f"or a hub id such as huawei-noah/TinyBERT_General_4L_312D")
+    from huggingface_hub import errors, snapshot_download  # here, for it takes time, and local models do without
     try:
         return Path(snapshot_download(name, allow_patterns=[*CONFIG_FILES, *WEIGHT_FILES, "model-*.safetensors",
                                                             PROJECTION_FILE, *TOKENIZER_FILES]))
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise UserError(f"{name}: neither a folder here nor a public model on the hub; check the spelling") from error
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name}: no folder of this name here, and the hub cannot be reached ({reason}); copy the "
                         f"model to a local folder and name that") from error
