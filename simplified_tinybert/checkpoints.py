@@ -9,12 +9,14 @@ import json
 import pickle
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import BertConfig
 
 from simplified_tinybert.files import Problems, UserError, atomic_writer
@@ -139,7 +141,7 @@ def load_cross_encoder(folder: Path, config: BertConfig | None = None, new_head:
     ignored = sorted(name for name in weights if name.startswith(PRETRAINING_HEADS))
     weights = {name: tensor for name, tensor in weights.items() if name not in ignored}
     try:
-        with torch.device("meta"):                      # no memory and no random numbers for what is filled below
+        with _WithoutInitialisation():                  # all of it is filled below
             model = CrossEncoder(config)
             add_projections(model, weights)
     except Exception as error:                          # sizes that no model can have; which, the library says
@@ -149,6 +151,16 @@ def load_cross_encoder(folder: Path, config: BertConfig | None = None, new_head:
     notes = [f"{len(ignored)} tensors of pre-training heads are not used ({ignored[0]}, ...)"] if ignored else []
     notes += _fill(model, weights, folder, new_head)
     return model.eval(), notes
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Modules that are made in this context draw no random numbers."""
+
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) \
+            -> object:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return function(*args, **(kwargs or {}))
 
 
 def _fill(model: CrossEncoder, weights: dict[str, Tensor], folder: Path, new_head: torch.Generator | None) -> list[str]:
@@ -170,7 +182,6 @@ def _fill(model: CrossEncoder, weights: dict[str, Tensor], folder: Path, new_hea
         elif not weights[name].is_floating_point():
             problems.add(f"{folder}: {name} holds {weights[name].dtype}; expected floating-point numbers")
     problems.raise_if_any()
-    model.to_empty(device="cpu")
     for name in fresh:
         initialise(model.get_parameter(name), model.config.initializer_range, new_head)
     model.load_state_dict(weights, strict=False)
