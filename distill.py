@@ -16,10 +16,14 @@ fit_dense.safetensors), train_loss.jsonl (a row every --train_loss_step steps: g
 rep_loss, the unweighted soft_loss and hard_loss, learning_rate, examples_per_second), the same for TensorBoard, and
 checkpoint-<step>/ every --save_model_step steps (checkpoint-0: the student before the first), from which --resume goes
 on to the same student.
+
+Several GPUs of a machine, or processes on its CPU, share every batch and end in the same student as one:
+
+    torchrun --standalone --nproc_per_node=4 distill.py --features_file train.pkl ...
 """
 import argparse
-import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,13 +36,16 @@ from simplified_tinybert.checkpoints import (
     save_cross_encoder,
     weights_fingerprint,
 )
+from simplified_tinybert.cpu_linear import pack_linear_layers
+from simplified_tinybert.distributed import WHOLE, Processes, Share, process_group
 from simplified_tinybert.feature_cache import map_examples
 from simplified_tinybert.features import Examples, FeatureSummary, summarise
-from simplified_tinybert.files import Problems, UserError, locked, run_main, say
-from simplified_tinybert.modeling import Batch, CrossEncoder, describe
+from simplified_tinybert.files import Problems, UserError, locked, process_count, run_main, say
+from simplified_tinybert.modeling import Batch, CrossEncoder
 from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay
 from simplified_tinybert.precision import ApexScaler, LossScaler, import_apex_amp, select_precision
 from simplified_tinybert.preflight import (
+    check_flags,
     check_length,
     check_model_fits,
     check_output_dir,
@@ -46,9 +53,10 @@ from simplified_tinybert.preflight import (
     find_models,
     find_run,
 )
-from simplified_tinybert.runtime import record, select_device
+from simplified_tinybert.report import describe_run, model_card
+from simplified_tinybert.runtime import keep_freed_memory, record, select_device
 from simplified_tinybert.tokenization import has_vocabulary
-from simplified_tinybert.training import Plan, Training, epoch_batches, padding_share, remove_leftovers, step_of
+from simplified_tinybert.training import Plan, Training, remove_leftovers, step_of
 from simplified_tinybert.training_log import TrainingLog
 
 
@@ -70,7 +78,8 @@ def parse_args() -> argparse.Namespace:
         help="reference: pad to max_seq_length and let padding count in attention and hidden losses, as the original "
              "does; masked: count real tokens only and batch pairs of similar length, faster (default: reference)")
     add("--do_lower_case", action="store_true", help="refuse features that were not made lower-cased")
-    add("--train_batch_size", type=int, default=64, help="examples of one forward pass (default: 64)")
+    add("--train_batch_size", type=int, default=64,
+        help="examples of one forward pass, in all processes together (default: 64)")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes of one optimizer step (default: 1)")
     add("--num_train_epochs", type=float, default=2.0, help="passes over the data; fractions allowed (default: 2)")
     add("--learning_rate", type=float, default=5e-5, help="peak learning rate (default: 5e-5)")
@@ -93,51 +102,37 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def objective(student: CrossEncoder, teacher: CrossEncoder | None, batch: Batch, args: argparse.Namespace) \
-        -> dict[str, Tensor]:
-    """Loss terms of a batch; "loss" = cls_loss + att_loss + rep_loss is what the student minimizes."""
+def objective(student: CrossEncoder, teacher: CrossEncoder | None, batch: Batch, args: argparse.Namespace,
+              share: Share = WHOLE) -> dict[str, Tensor]:
+    """Loss terms of a batch; "loss" = cls_loss + att_loss + rep_loss is what the student minimizes.
+
+    Where the batch is a `share` of a larger one, its terms are what it contributes to the larger one's means.
+    """
     if args.distill_model == "finetune":
-        hard = losses.hard_loss(student(batch).logits, batch.labels)
+        hard = share.examples * losses.hard_loss(student(batch).logits, batch.labels)
         return {"loss": hard, "cls_loss": hard, "hard_loss": hard}
 
     mapped = None                                        # teacher layer that each student layer learns from
     if args.distill_model == "simplified":
         mapped = losses.layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-    with torch.no_grad():
+    with torch.inference_mode():
         taught = teacher(batch, layers=mapped)
     learnt = student(batch, layers=mapped and list(range(1, len(mapped) + 1)))
-    soft = losses.soft_loss(learnt.logits, taught.logits, args.temperature)
-    hard = losses.hard_loss(learnt.logits, batch.labels)
+    soft = share.examples * losses.soft_loss(learnt.logits, taught.logits, args.temperature)
+    hard = share.examples * losses.hard_loss(learnt.logits, batch.labels)
     if args.distill_model == "standard":
         loss = args.alpha * soft + (1 - args.alpha) * hard
         return {"loss": loss, "cls_loss": loss, "soft_loss": soft, "hard_loss": hard}
 
+    masked = args.padding == "masked"                   # means over real tokens; otherwise examples weigh the same
     attention = sum(losses.attention_loss(learnt.queries[layer], learnt.keys[layer], taught.queries[source],
                                           taught.keys[source], batch.attention_mask, args.padding)
-                    for layer, source in enumerate(mapped, start=1))
+                    for layer, source in enumerate(mapped, start=1)) * (share.pairs if masked else share.examples)
     hidden = sum(losses.hidden_loss(student.project(layer, learnt.hidden_states[layer]), taught.hidden_states[source],
                                     batch.attention_mask, args.padding)
-                 for layer, source in enumerate([0, *mapped]))
+                 for layer, source in enumerate([0, *mapped])) * (share.tokens if masked else share.examples)
     return {"loss": attention + hidden + soft + hard, "cls_loss": soft + hard, "att_loss": attention,
             "rep_loss": hidden, "soft_loss": soft, "hard_loss": hard}
-
-
-def check_flags(args: argparse.Namespace, problems: Problems) -> None:
-    rules = [("train_batch_size", args.train_batch_size >= 1, "1 or more"),
-             ("gradient_accumulation_steps", args.gradient_accumulation_steps >= 1, "1 or more"),
-             ("num_train_epochs", 0 < args.num_train_epochs < math.inf, "more than 0"),
-             ("learning_rate", 0 <= args.learning_rate < math.inf, "0 or more"),
-             ("warmup_proportion", 0 <= args.warmup_proportion < 1, "0 to less than 1"),
-             ("weight_decay", 0 <= args.weight_decay < math.inf, "0 or more"),
-             ("alpha", 0 <= args.alpha <= 1, "0 to 1"),
-             ("temperature", 0 < args.temperature < math.inf, "more than 0"),
-             ("train_loss_step", args.train_loss_step >= 1, "1 or more"),
-             ("save_model_step", args.save_model_step >= 1, "1 or more")]
-    for name, holds, expected in rules:
-        if not holds:
-            problems.add(f"--{name} {getattr(args, name)}: expected {expected}")
-    if args.distill_model != "finetune" and not args.teacher_model:
-        problems.add(f"--distill_model {args.distill_model} needs --teacher_model")
 
 
 def load_models(args: argparse.Namespace, models: dict, checkpoint: Path | None, device: torch.device) \
@@ -159,33 +154,10 @@ def load_models(args: argparse.Namespace, models: dict, checkpoint: Path | None,
             model.config.pooled_relu = args.pooled_relu or getattr(model.config, "pooled_relu", False)
     if args.distill_model == "simplified":
         notes += fit_projections(student, teacher.config.hidden_size, generator)
+    student.projections.requires_grad_(args.distill_model == "simplified")
     for note in notes:
         say(f"note         {note}")
     return student.to(device), teacher and teacher.to(device)
-
-
-def describe_run(args: argparse.Namespace, student: CrossEncoder, teacher: CrossEncoder | None, examples: Examples,
-                 summary: FeatureSummary, plan: Plan) -> None:
-    """Print what follows from the settings, before the first step."""
-    steps, per_epoch = plan.total_steps(len(examples)), plan.steps_per_epoch(len(examples))
-    batches = epoch_batches(examples.lengths, plan.batch_size, plan.seed, 0, plan.bucket)
-    padding = padding_share(examples.lengths, batches, plan.width)
-    say(f"student      {describe(student)}: {args.general_student_model}")
-    if teacher:
-        say(f"teacher      {describe(teacher)}: {args.teacher_model}")
-    if args.distill_model == "simplified":
-        layers = losses.layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-        say("layer map    student ← teacher: 0 ← 0 (embeddings), "
-            + ", ".join(f"{layer} ← {source}" for layer, source in enumerate(layers, start=1)))
-    weights = {"finetune": "1 × hard", "standard": f"{args.alpha:g} × soft + {1 - args.alpha:g} × hard",
-               "simplified": "1 × attention + 1 × hidden + 1 × soft + 1 × hard"}[args.distill_model]
-    soft = {"finetune": 0, "standard": args.alpha, "simplified": 1}[args.distill_model]
-    say(f"objective    {args.distill_model}: {weights}"
-        + (f" (soft is a mean over the 2 classes: soft cross-entropy weighs {soft / 2:g})" if soft else ""))
-    say(f"examples     {len(examples):,}, {100 * float((examples.labels == 1).mean()):.1f} % relevant, "
-        f"{summary.tokens / len(examples):.1f} word pieces on average; {100 * padding:.1f} % of positions are padding")
-    say(f"steps        {steps:,} = {plan.epochs:g} epochs × {per_epoch:,} steps of {plan.batch_size} × "
-        f"{plan.accumulation} examples; warm-up over {round(args.warmup_proportion * steps):,}")
 
 
 def settings(args: argparse.Namespace, models: dict, summary: FeatureSummary) -> dict:
@@ -194,20 +166,8 @@ def settings(args: argparse.Namespace, models: dict, summary: FeatureSummary) ->
              "num_train_epochs", "learning_rate", "warmup_proportion", "weight_decay", "alpha", "temperature",
              "pooled_relu", "fp16", "fp16_backend", "bf16", "seed", "train_loss_step")
     inputs = {role: weights_fingerprint(folder) for role, (folder, _) in models.items()}
-    return {name: getattr(args, name) for name in names} | inputs | {"features": summary.fingerprint}
-
-
-def model_card(args: argparse.Namespace, student: CrossEncoder) -> str:
-    teacher = f" and the teacher `{args.teacher_model}`" if args.distill_model != "finetune" else ""
-    lines = ["---", "pipeline_tag: text-ranking", "library_name: transformers", "---",
-             f"# BERT re-ranker: {describe(student)}", "",
-             f"Made with `distill.py --distill_model {args.distill_model}` from the student "
-             f"`{args.general_student_model}`{teacher}; all settings are in run.json.",
-             "Input: `[CLS] query [SEP] passage [SEP]`; class 1 of the two is relevance. In sentence-transformers:",
-             "`CrossEncoder(folder).predict(pairs, apply_softmax=True)[:, 1]`."]
-    if student.config.pooled_relu:
-        lines += ["", "The head is classifier(relu(pooled)): score with reranker.py, other tools leave the relu out."]
-    return "\n".join(lines) + "\n"
+    return {name: getattr(args, name) for name in names} | inputs | {"features": summary.fingerprint,
+                                                                     "processes": process_count()}
 
 
 def check_all(args: argparse.Namespace, problems: Problems) -> tuple[dict, FeatureSummary, int]:
@@ -218,6 +178,8 @@ def check_all(args: argparse.Namespace, problems: Problems) -> tuple[dict, Featu
             import_apex_amp()
         except UserError as error:
             problems.add(str(error))
+        if process_count() > 1:
+            problems.add("--fp16_backend apex works in one process only; --fp16_backend torch works in several")
     check_output_dir(args.output_student_dir, args.resume, problems)
     roles = {"general student": args.general_student_model}
     if args.distill_model != "finetune":
@@ -246,49 +208,67 @@ def make_plan(args: argparse.Namespace, width: int) -> Plan:
 
 
 def train(args: argparse.Namespace, student: CrossEncoder, teacher: CrossEncoder | None, examples: Examples, plan: Plan,
-          dtype: torch.dtype | None, save_model: Callable[[Path], None], checkpoint: Path | None) -> None:
+          dtype: torch.dtype | None, save_model: Callable[[Path], None], checkpoint: Path | None,
+          processes: Processes) -> None:
     """Distill, from the checkpoint on if there is one."""
+    if teacher and not dtype:
+        pack_linear_layers(teacher)
     device, total = student.classifier.weight.device, plan.total_steps(len(examples))
     optimizer = BertAdam(decay_groups(student.named_parameters(), args.weight_decay), args.learning_rate,
                          schedule=lambda step: linear_warmup_decay(step, total, args.warmup_proportion))
     apex = args.fp16 and args.fp16_backend == "apex"
     scaler = ApexScaler(student, optimizer, args.fp16_opt_level) if apex else LossScaler(device, dtype)
     log = TrainingLog(args.output_student_dir / "train_loss.jsonl",
-                      args.tensorboard_dir or args.output_student_dir / "tensorboard", device,
+                      args.tensorboard_dir or args.output_student_dir / "tensorboard", device, processes,
                       finished_steps=step_of(checkpoint) if checkpoint else 0)
-    torch.manual_seed(args.seed)
-    Training(student, lambda batch: objective(student, teacher, batch, args), examples, plan, optimizer, scaler, log,
-             device, None if apex else dtype, args.output_student_dir, save_model).run(checkpoint)
+    torch.manual_seed(args.seed + processes.rank)
+    training = Training(student, lambda batch, share: objective(student, teacher, batch, args, share), examples, plan,
+                        optimizer, scaler, log, device, None if apex else dtype, args.output_student_dir, save_model,
+                        processes)
+    training.run(checkpoint)
 
 
-def main() -> None:
-    args, problems = parse_args(), Problems()
-    device = select_device(args.device, args.no_cuda)
+def distill(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
+    problems = Problems()
     dtype = select_precision(args.fp16, args.bf16, device, problems)
     models, summary, width = check_all(args, problems)
     output, facts = args.output_student_dir, {"settings": settings(args, models, summary), "device": str(device)}
     finished, checkpoint = find_run(output, facts["settings"])
+    processes.check_agreement(facts["settings"] | {"checkpoint": checkpoint})
     if finished:
         say(f"{output}: the student is finished already; remove the folder to distill it again")
         return
 
     student, teacher = load_models(args, models, checkpoint, device)
     args.cache_file_dir.mkdir(parents=True, exist_ok=True)
-    examples, plan = map_examples(args.features_file, summary, args.cache_file_dir), make_plan(args, width)
-    describe_run(args, student, teacher, examples, summary, plan)
+    with processes.first_on_machine():
+        examples, plan = map_examples(args.features_file, summary, args.cache_file_dir), make_plan(args, width)
+    describe_run(args, student, teacher, examples, summary, plan, processes)
     tokenizer_folder = next((folder for folder, _ in models.values() if has_vocabulary(folder)), None)
 
     def save_model(folder: Path) -> None:
         save_cross_encoder(student, folder, tokenizer_folder, summary.header["lower_case"], model_card(args, student))
 
+    run = partial(train, args, student, teacher, examples, plan, dtype, save_model, checkpoint, processes)
+    if not processes.first:
+        run()
+        return
     output.mkdir(parents=True, exist_ok=True)
     with locked(output):
         remove_leftovers(output)
         record(output / "run.json", args, **facts, finished=False)
-        train(args, student, teacher, examples, plan, dtype, save_model, checkpoint)
+        run()
         save_model(output)
         record(output / "run.json", args, **facts, finished=True)
     say(f"student      {output}")
+
+
+def main() -> None:
+    args = parse_args()
+    device = select_device(args.device, args.no_cuda)
+    keep_freed_memory(device)
+    with process_group(device) as processes:
+        distill(args, device, processes)
 
 
 if __name__ == "__main__":

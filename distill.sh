@@ -16,6 +16,7 @@
 #   CACHE_FILE_DIR                 cache | example_run/cache
 #   DISTILL_MODEL                  finetune, standard, simplified (default)
 #   DEVICE                         auto (default), cpu, or a CUDA index
+#   PROCESSES                      1 (default); more, by torchrun, to share every batch: as many as GPUs
 #   TRAIN_BATCH_SIZE 64 | 32   LEARNING_RATE 5e-5 | 1e-3   NUM_TRAIN_EPOCHS 2 | 1   TRAIN_LOSS_STEP 1000 | 25
 #   SAVE_MODEL_STEP 3000 | 200
 #   EXAMPLE_DIR                    folder of the example, in place of example_run
@@ -29,7 +30,9 @@ OUTPUT_STUDENT_DIR="${OUTPUT_STUDENT_DIR:-}"
 CACHE_FILE_DIR="${CACHE_FILE_DIR:-}"
 DISTILL_MODEL="${DISTILL_MODEL:-simplified}"
 DEVICE="${DEVICE:-auto}"
+PROCESSES="${PROCESSES:-1}"
 MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-}"
+[[ "$PROCESSES" =~ ^[1-9][0-9]*$ ]] || fail "PROCESSES=$PROCESSES: expected a number from 1"
 if [ -n "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then     # the paper's settings, for data and models of your own
     [ -n "${STUDENT_MODEL:-}" ] || fail "set STUDENT_MODEL to the general student for your data (folder or hub id)"
     [ -n "${TEACHER_MODEL:-}" ] || [ "$DISTILL_MODEL" = finetune ] ||
@@ -67,7 +70,7 @@ if [ -n "${TRAIN_EXAMPLES:-}" ]; then
     "$PYTHON" "$ROOT/tokenize_to_features.py" --set_name train --raw_data_file "$TRAIN_EXAMPLES" \
         --output_features_file "$FEATURES_FILE" --bert_model_dir "$STUDENT_MODEL" --max_seq_length "${MAX_SEQ_LENGTH:-256}"
 fi
-"$PYTHON" "$ROOT/distill.py" \
+launch "$ROOT/distill.py" \
     --device "$DEVICE" \
     --features_file "$FEATURES_FILE" \
     ${TEACHER_MODEL:+--teacher_model "$TEACHER_MODEL"} \

@@ -44,6 +44,15 @@ for name, version in pins(pathlib.Path(sys.argv[1])):
 PYTHON
 }
 
+# launch SCRIPT [arguments]: run a Python script, in $PROCESSES processes if there are to be several
+launch() {
+    if [ "${PROCESSES:-1}" = 1 ]; then
+        "$PYTHON" "$@"
+    else
+        "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$PROCESSES" "$@"
+    fi
+}
+
 find_python() {
     local candidate
     for candidate in python3 python python3.14 python3.13 python3.12 python3.11; do

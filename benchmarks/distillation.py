@@ -128,6 +128,7 @@ def measure_steps(args: argparse.Namespace, name: str, student: Path, teacher: P
         fixed, snug = [examples.batch(pair[0], WIDTH).to(device)], [examples.batch(one).to(device) for one in pair]
         for way, step in steps.items():
             batches = snug if MASKED in way else fixed
+            common.set_memory(way, device)
             spent = [common.seconds(lambda: step(batch), device) for batch in batches]  # noqa: B023
             times[way].append(statistics.mean(spent) / size)
         say(f"  masked {' and '.join(str(batch.input_ids.shape[1]) for batch in snug)} positions, ms per example: "

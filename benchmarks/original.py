@@ -39,7 +39,7 @@ class OriginalBert(nn.Module):
             self.fit_dense = nn.Linear(*reversed(weights["fit_dense.weight"].shape))
             self.fit_dense.load_state_dict({name.removeprefix("fit_dense."): value for name, value in weights.items()})
 
-    def forward(self, batch: Batch, keep: bool = True) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def forward(self, batch: Batch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         parts = self.model.bert.embeddings
         mask = (1.0 - batch.attention_mask[:, None, None, :].to(parts.word_embeddings.weight.dtype)) * -10000.0
         positions = torch.arange(batch.input_ids.shape[1], device=mask.device).expand_as(batch.input_ids)
@@ -49,9 +49,8 @@ class OriginalBert(nn.Module):
         all_scores, all_hidden = [], [hidden]
         for layer in self.model.bert.encoder.layer:
             hidden, scores = original_layer(layer, hidden, mask)
-            if keep:
-                all_scores.append(scores)
-                all_hidden.append(hidden)
+            all_scores.append(scores)
+            all_hidden.append(hidden)
         pooled = torch.tanh(self.model.bert.pooler.dense(hidden[:, 0]))
         return self.model.classifier(pooled), all_scores, all_hidden
 
@@ -78,7 +77,7 @@ def original_layer(layer: BertLayer, hidden: Tensor, mask: Tensor) -> tuple[Tens
 def original_scores(model: OriginalBert, batches: list[Batch]) -> Tensor:
     """Probabilities of relevance (N): softmax in float32, class 1."""
     with torch.no_grad():
-        return torch.cat([nn.functional.softmax(model(batch, keep=False)[0], dim=-1)[:, 1] for batch in batches]).cpu()
+        return torch.cat([nn.functional.softmax(model(batch)[0], dim=-1)[:, 1] for batch in batches]).cpu()
 
 
 def original_losses(student: OriginalBert, teacher: OriginalBert, batch: Batch, temperature: float = 1.0) \

@@ -16,7 +16,8 @@ import distill
 import reranker
 import tokenize_to_features
 from benchmarks.common import ROOT
-from simplified_tinybert.checkpoints import fit_projections, load_cross_encoder, save_cross_encoder
+from simplified_tinybert.checkpoints import fit_projections, initialise, load_cross_encoder, save_cross_encoder
+from simplified_tinybert.cpu_linear import pack_linear_layers
 from simplified_tinybert.features import Examples
 from simplified_tinybert.modeling import Batch, CrossEncoder
 from simplified_tinybert.optimizer import BertAdam, decay_groups
@@ -57,11 +58,14 @@ def make_model(folder: Path, layers: int, width: int, vocabulary: Path, examples
 
     With `examples` their logits have mean 0 and standard deviation 1, so that scores differ as they do in life.
     """
-    torch.manual_seed(layers * width)
     pieces = len(load_vocabulary(vocabulary).pieces)
     model = CrossEncoder(BertConfig(vocab_size=pieces, hidden_size=width, num_hidden_layers=layers,
-                                    num_attention_heads=HEADS, intermediate_size=4 * width, initializer_range=0.04,
+                                    num_attention_heads=HEADS, intermediate_size=4 * width,
                                     hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout))
+    generator = torch.Generator().manual_seed(layers * width)
+    for name, parameter in model.named_parameters():
+        if "LayerNorm" not in name:
+            initialise(parameter, 0.04, generator)
     if examples:
         spread_scores(model.eval(), examples.batch(np.arange(min(len(examples), 16))))
     if teacher_width:
@@ -81,6 +85,14 @@ def load_model(folder: Path, device: torch.device) -> CrossEncoder:
     return load_cross_encoder(folder)[0].to(device)
 
 
+def load_scorer(folder: Path, device: torch.device, dtype: torch.dtype | None = None, int8: bool = False) \
+        -> CrossEncoder:
+    """A model as reranker.py prepares it for scoring."""
+    model = load_model(folder, device)
+    reranker.prepare(model, dtype, int8)
+    return model
+
+
 def tokenizer(folder: Path) -> Callable[[list[str], int], Examples]:
     """A function (lines of pairs, max_seq_length) → examples, as tokenize_to_features.py does it."""
     vocabulary = load_vocabulary(folder)
@@ -94,11 +106,10 @@ def subset(examples: Examples, indices: np.ndarray) -> Examples:
                     examples.labels[indices], [examples.ids[i] for i in indices])
 
 
-def score(model: CrossEncoder, examples: Examples, device: torch.device,
-          dtype: torch.dtype | None = None) -> np.ndarray:
+def score(model: CrossEncoder, examples: Examples, device: torch.device) -> np.ndarray:
     """Probabilities of relevance (N), as reranker.py computes them."""
     batches = reranker.token_batches(examples.lengths, reranker.BATCH_TOKENS[device.type], None)
-    logits = reranker.score_chunk(model, examples, batches, device, dtype, tqdm(disable=True))
+    logits = reranker.score_chunk(model, examples, batches, device, tqdm(disable=True))
     return reranker.relevance(logits, "probability")
 
 
@@ -117,6 +128,8 @@ class Step:
     def __init__(self, student: CrossEncoder, teacher: CrossEncoder, padding: str, dtype: torch.dtype | None = None,
                  rate: float = 5e-5):
         self.student, self.teacher, self.dtype = student, teacher.requires_grad_(False), dtype
+        if not dtype:
+            pack_linear_layers(teacher)
         self.args = argparse.Namespace(distill_model="simplified", temperature=1.0, alpha=0.5, padding=padding)
         self.optimizer = BertAdam(decay_groups(student.named_parameters(), 0.01), rate, lambda step: 1.0)
 

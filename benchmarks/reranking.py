@@ -6,10 +6,10 @@
 In: nothing, or own pairs (query_id#passage_id <tab> query <tab> passage); models have random weights.
 Out, in --output_dir: reranking.md (tables), reranking.json (every single time), reranking.png. Compared are
 
-    original                 as the original scores features: eager attention, all positions of all layers, batches of
-                             100 padded to 256
+    original                 as the original scores features: eager attention, all positions of all layers, scores and
+                             hidden states of all layers kept until the last, batches of 100 padded to 256
     sentence-transformers    CrossEncoder.predict on texts, with the fastest of --st_batch_sizes; bf16: bfloat16 weights
-    ours                     what reranker.py does with features; bf16: with --bf16
+    ours                     what reranker.py does with features; bf16: with --bf16, int8: with --int8 (CPU)
     ours, from texts         with what tokenize_to_features.py does before that
 
 Parts (--parts): ways (all of them on real pairs, for each model), lengths (the first model at equal lengths), start
@@ -34,6 +34,7 @@ from benchmarks.ways import (  # noqa: E402
     ORIGINAL,
     OURS,
     OURS_BF16,
+    OURS_INT8,
     OURS_TEXTS,
     PEER,
     PEER_BF16,
@@ -47,7 +48,7 @@ from simplified_tinybert.files import run_main, say  # noqa: E402
 from simplified_tinybert.runtime import select_device  # noqa: E402
 
 PAIRS = {"cpu": {"3x384": 200, "6x768": 32, "12x768": 24}, "cuda": {"3x384": 8192, "6x768": 4096, "12x768": 4096}}
-ALL = (ORIGINAL, PEER, PEER_BF16, OURS, OURS_TEXTS, OURS_BF16)
+ALL = (ORIGINAL, PEER, PEER_BF16, OURS, OURS_TEXTS, OURS_BF16, OURS_INT8)
 LENGTHS = (64, 128, 256, 512)
 
 PEER_SCRIPT = """

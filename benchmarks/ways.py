@@ -12,7 +12,7 @@ from simplified_tinybert.features import Examples
 from simplified_tinybert.files import say
 
 ORIGINAL, PEER, PEER_BF16 = "original", "sentence-transformers", "sentence-transformers, bf16"
-OURS, OURS_TEXTS, OURS_BF16 = "ours", "ours, from texts", "ours, bf16"
+OURS, OURS_TEXTS, OURS_BF16, OURS_INT8 = "ours", "ours, from texts", "ours, bf16", "ours, int8"
 
 
 @dataclass
@@ -57,12 +57,16 @@ def ways(folder: Path, sample: Sample, device: torch.device, batch_sizes: list[i
     original, width = OriginalBert(folder).eval().to(device), max(RERANK_WIDTH, sample.width)
     batches = [sample.examples.batch(np.arange(start, min(start + RERANK_BATCH, len(sample.examples))), width)
                for start in range(0, len(sample.examples), RERANK_BATCH)]
-    model, tokenize = ours.load_model(folder, device), ours.tokenizer(folder)
+    model, tokenize = ours.load_scorer(folder, device), ours.tokenizer(folder)
+    half = ours.load_scorer(folder, device, torch.bfloat16)
     found = {ORIGINAL: lambda: original_scores(original, [batch.to(device) for batch in batches]).numpy(),
              **peers(folder, sample, device, batch_sizes),
              OURS: lambda: ours.score(model, sample.examples, device),
              OURS_TEXTS: lambda: ours.score(model, tokenize(sample.lines, sample.width), device),
-             OURS_BF16: lambda: ours.score(model, sample.examples, device, torch.bfloat16)}
+             OURS_BF16: lambda: ours.score(half, sample.examples, device)}
+    if device.type == "cpu":
+        rounded = ours.load_scorer(folder, device, int8=True)
+        found[OURS_INT8] = lambda: ours.score(rounded, sample.examples, device)
     return {way: run for way, run in found.items() if way in wanted}
 
 

@@ -19,7 +19,7 @@ from transformers import BertConfig
 
 from simplified_tinybert.files import Problems, UserError, atomic_writer
 from simplified_tinybert.hub import CONFIG_FILES, PROJECTION_FILE, WEIGHT_FILES
-from simplified_tinybert.modeling import CrossEncoder
+from simplified_tinybert.modeling import ACTIVATIONS, CrossEncoder
 from simplified_tinybert.tokenization import TOKENIZER_FILES, has_vocabulary
 
 BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")           # constants that older libraries stored
@@ -38,7 +38,13 @@ def read_config(folder: Path) -> BertConfig:
         if content.get("position_embedding_type", "absolute") != "absolute":
             raise UserError(f"{path}: has {content['position_embedding_type']} positions; expected absolute ones")
         content = {key: value for key, value in content.items() if key not in ("dtype", "torch_dtype", "is_decoder")}
-        return BertConfig(**content)
+        config = BertConfig(**content)
+        if config.hidden_act not in ACTIVATIONS:
+            raise UserError(f"{path}: hidden_act is {config.hidden_act}; expected one of {', '.join(ACTIVATIONS)}")
+        if config.hidden_size % config.num_attention_heads:
+            raise UserError(f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads "
+                            f"{config.num_attention_heads}; these describe no BERT model")
+        return config
     except UserError:
         raise
     except Exception as error:        # whatever a malformed file makes the library raise, the file is to blame
@@ -133,11 +139,12 @@ def load_cross_encoder(folder: Path, config: BertConfig | None = None, new_head:
     ignored = sorted(name for name in weights if name.startswith(PRETRAINING_HEADS))
     weights = {name: tensor for name, tensor in weights.items() if name not in ignored}
     try:
-        model = CrossEncoder(config)
+        with torch.device("meta"):                      # no memory and no random numbers for what is filled below
+            model = CrossEncoder(config)
+            add_projections(model, weights)
     except Exception as error:                          # sizes that no model can have; which, the library says
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{folder}: its configuration describes no possible model: {reason}") from error
-    add_projections(model, weights)
     model.to(dtype)
     notes = [f"{len(ignored)} tensors of pre-training heads are not used ({ignored[0]}, ...)"] if ignored else []
     notes += _fill(model, weights, folder, new_head)
@@ -163,6 +170,7 @@ def _fill(model: CrossEncoder, weights: dict[str, Tensor], folder: Path, new_hea
         elif not weights[name].is_floating_point():
             problems.add(f"{folder}: {name} holds {weights[name].dtype}; expected floating-point numbers")
     problems.raise_if_any()
+    model.to_empty(device="cpu")
     for name in fresh:
         initialise(model.get_parameter(name), model.config.initializer_range, new_head)
     model.load_state_dict(weights, strict=False)

@@ -5,16 +5,20 @@ Every reader collects its complaints in a `Problems` list and raises them togeth
 """
 import fcntl
 import gzip
+import io
 import os
 import sys
+import time
 import zlib
 from array import array
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+
+PATIENCE = 5            # seconds
 
 
 class UserError(Exception):
@@ -40,17 +44,48 @@ class Problems:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main; a user's mistake or a failing disk ends in one message on stderr and exit code 2."""
+    """Run a script's main; a user's mistake or a failing disk ends in one message on stderr and exit code 2.
+
+    Of several processes that torchrun started, the first speaks for all. Another one keeps what it has to say until it
+    fails, and says it then if it is the first of its machine. The rest wait one after the other: who met the same
+    mistake before has told it, and torchrun ends them. Who is not ended by then was alone with it, and speaks.
+    """
+    if process_number("RANK") == 0:
+        code = _exit_code(main)
+    else:
+        with redirect_stderr(io.StringIO()) as told, redirect_stdout(told):
+            code = _exit_code(main)
+        if code == 2:
+            time.sleep(PATIENCE * process_number("LOCAL_RANK"))
+            sys.stderr.write(told.getvalue())
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(main: Callable[[], None]) -> int:
     try:
         main()
     except UserError as error:
-        sys.exit(_tell(str(error)))
+        return _tell(str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        sys.exit(_tell(f"{where}{error.strerror or error}"))
+        return _tell(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
         say("interrupted")
-        sys.exit(130)
+        return 130
+    except SystemExit as ended:                         # of argparse, after its message
+        return ended.code
+    return 0
+
+
+def process_count() -> int:
+    """Processes of this job: more than 1 only if torchrun, or whatever sets its variables, started several."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def process_number(variable: str) -> int:
+    """Number of this process among those of its job (RANK) or of its machine (LOCAL_RANK), from 0."""
+    return int(os.environ.get(variable) or 0) if process_count() > 1 else 0
 
 
 def _tell(message: str) -> int:

@@ -26,6 +26,12 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
 
 
+def to_half(model: CrossEncoder, dtype: torch.dtype) -> None:
+    """Turn a model that only scores into `dtype` outright, in place; pooler and classifier stay as they are."""
+    model.bert.embeddings.to(dtype)
+    model.bert.encoder.to(dtype)
+
+
 def import_apex_amp() -> object:
     """NVIDIA's apex.amp. Raises UserError where it is missing, with what to do."""
     try:

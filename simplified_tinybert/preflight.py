@@ -2,17 +2,39 @@
 
 The functions add what is wrong to a `Problems` list, each with the way out, so that one run shows all of it.
 """
+import argparse
+import math
 from pathlib import Path
 
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import read_config
 from simplified_tinybert.features import FeatureSummary
-from simplified_tinybert.files import Problems, UserError, warn
+from simplified_tinybert.files import Problems, UserError, process_count, warn
 from simplified_tinybert.hub import find_model
 from simplified_tinybert.runtime import read_record
 from simplified_tinybert.tokenization import has_vocabulary, load_vocabulary
 from simplified_tinybert.training import newest_checkpoint
+
+
+def check_flags(args: argparse.Namespace, problems: Problems) -> None:
+    """Complain about numbers that distill.py cannot work with."""
+    several = f" for each of {process_count()} processes" if process_count() > 1 else ""
+    rules = [("train_batch_size", args.train_batch_size >= process_count(), f"1 or more{several}"),
+             ("gradient_accumulation_steps", args.gradient_accumulation_steps >= 1, "1 or more"),
+             ("num_train_epochs", 0 < args.num_train_epochs < math.inf, "more than 0"),
+             ("learning_rate", 0 <= args.learning_rate < math.inf, "0 or more"),
+             ("warmup_proportion", 0 <= args.warmup_proportion < 1, "0 to less than 1"),
+             ("weight_decay", 0 <= args.weight_decay < math.inf, "0 or more"),
+             ("alpha", 0 <= args.alpha <= 1, "0 to 1"),
+             ("temperature", 0 < args.temperature < math.inf, "more than 0"),
+             ("train_loss_step", args.train_loss_step >= 1, "1 or more"),
+             ("save_model_step", args.save_model_step >= 1, "1 or more")]
+    for name, holds, expected in rules:
+        if not holds:
+            problems.add(f"--{name} {getattr(args, name)}: expected {expected}")
+    if args.distill_model != "finetune" and not args.teacher_model:
+        problems.add(f"--distill_model {args.distill_model} needs --teacher_model")
 
 
 def find_models(names: dict[str, str | None], problems: Problems) -> dict[str, tuple[Path, BertConfig]]:

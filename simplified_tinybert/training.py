@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from simplified_tinybert.distributed import Processes, Share, data_parallel, exchanging
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import atomic_writer, sync_folder
 from simplified_tinybert.modeling import Batch, CrossEncoder
@@ -45,9 +46,9 @@ class Plan:
 
 @dataclass
 class Training:
-    """A student, what it minimizes (`objective`: batch → loss terms), and everything that has a state."""
+    """A student, what it minimizes (`objective`: batch → its share of the loss terms), and all that has a state."""
     student: CrossEncoder
-    objective: Callable[[Batch], dict[str, Tensor]]
+    objective: Callable[[Batch, Share], dict[str, Tensor]]
     examples: Examples
     plan: Plan
     optimizer: BertAdam
@@ -57,6 +58,10 @@ class Training:
     dtype: torch.dtype | None
     output_dir: Path
     save_model: Callable[[Path], None]
+    processes: Processes
+
+    def __post_init__(self):
+        self.terms = data_parallel(self.student, self.objective, self.processes)
 
     def run(self, checkpoint: Path | None = None) -> None:
         """Train to the last step of the plan, from `checkpoint` on if there is one, else from a new checkpoint-0."""
@@ -65,7 +70,8 @@ class Training:
         if not checkpoint:
             self._save_checkpoint(0)
         self.student.train()
-        with tqdm(total=total, initial=step, desc="distilling", unit=" steps") as progress:
+        with tqdm(total=total, initial=step, desc="distilling", unit=" steps",
+                  disable=not self.processes.first) as progress:
             for group in self._groups(step, total):
                 self._step(group)
                 step += 1
@@ -89,39 +95,45 @@ class Training:
             yield batches[start:start + self.plan.accumulation]
 
     def _step(self, group: list[np.ndarray]) -> None:
-        """One optimizer step on the mean over all examples of the group, however its batches are cut."""
+        """One optimizer step on the mean over all examples of the group, however its batches are cut and shared."""
         size = sum(len(indices) for indices in group)
-        for indices in group:
-            batch = self.examples.batch(indices, self.plan.width).to(self.device)
-            with autocast(self.device, self.dtype):
-                terms = self.objective(batch)
-            share = len(indices) / size
-            self.scaler.backward(terms["loss"] * share)
-            self.log.add(terms, share)
+        for number, indices in enumerate(group, start=1):
+            mine, share = self.processes.share(indices, self.examples.lengths)
+            batch = self.examples.batch(mine, self.plan.width).to(self.device)
+            weight = len(indices) / size
+            with exchanging(self.terms, now=number == len(group)):
+                with autocast(self.device, self.dtype):
+                    terms = self.terms(batch, share)
+                # Gradients become means over the processes, but their shares have to be added up
+                self.scaler.backward(terms["loss"] * (weight * self.processes.count))
+            self.log.add(terms, weight)
         self.scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.log.step(size)
 
     def _save_checkpoint(self, step: int) -> None:
         self.log.check(step)
-        save_checkpoint(self.output_dir / f"checkpoint-{step}", self.save_model, self._state(step))
+        state = self._state(step)
+        if self.processes.first:
+            save_checkpoint(self.output_dir / f"checkpoint-{step}", self.save_model, state)
 
     def _state(self, step: int) -> dict:
-        random = {"cpu": torch.get_rng_state()}
+        own = {"random": torch.get_rng_state(), "log": self.log.state()}
         if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
+            own["cuda_random"] = torch.cuda.get_rng_state(self.device)
         return {"step": step, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "random": random, "log": self.log.state()}
+                "processes": self.processes.gather(own)}
 
     def _restore(self, checkpoint: Path) -> int:
         """Take up the state of a checkpoint; the student's weights have been loaded from it already."""
         state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.log.restore(state["log"])
-        torch.set_rng_state(state["random"]["cpu"])
+        own = state["processes"][self.processes.rank]
+        self.log.restore(own["log"])
+        torch.set_rng_state(own["random"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+            torch.cuda.set_rng_state(own["cuda_random"], self.device)
         return state["step"]
 
 

@@ -36,7 +36,7 @@ def test_the_original_way_scores_as_the_original_and_as_reranker_py(golden, fold
     assert original.original_scores(model, [batch]).tolist() == pytest.approx(expected, abs=1e-6)
     chunk, = read_chunks(write_features(tmp_path / "test.pkl", random_rows(50), set_name="test"))
     padded = [chunk.batch(np.arange(start, start + 25), 32) for start in (0, 25)]
-    mine = ours.score(ours.load_model(folders[name], torch.device("cpu")), chunk, torch.device("cpu"))
+    mine = ours.score(ours.load_scorer(folders[name], torch.device("cpu")), chunk, torch.device("cpu"))
     np.testing.assert_allclose(original.original_scores(model, padded), mine, rtol=0, atol=1e-6)
     assert mine.std() > 1e-3
 
@@ -142,7 +142,8 @@ def test_each_command_runs_and_writes_its_files(texts, tmp_path):
         assert json.loads((tmp_path / f"{name}.json").read_text())["arguments"]["quick"]
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     differences = json.loads((tmp_path / "reranking.json").read_text())["ways"]["1x48"]["difference"]
-    assert max(value for way, value in differences.items() if "bf16" not in way) < 1e-5
+    exact = [value for way, value in differences.items() if not way.endswith(("bf16", "int8"))]
+    assert max(exact) < 1e-4                            # of random weights, whose scores are spread by force
     steps = json.loads((tmp_path / "distillation.json").read_text())["steps"]["1x24"]
     assert steps["loss_difference"] < 1e-5
     assert json.loads((tmp_path / "tokenization.json").read_text())["re-ranking"]["different"] == 0

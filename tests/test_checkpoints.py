@@ -353,9 +353,10 @@ def test_files_that_hold_something_else(folder, content):
     ({"model_type": None}, "of type None"), ({"position_embedding_type": "relative_key"}, "relative_key"),
     ({"hidden_size": "wide"}, "not a valid"), ({"hidden_size": 24.5}, "not a valid"),
     ({"vocab_size": None}, "not a valid"),
-    ({"hidden_act": "swoosh"}, "no possible model"), ({"num_attention_heads": 5}, "no possible model"),
-    ({"num_attention_heads": 0}, "no possible model"), ({"hidden_size": -24}, "no possible model"),
-    ({"vocab_size": 10 ** 13}, "no possible model"), ({"hidden_dropout_prob": 7.0}, "no possible model"),
+    ({"hidden_act": "swoosh"}, "expected one of gelu"), ({"num_attention_heads": 5}, "no multiple"),
+    ({"num_attention_heads": 0}, "not a valid"), ({"hidden_size": -24}, "no possible model"),
+    ({"vocab_size": 10 ** 13}, "has shape"), ({"hidden_dropout_prob": 7.0}, "no possible model"),
+    ({"attention_probs_dropout_prob": 7.0}, "no possible model"),
     ({"hidden_size": 48}, "has shape"), ({"num_hidden_layers": 1}, "has no place"), ({"num_hidden_layers": 3}, "lack"),
 ])
 def test_configurations_that_do_not_fit(folder, content, expected):

@@ -1,11 +1,14 @@
 """The same on an NVIDIA GPU: golden figures, mixed precision, memory. Skipped where there is none."""
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_rows, write_features
+from conftest import ROOT, random_rows, write_features
 from test_distill import arguments, golden_features, log_of  # noqa: F401
+from test_distributed import assert_same_student
 from test_golden import CASES, TERMS, batch, load_case  # noqa: F401
 from test_reranker import arguments as rerank_arguments
 from test_reranker import read_scores
@@ -58,6 +61,29 @@ def test_scores_equal_those_of_the_cpu(golden_models, tmp_path, run_main, more, 
                  device, *flags)
         scores.append([score for *_, score in read_scores(tmp_path / "scores.tsv")])
     np.testing.assert_allclose(scores[1], scores[0], rtol=0, atol=tolerance)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_two_gpus_give_the_student_and_the_scores_of_one(golden_models, tmp_path, run_main):
+    def on_two(script, *flags):
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                        str(ROOT / script), *map(str, flags)], check=True, timeout=300)
+    train = write_features(tmp_path / "train.pkl", random_rows(27))
+    for name, more in (("reference", []), ("masked", ["--padding", "masked"])):
+        flags = arguments(train, golden_models, tmp_path / name, "--device", "cuda", "--train_batch_size", 8,
+                          "--train_loss_step", 1, "--learning_rate", 1e-3, "--gradient_accumulation_steps", 2, *more)
+        on_two("distill.py", *flags)
+        assert json.loads((tmp_path / name / "run.json").read_text())["device"] == "cuda:0"
+        run_main(distill, *[tmp_path / f"{name}-of-one" if flag == tmp_path / name else flag for flag in flags])
+        assert_same_student(tmp_path / f"{name}-of-one", tmp_path / name)
+    pairs = write_features(tmp_path / "test.pkl", random_rows(300), set_name="test")
+    for more in ([], ["--bf16"]):
+        flags = rerank_arguments(golden_models["teacher"], pairs, tmp_path / "scores.tsv", "--device", "cuda",
+                                 "--batch_tokens", 500, *more)
+        run_main(reranker, *flags)
+        whole = (tmp_path / "scores.tsv").read_bytes()
+        on_two("reranker.py", *flags)
+        assert (tmp_path / "scores.tsv").read_bytes() == whole
 
 
 def bert(layers, width, dropout):

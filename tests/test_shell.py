@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT, random_rows, words
+from torch.distributed.run import get_args_parser as torchrun_options
 
 SCRIPTS = ("distill.sh", "reranker.sh", "test.sh")
 COMMANDS = ("tokenize_to_features.py", "distill.py", "reranker.py", "convert_to_trec_results.py", "msmarco_mrr_eval.py")
@@ -54,6 +55,18 @@ def test_distill_and_rerank_with_data_of_ones_own_from_any_folder(own_data):
         "cache", "my models", "out put", "pairs.tsv", "qrels.txt", "results", "train.tsv", "train.tsv.pkl"]
 
 
+def test_several_processes_by_a_variable(own_data):
+    models = {"TEACHER_MODEL": "my models/teacher", "STUDENT_MODEL": "my models/student_2x24", "DEVICE": "cpu"}
+    done = bash("distill.sh", cwd=own_data, TRAIN_EXAMPLES="train.tsv", MAX_SEQ_LENGTH="32", PROCESSES="2",
+                OUTPUT_STUDENT_DIR="out put", **models)
+    assert done.returncode == 0 and "processes    2, each computes its part of the 64" in done.stderr, done.stderr
+    for processes in "21":
+        done = bash("reranker.sh", cwd=own_data, MODEL_DIR="out put", TEST_PAIRS="pairs.tsv", OUTPUT_DIR=processes,
+                    MAX_SEQ_LENGTH="32", DEVICE="cpu", PROCESSES=processes)
+        assert done.returncode == 0, done.stderr
+    assert (own_data / "2" / "scores.tsv").read_bytes() == (own_data / "1" / "scores.tsv").read_bytes()
+
+
 def test_reranking_before_distilling_says_what_to_do(tmp_path):
     done = bash("reranker.sh", cwd=tmp_path, EXAMPLE_DIR=str(tmp_path / "none"))
     assert done.returncode == 2 and "bash distill.sh" in done.stderr
@@ -65,6 +78,8 @@ def test_reranking_before_distilling_says_what_to_do(tmp_path):
     ("reranker.sh", {"FEATURES_FILE": "test.pkl"}, "set MODEL_DIR"),
     ("distill.sh", {"FEATURES_FILE": "train.pkl"}, "set STUDENT_MODEL"),
     ("distill.sh", {"FEATURES_FILE": "train.pkl", "STUDENT_MODEL": "s"}, "set TEACHER_MODEL"),
+    ("distill.sh", {"PROCESSES": "all"}, "PROCESSES=all: expected a number"),
+    ("reranker.sh", {"PROCESSES": "0"}, "PROCESSES=0: expected a number"),
     ("distill.sh", {"PYTHON": "no-such-python"}, "PYTHON=no-such-python is not an interpreter"),
 ])
 def test_mistakes_in_variables_are_told_at_once(tmp_path, script, environment, message):
@@ -136,8 +151,9 @@ def test_every_script_explains_itself(help_texts):
 
 
 def test_every_flag_of_the_readme_exists(help_texts):
-    flags = set(re.findall(r"--[a-z][a-z_0-9]+", (ROOT / "README.md").read_text())) - {"--help"}
-    known = set(re.findall(r"--[a-z][a-z_0-9]+", " ".join(help_texts.values())))
+    text = re.sub(r"^(#SBATCH|srun) .*$", "", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    flags = set(re.findall(r"--[a-z][a-z_0-9]+", text)) - {"--help"}
+    known = set(re.findall(r"--[a-z][a-z_0-9]+", " ".join([*help_texts.values(), torchrun_options().format_help()])))
     assert flags and flags <= known, flags - known
 
 

@@ -1,0 +1,262 @@
+"""Several processes: the same student and the same scores as one, resuming, mistakes; started by torchrun itself."""
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, random_rows, write_features
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_distill import arguments, log_of, with_dropout
+from test_reranker import arguments as rerank_arguments
+
+import distill
+import reranker
+from simplified_tinybert import features, files
+from simplified_tinybert.checkpoints import load_cross_encoder
+from simplified_tinybert.distributed import WHOLE, Processes, process_group
+from simplified_tinybert.features import Examples
+from simplified_tinybert.files import UserError
+from simplified_tinybert.runtime import select_device
+
+OBJECTIVES = {"reference": ["--padding", "reference"], "masked": ["--padding", "masked"],
+              "standard": ["--distill_model", "standard", "--temperature", 2],
+              "finetune": ["--distill_model", "finetune"]}
+
+
+def torchrun(processes, script, *more):
+    """Exit code 124 if it hangs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               str(ROOT / script), *map(str, more)]
+    return subprocess.run(["timeout", "120", *command], capture_output=True, text=True, check=False)
+
+
+def run_cases(processes, folder, *cases):
+    cases = [{key: list(map(str, values)) if key == "argv" else values for key, values in case.items()}
+             for case in cases]
+    (folder / "cases.json").write_text(json.dumps(cases, default=str))
+    done = torchrun(processes, "tests/torchrun_cases.py", folder / "cases.json")
+    assert done.returncode == 0, done.stderr
+
+
+def student_of(folder):
+    return load_file(folder / "model.safetensors") | load_file(folder / "fit_dense.safetensors")
+
+
+def assert_same_student(folder, other):
+    """To 1e-5 of each tensor's norm and of each logged figure.
+
+    Biases of keys get 1e-4: softmax does not see them, so without an attention loss their gradients are but rounding.
+    """
+    one, two = student_of(folder), student_of(other)
+    assert one.keys() == two.keys()
+    found = {name: ((one[name] - two[name]).norm() / one[name].norm()).item() for name in one if one[name].any()}
+    biases = max(found.pop(name) for name in list(found) if name.endswith("key.bias"))
+    rows = list(zip(log_of(folder), log_of(other), strict=True))
+    names = [name for name in rows[0][0] if name != "examples_per_second"]
+    losses = max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-9) for a, b in rows for name in names)
+    print(f"{other.name}: tensors {max(found.values()):.1e}, biases of keys {biases:.1e}, log {losses:.1e}")
+    assert max(found.values()) < 1e-5 and biases < 1e-4 and losses < 1e-5
+
+
+def assert_same_bytes(folder, other):
+    for name in ("model.safetensors", "fit_dense.safetensors"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+    rows = [[{key: value for key, value in row.items() if key != "examples_per_second"} for row in log_of(run)]
+            for run in (folder, other)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("processes, examples, batch, accumulation", [(2, 27, 8, 2), (3, 25, 8, 1)])
+def test_the_student_is_that_of_one_process(golden_models, tmp_path, run_main, processes, examples, batch,
+                                            accumulation):
+    """Uneven shares, last batches of 3 examples for two processes and of one for three; then resuming with dropout."""
+    file = write_features(tmp_path / "train.pkl", random_rows(examples))
+    common = ("--train_batch_size", batch, "--gradient_accumulation_steps", accumulation, "--learning_rate", 1e-3,
+              "--warmup_proportion", 0.2, "--train_loss_step", 1)
+    runs = {name: arguments(file, golden_models, tmp_path / name, *more, *common) for name, more in OBJECTIVES.items()}
+    cases = [{"argv": argv} for argv in runs.values()]
+    random = golden_models | {"student_2x24": with_dropout(golden_models["student_2x24"], tmp_path / "dropout")}
+    more = ("--num_train_epochs", 4, "--save_model_step", 3, *common[:-1], 2)
+    cases.append({"argv": arguments(file, random, tmp_path / "whole", *more)})
+    cases.append({"argv": arguments(file, random, tmp_path / "halves", *more, "--resume"),
+                  "rewind": [tmp_path / "whole", tmp_path / "halves", 3]})
+    cases.append({"argv": arguments(file, golden_models, tmp_path / "broken", *common, "--learning_rate", 1e30,
+                                    "--num_train_epochs", 9)})
+    run_cases(processes, tmp_path, *cases)
+
+    for name, argv in runs.items():
+        one = tmp_path / f"{name}-of-one"
+        run_main(distill, *[one if part == tmp_path / name else part for part in argv])
+        assert_same_student(one, tmp_path / name)
+    assert_same_bytes(tmp_path / "whole", tmp_path / "halves")
+    states = torch.load(tmp_path / "whole" / "checkpoint-3" / "training_state.pt", weights_only=True)["processes"]
+    assert len({state["random"].numpy().tobytes() for state in states}) == processes
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    for rank in range(processes):
+        assert "lower --learning_rate" in (tmp_path / f"broken.error-{rank}").read_text()
+    with pytest.raises(UserError, match=f"processes was {processes}, is 1"):
+        run_main(distill, *runs["masked"], "--resume")
+
+
+def test_commands_as_a_user_types_them(golden_models, tmp_path, run_main):
+    file = write_features(tmp_path / "train.pkl", random_rows(20))
+    run_main(distill, *arguments(file, golden_models, tmp_path / "one", "--train_batch_size", 8))
+    done = torchrun(2, "distill.py", *arguments(file, golden_models, tmp_path / "two", "--train_batch_size", 8))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("layer map") == done.stderr.count(f"student      {tmp_path / 'two'}") == 1
+    assert "processes    2, each computes its part of the 8 examples" in done.stderr
+    assert_same_student(tmp_path / "one", tmp_path / "two")
+    contents = [sorted(path.name.split(".tfevents")[0] for path in (tmp_path / name).rglob("*"))
+                for name in ("one", "two")]
+    assert contents[0] == contents[1]
+
+
+def test_scores_are_those_of_one_process_to_the_byte(golden_models, tmp_path, run_main, monkeypatch):
+    """Nine chunks: two processes exchange after every other one, three resume after the second."""
+    monkeypatch.setattr(features, "CHUNK_EXAMPLES", 40)
+    files_of_pairs = [write_features(tmp_path / f"{part}.pkl", random_rows(count, seed=part), set_name="test")
+                      for part, count in enumerate((200, 130))]
+    call = rerank_arguments(golden_models["teacher"], files_of_pairs, tmp_path / "scores.tsv", "--batch_tokens", 200)
+    run_main(reranker, *call)
+    whole = (tmp_path / "scores.tsv").read_bytes()
+    (tmp_path / "scores.tsv").unlink()
+    done = torchrun(2, "reranker.py", *call)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "scores.tsv").read_bytes() == whole
+    assert done.stderr.count("330 pairs, ") == 1
+    (tmp_path / "scores.tsv").rename(tmp_path / "scores.tsv.partial")
+    os.truncate(tmp_path / "scores.tsv.partial", sum(map(len, whole.splitlines(keepends=True)[:90])) + 5)
+    done = torchrun(3, "reranker.py", *call, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "80/330" in done.stderr and (tmp_path / "scores.tsv").read_bytes() == whole
+    assert json.loads((tmp_path / "scores.tsv.run.json").read_text())["processes"] == 3
+    assert not (tmp_path / "scores.tsv.partial").exists()
+
+
+def test_mistakes_are_told_once_and_end_all_processes(golden_models, tmp_path):
+    file = write_features(tmp_path / "train.pkl", random_rows(20))
+    done = torchrun(2, "distill.py", *arguments(file, golden_models, tmp_path / "out", "--train_batch_size", 1,
+                                                "--temperature", -1))
+    assert done.returncode not in (0, 124)
+    for problem in ("--train_batch_size 1: expected 1 or more for each of 2 processes", "--temperature -1.0: expected"):
+        assert done.stderr.count(f"error: {problem}") == 1
+    assert 'distill.py", line' not in done.stderr and "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@settings(deadline=None, max_examples=40)
+@given(lengths=st.lists(st.integers(5, 20), min_size=1, max_size=9), count=st.integers(1, 5),
+       kind=st.sampled_from(list(OBJECTIVES)), seed=st.integers(0, 99))
+def test_shares_of_a_batch_add_up_to_it(golden_models, lengths, count, kind, seed):
+    """Terms and gradients in double precision, for any number of processes."""
+    random = np.random.default_rng(seed)
+    examples = Examples(random.integers(5, 200, sum(lengths)).astype(np.uint16), np.array(lengths, np.uint16),
+                        random.integers(3, np.array(lengths) - 1).astype(np.uint16),
+                        random.integers(0, 2, len(lengths)).astype(np.int8))
+    student, _ = load_cross_encoder(golden_models["student_2x24"], dtype=torch.float64)
+    teacher, _ = load_cross_encoder(golden_models["teacher"], dtype=torch.float64)
+    args = argparse.Namespace(distill_model=kind if kind in ("standard", "finetune") else "simplified", alpha=0.3,
+                              temperature=1.5, padding="masked" if kind == "masked" else "reference")
+    width = 20 if kind == "reference" else None
+    indices = random.permutation(len(lengths))
+
+    def terms_and_gradients(parts):
+        student.zero_grad()
+        total = {}
+        for mine, share in parts:
+            terms = distill.objective(student, teacher, examples.batch(mine, width), args, share)
+            terms["loss"].backward()
+            total = {name: total.get(name, 0.0) + value.item() for name, value in terms.items()}
+        return total, {name: weight.grad.clone() for name, weight in student.named_parameters()
+                       if weight.grad is not None}
+    whole, gradients = terms_and_gradients([(indices, WHOLE)])
+    parts = [Processes(rank, rank, count).share(indices, examples.lengths) for rank in range(count)]
+    shared, sums = terms_and_gradients(parts)
+    assert shared == pytest.approx(whole, rel=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(sums[name], gradient, rtol=1e-9, atol=1e-12)
+    counted = [mine for mine, share in parts if share.examples]
+    assert sorted(np.concatenate(counted).tolist()) == list(range(len(lengths)))
+    assert max(map(len, counted)) - min(map(len, counted)) <= 1
+
+
+def test_one_process_has_the_whole_batch_exactly():
+    lengths = np.random.default_rng(0).integers(5, 512, 1000).astype(np.uint16)
+    mine, share = Processes().share(np.arange(3, 700, 7), lengths)
+    assert share == WHOLE and np.array_equal(mine, np.arange(3, 700, 7))
+
+
+def test_a_value_is_kept_to_the_last_bit():
+    values = np.array([[-0.0, 0.0], [np.nan, -np.inf], [1e-45, 3.4e38]], np.float32)
+    values.view(np.int32)[1, 0] |= 12345                                        # a NaN of its own
+    assert Processes().merge(values).tobytes() == values.tobytes()
+
+
+def launched(monkeypatch, **variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.mark.parametrize("rank, local_rank", [(0, 0), (8, 0), (1, 1), (10, 2)])
+def test_who_tells_a_mistake(monkeypatch, capsys, rank, local_rank):
+    """The first of a machine at once; another one after a while of its own, if nobody has ended it."""
+    launched(monkeypatch, RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE=16)
+    waited, told_before = [], []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        told_before.append(capsys.readouterr().err)
+
+    def main():
+        files.say("note")
+        raise UserError("two\nproblems")
+    monkeypatch.setattr(files.time, "sleep", sleep)
+    with pytest.raises(SystemExit) as ended:
+        files.run_main(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "note\nerror: two\nerror: problems\n"
+    assert sum(waited) == files.PATIENCE * local_rank and not any(told_before)
+
+
+def test_only_the_first_process_speaks_while_all_is_well(monkeypatch, capsys):
+    for rank in (0, 1, 2):
+        launched(monkeypatch, RANK=rank, LOCAL_RANK=rank % 2, WORLD_SIZE=3)
+        files.run_main(lambda: files.say("note"))
+    assert capsys.readouterr().err == "note\n"
+
+
+def test_devices_of_several_processes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert str(select_device("auto")) == str(select_device("0")) == "cuda:0"
+    launched(monkeypatch, RANK=3, LOCAL_RANK=1, WORLD_SIZE=4, LOCAL_WORLD_SIZE=2)
+    assert str(select_device("auto")) == str(select_device("cuda")) == "cuda:1"
+    assert str(select_device("auto", no_cuda=True)) == str(select_device("cpu")) == "cpu"
+    for name in ("0", "cuda:1"):
+        with pytest.raises(UserError, match="names one device for 4 processes; leave the flag out"):
+            select_device(name)
+    launched(monkeypatch, RANK=0, LOCAL_RANK=0, WORLD_SIZE=4, LOCAL_WORLD_SIZE=4)
+    with pytest.raises(UserError, match="2 CUDA devices can be used here, for 4 processes"):
+        select_device("auto")
+
+
+def test_half_an_environment_is_called_out(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set; start .* with torchrun"), \
+            process_group(torch.device("cpu")):
+        pass
+
+
+def test_apex_works_in_one_process_only(golden_models, tmp_path, run_main, monkeypatch):
+    file = write_features(tmp_path / "train.pkl", random_rows(8))
+    monkeypatch.setattr(distill, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="apex works in one process only"):
+        run_main(distill, *arguments(file, golden_models, tmp_path / "out", "--fp16", "--fp16_backend", "apex"))

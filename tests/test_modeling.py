@@ -1,0 +1,99 @@
+"""The model's own parts: activations and attention as the libraries have them, dropout as it is defined."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertConfig, BertForSequenceClassification
+
+from simplified_tinybert.modeling import ACTIVATIONS, Batch, CrossEncoder, Dropout, attend, drop
+from simplified_tinybert.runtime import keep_freed_memory, read_ahead
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_is_the_librarys(activation):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
+                        max_position_embeddings=16, hidden_act=activation, num_labels=2, initializer_range=0.5)
+    theirs = BertForSequenceClassification(config).eval().double()
+    ours = CrossEncoder(config).eval().double()
+    ours.load_state_dict(theirs.state_dict())
+    ids, mask = torch.randint(0, 50, (3, 12)), torch.ones(3, 12, dtype=torch.int64)
+    mask[1, 7:] = 0
+    segments = (torch.arange(12) > 4).long().expand(3, 12)
+    expected = theirs(input_ids=ids, attention_mask=mask, token_type_ids=segments).logits
+    torch.testing.assert_close(ours(Batch(ids, segments, mask)).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 150), st.integers(1, 9), st.booleans(),
+       st.integers(0, 2 ** 31 - 1))
+def test_blocks_of_queries_with_next_to_no_dropout_are_the_fused_attention(batch, heads, length, width, padded, seed):
+    torch.manual_seed(seed)
+    query, key, value = torch.randn(3, batch, heads, length, width, dtype=torch.float64).requires_grad_().unbind()
+    mask = None
+    if padded:
+        lengths = torch.randint(1, length + 1, (batch, 1, 1, 1))
+        mask = torch.arange(length) < lengths                                                # (B, 1, 1, L)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    found = attend(query, key, value, mask, dropout=2.0 ** -20)         # rounds to no dropout, but takes its path
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    weight = torch.randn_like(expected)
+    for one, other in zip(torch.autograd.grad((found * weight).sum(), (query, key, value)),
+                          torch.autograd.grad((expected * weight).sum(), (query, key, value))):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(probability):
+    torch.manual_seed(0)
+    numbers = 1_000_003                                                 # no multiple of the four in 64 bits
+    dropped = drop(torch.ones(numbers), probability)
+    error = 5 * (probability * (1 - probability) / numbers) ** 0.5      # five standard errors
+    assert abs(float((dropped == 0).double().mean()) - probability) < error + 2 ** -17
+    kept = dropped[dropped != 0]
+    assert kept.unique().numel() == 1 and abs(float(kept[0]) * (1 - probability) - 1) < 2e-4
+    neighbours = np.corrcoef((dropped[:-1] == 0).numpy(), (dropped[1:] == 0).numpy())[0, 1]
+    assert abs(neighbours) < 5 / numbers ** 0.5
+
+
+def test_dropout_lets_gradients_through_where_it_let_numbers_through():
+    inputs = torch.randn(7, 5, 13, requires_grad=True)
+    outputs = drop(inputs, 0.3)
+    outputs.sum().backward()
+    assert torch.equal(inputs.grad == 0, outputs == 0)
+    torch.testing.assert_close(inputs.grad * inputs.detach(), outputs.detach())
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_dropout_of_nothing_and_of_all(probability):
+    inputs = torch.randn(9, dtype=torch.bfloat16)
+    assert torch.equal(drop(inputs, probability), inputs * (1 - probability))
+
+
+def test_dropout_follows_the_seed_and_rests_in_evaluation():
+    layer, inputs, found = Dropout(0.5), torch.randn(64), []
+    for _ in range(2):
+        torch.manual_seed(7)
+        found.append(layer(inputs))
+    assert torch.equal(*found) and not torch.equal(found[0], layer(inputs))
+    assert layer.eval()(inputs) is inputs
+
+
+def test_reading_ahead_changes_nothing_and_passes_errors_on():
+    def broken():
+        yield 1
+        raise ValueError("the second item")
+
+    assert list(read_ahead(iter(range(5)))) == [0, 1, 2, 3, 4] and list(read_ahead(iter([]))) == []
+    ahead = read_ahead(broken())
+    assert next(ahead) == 1
+    with pytest.raises(ValueError, match="the second item"):
+        next(ahead)
+
+
+def test_keeping_freed_memory_is_a_matter_of_the_cpu():
+    keep_freed_memory(torch.device("cuda"))             # does nothing, and needs no GPU for that
+    keep_freed_memory(torch.device("cpu"))
+    assert torch.ones(2 ** 24).sum() == 2 ** 24

@@ -1,0 +1,46 @@
+"""Several runs of distill.py in processes that torchrun has started once: torchrun ... torchrun_cases.py cases.json
+
+A case holds `argv`, and maybe `rewind`: [finished run, new folder, step], which first makes the new folder what the run
+would have left had it been stopped after that step. What a process is told as an error goes to OUTPUT.error-RANK.
+"""
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import distill  # noqa: E402
+from simplified_tinybert.distributed import process_group  # noqa: E402
+from simplified_tinybert.files import UserError  # noqa: E402
+from simplified_tinybert.training import newest_checkpoint, step_of  # noqa: E402
+
+
+def rewind(source: Path, target: Path, step: int) -> None:
+    shutil.copytree(source, target)
+    (target / "model.safetensors").unlink()
+    run = json.loads((target / "run.json").read_text())
+    (target / "run.json").write_text(json.dumps(run | {"finished": False}))
+    while step_of(newest_checkpoint(target)) > step:
+        shutil.rmtree(newest_checkpoint(target))
+
+
+def main() -> None:
+    with process_group(torch.device("cpu")) as processes:
+        for case in json.loads(Path(sys.argv[1]).read_text()):
+            if "rewind" in case and processes.first:
+                rewind(*map(Path, case["rewind"][:2]), case["rewind"][2])
+            processes.barrier()
+            sys.argv[1:] = case["argv"]
+            args = distill.parse_args()
+            try:
+                distill.distill(args, torch.device("cpu"), processes)
+            except UserError as error:
+                Path(f"{args.output_student_dir}.error-{processes.rank}").write_text(str(error))
+            processes.barrier()
+
+
+if __name__ == "__main__":
+    main()
