@@ -9,7 +9,8 @@ relevance (softmax over the two classes, class 1; printed in full so that close 
 log_odds the difference of the two logits, which does not crowd at 0 and 1.
 
 Memory does not grow with the number of pairs: they are read, scored and written a chunk at a time. Within a chunk pairs
-of similar length share a batch and only the [CLS] position of the last layer is computed, which changes no score.
+of similar length share a batch and only the [CLS] position of the last layer is computed, which changes no score (but
+with --int8 the pairs of a batch share the scale to which they are rounded).
 
 Several GPUs of a machine, or processes on its CPU, compute batches in turn; the score file is the same to the byte:
 
@@ -150,8 +151,8 @@ def written_pairs(partial: Path, record_path: Path, wanted: dict, chunks: list[i
     if not (partial.is_file() and record_path.is_file()):
         return 0
     if read_record(record_path)["settings"] != wanted:
-        raise UserError(f"{partial}: was written with another model, features or settings; repeat those, or remove the "
-                        f"file to start again")
+        raise UserError(f"{partial}: was written with another model, features, settings or version; repeat those, or "
+                        f"remove the file to start again")
     boundaries, lines, position, done, keep = set(np.cumsum(chunks).tolist()), 0, 0, 0, 0
     with open(partial, "rb+") as handle:
         for line in handle:
@@ -265,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, several=True)

@@ -95,12 +95,12 @@ def original_step(student: OriginalBert, teacher: OriginalBert) -> Callable[[Bat
 
 
 def make_steps(student: Path, teacher: Path, device: torch.device, bf16: bool) -> dict[str, Callable[[Batch], None]]:
-    """Each way as a function that takes one optimizer step; all have their own student and share the teachers."""
+    """Each way as a function that takes one optimizer step; all have their own student."""
     old_student, old_teacher = (OriginalBert(folder).to(device) for folder in (student, teacher))
     old_teacher.eval().requires_grad_(False)
-    new_teacher = ours.load_model(teacher, device)
     steps = {ORIGINAL: original_step(old_student.train(), old_teacher)}
     for suffix, dtype in (("", None), (BF16, torch.bfloat16))[:2 if bf16 else 1]:
+        new_teacher = ours.load_model(teacher, device)                      # which float32 packs
         for name, padding in ((OURS, "reference"), (MASKED, "masked")):
             steps[name + suffix] = ours.Step(ours.load_model(student, device).train(), new_teacher, padding, dtype)
     return steps

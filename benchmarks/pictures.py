@@ -5,8 +5,8 @@ from pathlib import Path
 from simplified_tinybert.files import atomic_writer
 
 COLOURS = {"original": "#8c8c8c", "sentence-transformers": "#d9822b", "sentence-transformers, bf16": "#e8b27a",
-           "ours": "#1f6fb4", "ours, bf16": "#2a9d6f", "ours, masked": "#6a4fb0",
-           "ours, masked, bf16": "#a58fd8"}
+           "ours": "#1f6fb4", "ours, int8": "#b4457a", "ours, from texts": "#6ba3d6", "ours, bf16": "#2a9d6f",
+           "ours, masked": "#6a4fb0", "ours, masked, bf16": "#a58fd8"}
 INK, FAINT = "#333333", "#dddddd"
 
 

@@ -21,7 +21,7 @@ from transformers import BertConfig
 
 from simplified_tinybert.files import Problems, UserError, atomic_writer
 from simplified_tinybert.hub import CONFIG_FILES, PROJECTION_FILE, WEIGHT_FILES
-from simplified_tinybert.modeling import ACTIVATIONS, CrossEncoder
+from simplified_tinybert.modeling import ACTIVATIONS, CrossEncoder, activation_named
 from simplified_tinybert.tokenization import TOKENIZER_FILES, has_vocabulary
 
 BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")           # constants that older libraries stored
@@ -41,8 +41,11 @@ def read_config(folder: Path) -> BertConfig:
             raise UserError(f"{path}: has {content['position_embedding_type']} positions; expected absolute ones")
         content = {key: value for key, value in content.items() if key not in ("dtype", "torch_dtype", "is_decoder")}
         config = BertConfig(**content)
-        if config.hidden_act not in ACTIVATIONS:
-            raise UserError(f"{path}: hidden_act is {config.hidden_act}; expected one of {', '.join(ACTIVATIONS)}")
+        try:
+            activation_named(config.hidden_act)
+        except KeyError as error:
+            raise UserError(f"{path}: hidden_act is {error}; expected one of {', '.join(ACTIVATIONS)}, or another one "
+                            f"that transformers knows") from error
         if config.hidden_size % config.num_attention_heads:
             raise UserError(f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads "
                             f"{config.num_attention_heads}; these describe no BERT model")

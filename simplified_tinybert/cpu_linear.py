@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simplified_tinybert.files import UserError
 from simplified_tinybert.modeling import CrossEncoder
 
 
@@ -42,9 +43,11 @@ class Int8Linear(nn.Module):
             rounded = torch.quantize_per_channel(weight, scales, torch.zeros(len(weight), dtype=torch.int64), 0,
                                                  torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(rounded, layer.bias.detach())
-        self.reduce_range = reduce_range
+        self.outputs, self.reduce_range = len(weight), reduce_range
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if not torch.isfinite(inputs.sum()):            # which rounding would turn into plausible numbers
+            return inputs.new_full((*inputs.shape[:-1], self.outputs), torch.nan)
         return torch.ops.quantized.linear_dynamic(inputs, self.packed, self.reduce_range)
 
 
@@ -65,7 +68,10 @@ def pack_linear_layers(model: CrossEncoder) -> None:
 
 
 def quantize_linear_layers(model: CrossEncoder) -> None:
-    """Replace the linear layers of the encoder by 8-bit ones, in place."""
+    """Replace the linear layers of the encoder by 8-bit ones, in place. Raises UserError if weights are not numbers."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"--int8: the model's {name} holds values that are not numbers; the weights are broken")
     reduce_range = saturates()
     _replace(model, lambda layer: Int8Linear(layer, reduce_range))
 

@@ -129,7 +129,7 @@ def process_group(device: torch.device) -> Iterator[Processes]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise UserError(f"the connection to another process is lost; it should have told why "
-                        f"({str(error).splitlines()[0]})") from error
+                        f"({str(error).partition(chr(10))[0]})") from error
 
 
 class _Passes(nn.Module):

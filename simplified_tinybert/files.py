@@ -43,14 +43,19 @@ class Problems:
             raise UserError("\n".join(self.messages))
 
 
-def run_main(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None], several: bool = False) -> None:
     """Run a script's main; a user's mistake or a failing disk ends in one message on stderr and exit code 2.
 
-    Of several processes that torchrun started, the first speaks for all. Another one keeps what it has to say until it
-    fails, and says it then if it is the first of its machine. The rest wait one after the other: who met the same
-    mistake before has told it, and torchrun ends them. Who is not ended by then was alone with it, and speaks.
+    With `several` the script may run in several processes that torchrun started. Of these the first speaks for all.
+    Another one keeps what it has to say until it fails, and says it then if it is the first of its machine. The rest
+    wait one after the other: who met the same mistake before has told it, and torchrun ends them. Who is not ended by
+    then was alone with it, and speaks.
     """
-    if process_number("RANK") == 0:
+    try:
+        rank = process_number("RANK") if several else 0
+    except UserError as error:
+        sys.exit(_tell(str(error)))
+    if rank == 0:
         code = _exit_code(main)
     else:
         with redirect_stderr(io.StringIO()) as told, redirect_stdout(told):
@@ -80,12 +85,20 @@ def _exit_code(main: Callable[[], None]) -> int:
 
 def process_count() -> int:
     """Processes of this job: more than 1 only if torchrun, or whatever sets its variables, started several."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return _whole_number("WORLD_SIZE", 1)
 
 
 def process_number(variable: str) -> int:
     """Number of this process among those of its job (RANK) or of its machine (LOCAL_RANK), from 0."""
-    return int(os.environ.get(variable) or 0) if process_count() > 1 else 0
+    return _whole_number(variable, 0) if process_count() > 1 else 0
+
+
+def _whole_number(variable: str, otherwise: int) -> int:
+    value = os.environ.get(variable) or str(otherwise)
+    if not value.isdecimal():
+        raise UserError(f"{variable}={value} in the environment: expected a number, as torchrun sets it; unset it to "
+                        f"run one process")
+    return int(value)
 
 
 def _tell(message: str) -> int:

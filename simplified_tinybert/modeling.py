@@ -6,6 +6,7 @@ one, and importing the library's model takes longer than scoring a hundred pairs
 
 Shapes: B examples, L positions, D hidden width, H heads, d = D / H head width, C classes.
 """
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +54,14 @@ class LayerOutputs:
     keys: dict[int, Tensor] = field(default_factory=dict)
 
 
+def activation_named(name: str) -> Callable[[Tensor], Tensor]:
+    """hidden_act of a configuration. Raises KeyError for what the library does not know either."""
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]
+    from transformers.activations import ACT2FN  # takes a second, and hardly any BERT needs it
+    return ACT2FN[name]
+
+
 class Embeddings(nn.Module):
     """Word, segment and position embeddings, summed and normalised: (B, L) → (B, L, D)."""
 
@@ -88,8 +97,8 @@ class Layer(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         width = config.hidden_size
-        self.heads, self.activation = config.num_attention_heads, ACTIVATIONS[config.hidden_act]
-        self.attention_dropout = Dropout(config.attention_probs_dropout_prob)
+        self.heads, self.activation = config.num_attention_heads, activation_named(config.hidden_act)
+        self.attention_dropout = Dropout(config.attention_probs_dropout_prob)      # its probability; see `attend`
         self.attention = nn.ModuleDict({
             "self": nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")}),
             "output": AddNorm(width, config)})
@@ -177,10 +186,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
 
 
 def _attend_block(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)                       # (B, H, block, L)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return drop(F.softmax(scores, dim=-1), dropout).to(value.dtype) @ value
+    wide = torch.promote_types(query.dtype, torch.float32)       # half precision would cost a digit here
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (query.to(wide) * query.shape[-1] ** -0.5) @ key.to(wide).transpose(-1, -2)   # (B, H, block, L)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return (drop(F.softmax(scores, dim=-1), dropout) @ value.to(wide)).to(value.dtype)
 
 
 def drop(inputs: Tensor, probability: float) -> Tensor:

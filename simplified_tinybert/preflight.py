@@ -122,6 +122,9 @@ def find_run(output_dir: Path, settings: dict) -> tuple[bool, Path | None]:
     if not path.is_file():
         return False, None
     run = read_record(path)
+    if run["settings"].keys() != settings.keys():
+        raise UserError(f"{output_dir}: holds a run of another version of this tool, which alone can go on with it; "
+                        f"name another folder, or remove this one to start again")
     changed = [f"{name} was {run['settings'].get(name)}, is {value}"
                for name, value in settings.items() if run["settings"].get(name) != value]
     if changed:

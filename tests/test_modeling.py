@@ -1,17 +1,23 @@
 """The model's own parts: activations and attention as the libraries have them, dropout as it is defined."""
+import platform
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForSequenceClassification
 
 from simplified_tinybert.modeling import ACTIVATIONS, Batch, CrossEncoder, Dropout, attend, drop
-from simplified_tinybert.runtime import keep_freed_memory, read_ahead
+from simplified_tinybert.runtime import read_ahead
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "gelu_fast", "quick_gelu", "mish", "linear"])
 def test_every_activation_is_the_librarys(activation):
     torch.manual_seed(0)
     config = BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
@@ -86,14 +92,50 @@ def test_reading_ahead_changes_nothing_and_passes_errors_on():
         yield 1
         raise ValueError("the second item")
 
-    assert list(read_ahead(iter(range(5)))) == [0, 1, 2, 3, 4] and list(read_ahead(iter([]))) == []
+    def counted():
+        for number in range(3):
+            fetched.append(number)
+            yield number
+
+    fetched = []
+    items = read_ahead(counted())
+    assert next(items) == 0
+    wait_until = time.monotonic() + 10
+    while fetched != [0, 1] and time.monotonic() < wait_until:
+        time.sleep(0.01)
+    assert fetched == [0, 1]                            # the second item is there while the first is being worked on
+    assert list(items) == [1, 2] and list(read_ahead(iter([]))) == []
     ahead = read_ahead(broken())
     assert next(ahead) == 1
     with pytest.raises(ValueError, match="the second item"):
         next(ahead)
 
 
-def test_keeping_freed_memory_is_a_matter_of_the_cpu():
-    keep_freed_memory(torch.device("cuda"))             # does nothing, and needs no GPU for that
-    keep_freed_memory(torch.device("cpu"))
-    assert torch.ones(2 ** 24).sum() == 2 ** 24
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
+@pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("cuda", False)])
+def test_freed_memory_is_kept_on_cpus(device, kept):
+    """Page faults of large tensors that are made and freed again and again, in a process of its own."""
+    code = f"""
+import resource, torch
+from simplified_tinybert.runtime import keep_freed_memory
+keep_freed_memory(torch.device("{device}"))
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.zeros(2 ** 24).add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 1000) is kept            # 64 MiB are 16,384 pages
+
+
+def test_attention_with_dropout_is_computed_in_float32_under_autocast():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 90, 16).unbind()
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), None, dropout=2.0 ** -20)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - exact).norm() / exact.norm() < 5e-3         # the inputs' rounding; 7e-3 in bfloat16

@@ -23,6 +23,8 @@ from simplified_tinybert.features import read_chunks
 from simplified_tinybert.files import UserError
 from simplified_tinybert.precision import to_half
 
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+
 
 @pytest.fixture
 def features(tmp_path):
@@ -47,7 +49,7 @@ def test_whole_numbers_come_out_exactly(outputs, inputs, rows, seed):
         layer.weight.copy_(torch.from_numpy(weight))
         layer.bias.copy_(torch.from_numpy(bias))
     product = Int8Linear(layer, reduce_range=True)(torch.from_numpy(values).float())
-    assert np.abs(product.detach().numpy() - (values @ weight.T + bias)).max() <= 1e-5 * 127 * 127 * inputs
+    assert np.abs(product.detach().numpy() - (values @ weight.T + bias)).max() <= 1e-5 * 127 * 127 * inputs ** 0.5
 
 
 def test_every_output_has_its_own_scale():
@@ -79,6 +81,7 @@ def test_int8_replaces_the_encoder_alone_and_stays_close(golden_models, features
     assert np.corrcoef(rounded[:, 1], exact[:, 1])[0, 1] > 0.98
 
 
+@needs_onednn
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 130), st.integers(1, 130), st.integers(1, 5), st.integers(1, 40), st.booleans(),
        st.integers(0, 2 ** 31 - 1))
@@ -90,6 +93,7 @@ def test_packed_layers_give_the_same_products(outputs, inputs, batch, length, ge
         assert torch.allclose(PackedLinear(layer, gelu)(values), expected.detach(), rtol=1e-5, atol=1e-5)
 
 
+@needs_onednn
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_a_packed_model_gives_the_same_scores_and_layers(golden_models, features, activation):
     config = read_config(golden_models["teacher"])
@@ -130,6 +134,20 @@ def test_int8_on_the_command_line(golden_models, features, tmp_path, run_main):
         scores[len(flag)] = [float(line.split("\t")[2]) for line in output.read_text().splitlines()]
     difference = np.abs(np.array(scores[0]) - np.array(scores[1]))
     assert 0 < difference.max() < 0.05
+
+
+def test_int8_does_not_hide_a_broken_model(golden_models, features):
+    """Rounding turns what is no number into one that looks like any other."""
+    model, _ = load_cross_encoder(golden_models["teacher"])
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.bert.encoder.layer[0].intermediate.dense.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"layer\.0\.intermediate\.dense\.weight holds values that are not numbers"):
+        quantize_linear_layers(broken)
+    quantize_linear_layers(model)
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[5:] = 1e38          # which overflows further on
+    assert not logits_of(model, features).isfinite().any()
 
 
 @pytest.mark.parametrize("flag", ["--bf16", "--fp16"])

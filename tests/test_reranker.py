@@ -119,7 +119,7 @@ def test_resume_refuses_another_model(golden_models, tmp_path, run_main):
     file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
     run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"))
     (tmp_path / "scores.tsv.partial").write_text("q0\tD0_0\t0.5\n")
-    with pytest.raises(UserError, match="another model, features or settings"):
+    with pytest.raises(UserError, match="another model, features, settings or version"):
         run_main(reranker, *arguments(golden_models["student_4x48"], file, tmp_path / "scores.tsv", "--resume"))
 
 
