@@ -130,7 +130,7 @@ def test_each_command_runs_and_writes_its_files(texts, tmp_path):
     pairs, examples = tmp_path / "pairs.tsv", tmp_path / "examples.tsv"
     samples.write_lines(pairs, texts.pair_lines(100, repeats=1))
     samples.write_lines(examples, islice(texts.training_lines(), 40))
-    flags = {"reranking": ["--raw_data_file", pairs], "distillation": ["--raw_data_file", examples],
+    flags = {"reranking": ["--raw_data_file", pairs], "distillation": ["--raw_data_file", examples, "--bf16"],
              "tokenization": ["--kinds", "re-ranking"]}
     running = {name: subprocess.Popen(
         [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--quick", "--device", "cpu", "--output_dir", tmp_path,

@@ -157,6 +157,9 @@ def test_every_flag_of_the_readme_exists(help_texts):
     assert flags and flags <= known, flags - known
 
 
-def test_links_of_the_readme_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "docs/cost.md"])
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#:]+)", (ROOT / page).read_text())
+    assert targets
+    for target in targets:
+        assert (ROOT / page).parent.joinpath(target).exists(), target
