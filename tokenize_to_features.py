@@ -15,14 +15,16 @@ nothing is written.
 """
 import argparse
 import os
-from itertools import chain, islice
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from simplified_tinybert.features import CHUNK_EXAMPLES, Examples, FeatureWriter
+from simplified_tinybert.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
 from simplified_tinybert.files import (
     DuplicateFinder,
     Problems,
@@ -30,17 +32,31 @@ from simplified_tinybert.files import (
     atomic_writer,
     check_input_file,
     check_output_file,
+    lines_of,
+    open_binary,
+    read_blocks,
     read_lines,
     run_main,
     say,
     shorten,
 )
 from simplified_tinybert.hub import find_model
-from simplified_tinybert.tokenization import Vocabulary, load_vocabulary, truncated_lengths
+from simplified_tinybert.tokenization import PieceCutter, Vocabulary, load_vocabulary, truncated_lengths
+from simplified_tinybert.workers import map_in_order
 
 COLUMNS = {"train": "index, query, passage, label", "dev": "query_id#passage_id, query, passage (, label)",
            "test": "query_id#passage_id, query, passage (, label)"}
+TEXTS = r"\t[^\S\t]*\S[^\t]*\t[^\S\t]*\S"               # query and passage, each with more than white space
+BEGINNING = {"train": re.compile(r"([^\t]+)" + TEXTS), "dev": re.compile(r"([^\s#]+#\S+)" + TEXTS),
+             "test": re.compile(r"([^\s#]+#\S+)" + TEXTS)}
 NO_LABEL = -1
+PAIRS_FOR_A_PROCESS = 16_384
+MOST_WORKERS = 8
+
+
+def default_workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,7 +70,8 @@ def parse_args() -> argparse.Namespace:
     add("--do_lower_case", action=argparse.BooleanOptionalAction, default=None,
         help="lower-case texts (default: as the model's tokenizer settings say; without such settings, yes unless the "
              "vocabulary has capital letters)")
-    add("--num_workers", type=int, default=0, help="threads of the tokenizer (default: one for each CPU core)")
+    add("--num_workers", type=int, default=0,
+        help=f"processes that tokenize (default: one for each CPU core, at most {MOST_WORKERS})")
     return parser.parse_args()
 
 
@@ -81,15 +98,27 @@ def check_line(text: str, set_name: str) -> list[str]:
     return complaints
 
 
+def id_of_right_line(text: str, set_name: str) -> str | None:
+    """The id of a line on which `check_line` has nothing to say, found without cutting the line into columns."""
+    if beginning := BEGINNING[set_name].match(text):
+        tab = text.find("\t", beginning.end())                          # where the passage ends and the label begins
+        if tab == -1 and set_name != "train" or tab == len(text) - 2 and text[-1] in "01":
+            return beginning[1]
+    return None
+
+
 def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
     """Check every line before anything expensive starts. Returns the number of pairs."""
     ids, pairs, before = DuplicateFinder(), 0, problems.count
     for number, text in tqdm(read_lines(path, problems), desc="checking", unit=" lines", unit_scale=True):
+        pairs += 1
+        if right := id_of_right_line(text, set_name):
+            ids.add(right)
+            continue
         for complaint in check_line(text, set_name):
             problems.add(f"{path}:{number}: {complaint}")
         if text:                                        # a blank line is complained of above, not as a repeated id
             ids.add(text.partition("\t")[0])
-        pairs += 1
     keys = ((number, text.partition("\t")[0]) for number, text in read_lines(path, Problems()) if text)
     ids.report(keys, path, "id", problems)
     if not pairs and problems.count == before:
@@ -97,33 +126,38 @@ def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
     return pairs
 
 
-def lower_sigma(text: str) -> str:
-    """Python, and so the original, lower-cases a Σ that ends a word to ς; the Rust tokenizer would make it σ."""
-    return text.lower() if "Σ" in text else text
-
-
-def tokenize(lines: list[str], tokenizer: Tokenizer, vocabulary: Vocabulary, max_seq_length: int) -> Examples:
-    """Checked lines → examples; queries that repeat are tokenized once."""
-    rows = [line.split("\t") for line in lines]
-    queries, passages = [[row[column] for row in rows] for column in (1, 2)]
-    if vocabulary.lower_case:
-        queries, passages = ([lower_sigma(text) for text in texts] for texts in (queries, passages))
-    unique = {query: number for number, query in enumerate(dict.fromkeys(queries))}
-    query_pieces = [encoding.ids for encoding in tokenizer.encode_batch_fast(list(unique), add_special_tokens=False)]
-    query_pieces = [query_pieces[unique[query]] for query in queries]
-    passage_pieces = [encoding.ids for encoding in tokenizer.encode_batch_fast(passages, add_special_tokens=False)]
+def tokenize(lines: list[str], cutter: PieceCutter) -> Examples:
+    """Checked lines → examples."""
+    rows, size, vocabulary = [line.split("\t") for line in lines], cutter.token_type.itemsize, cutter.vocabulary
+    queries, passages = ([cutter.texts[row[column]] for row in rows] for column in (1, 2))
     kept_queries, kept_passages = truncated_lengths(
-        np.array([len(pieces) for pieces in query_pieces]), np.array([len(pieces) for pieces in passage_pieces]),
-        max_seq_length)
-    cls, sep = [vocabulary.cls_id], [vocabulary.sep_id]
-    segments = chain.from_iterable(
-        (cls, query[:query_length], sep, passage[:passage_length], sep) for query, query_length, passage, passage_length
-        in zip(query_pieces, kept_queries.tolist(), passage_pieces, kept_passages.tolist()))
-    token_type = np.uint16 if max(vocabulary.pieces.values()) < 2 ** 16 else np.uint32
-    tokens = np.fromiter(chain.from_iterable(segments), dtype=token_type)
-    labels = np.array([row[3] if len(row) == 4 else NO_LABEL for row in rows], dtype=np.int8)
-    return Examples(tokens, (kept_queries + kept_passages + 3).astype(np.uint16), (kept_queries + 2).astype(np.uint16),
-                    labels, [row[0] for row in rows])
+        *(np.array([len(text) // size for text in texts]) for texts in (queries, passages)), cutter.max_seq_length)
+    cls, sep = (np.array(piece, cutter.token_type).tobytes() for piece in (vocabulary.cls_id, vocabulary.sep_id))
+    tokens = b"".join(chain.from_iterable(
+        (cls, query[:query_end], sep, passage[:passage_end], sep) for query, query_end, passage, passage_end
+        in zip(queries, (kept_queries * size).tolist(), passages, (kept_passages * size).tolist())))
+    labels = np.array([int(row[3]) if len(row) == 4 else NO_LABEL for row in rows], dtype=np.int8)
+    return Examples(np.frombuffer(tokens, cutter.token_type), (kept_queries + kept_passages + 3).astype(np.uint16),
+                    (kept_queries + 2).astype(np.uint16), labels, [row[0] for row in rows])
+
+
+def block_tokenizer(vocabulary: Vocabulary, max_seq_length: int) -> Callable[[bytes], Examples]:
+    cutter = PieceCutter(vocabulary, max_seq_length)
+    return lambda block: tokenize(lines_of(block), cutter)
+
+
+def in_chunks(parts: Iterable[Examples]) -> Iterator[Examples]:
+    """The same examples, CHUNK_EXAMPLES at a time."""
+    held, count = [], 0
+    for part in parts:
+        held.append(part)
+        count += len(part)
+        while count >= CHUNK_EXAMPLES:
+            first, rest = joined(held).split(CHUNK_EXAMPLES)
+            yield first
+            held, count = [rest], len(rest)
+    if count:
+        yield joined(held)
 
 
 def main() -> None:
@@ -141,18 +175,14 @@ def main() -> None:
     pairs = check_pairs(args.raw_data_file, args.set_name, problems) if readable else 0
     problems.raise_if_any()
 
-    if args.num_workers:
-        os.environ["RAYON_NUM_THREADS"] = str(args.num_workers)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    tokenizer, full = vocabulary.tokenizer(), 0
+    workers, full = min(args.num_workers or default_workers(), 1 + pairs // PAIRS_FOR_A_PROCESS), 0
     say(f"{pairs:,} pairs; vocabulary of {len(vocabulary.pieces):,} pieces, "
         f"{'lower-cased' if vocabulary.lower_case else 'cased'}")
-    with atomic_writer(args.output_features_file, "wb") as handle:
+    with open_binary(args.raw_data_file) as source, atomic_writer(args.output_features_file, "wb") as handle:
         writer = FeatureWriter(handle, args.set_name, args.max_seq_length, vocabulary)
         with tqdm(total=pairs, desc="tokenizing", unit=" pairs", unit_scale=True) as progress:
-            lines = (text for _, text in read_lines(args.raw_data_file, problems))
-            while chunk := list(islice(lines, CHUNK_EXAMPLES)):
-                examples = tokenize(chunk, tokenizer, vocabulary, args.max_seq_length)
+            make = partial(block_tokenizer, vocabulary, args.max_seq_length)
+            for examples in in_chunks(map_in_order(make, read_blocks(source), workers)):
                 writer.write(examples)
                 full += int((examples.lengths == args.max_seq_length).sum())
                 progress.update(len(examples))

@@ -22,7 +22,7 @@ from simplified_tinybert.features import Examples
 from simplified_tinybert.modeling import Batch, CrossEncoder
 from simplified_tinybert.optimizer import BertAdam, decay_groups
 from simplified_tinybert.precision import autocast
-from simplified_tinybert.tokenization import load_vocabulary
+from simplified_tinybert.tokenization import PieceCutter, load_vocabulary
 from simplified_tinybert.training import epoch_batches
 
 HEADS = 12
@@ -96,8 +96,7 @@ def load_scorer(folder: Path, device: torch.device, dtype: torch.dtype | None = 
 def tokenizer(folder: Path) -> Callable[[list[str], int], Examples]:
     """A function (lines of pairs, max_seq_length) → examples, as tokenize_to_features.py does it."""
     vocabulary = load_vocabulary(folder)
-    cut = vocabulary.tokenizer()
-    return lambda lines, max_seq_length: tokenize_to_features.tokenize(lines, cut, vocabulary, max_seq_length)
+    return lambda lines, length: tokenize_to_features.tokenize(lines, PieceCutter(vocabulary, length))
 
 
 def subset(examples: Examples, indices: np.ndarray) -> Examples:

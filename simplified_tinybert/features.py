@@ -78,10 +78,23 @@ class Examples:
                      torch.from_numpy(keep.astype(np.int64)),
                      torch.from_numpy(self.labels[indices].astype(np.int64)), has_padding=not keep.all())
 
+    def split(self, count: int) -> tuple["Examples", "Examples"]:
+        """The first `count` examples, and the rest."""
+        middle = self.offsets[count]
+        return tuple(Examples(self.tokens[tokens], self.lengths[rows], self.query_lengths[rows], self.labels[rows],
+                              self.ids[rows])
+                     for tokens, rows in ((slice(middle), slice(count)), (slice(middle, None), slice(count, None))))
+
     def frame(self) -> dict:
         """The chunk frame of a feature file."""
         return {"ids": "\n".join(self.ids), "labels": self.labels.tobytes(), "lengths": self.lengths.tobytes(),
                 "query_lengths": self.query_lengths.tobytes(), "tokens": self.tokens.tobytes()}
+
+
+def joined(parts: list[Examples]) -> Examples:
+    arrays = [np.concatenate([getattr(part, name) for part in parts])
+              for name in ("tokens", "lengths", "query_lengths", "labels")]
+    return Examples(*arrays, [example_id for part in parts for example_id in part.ids])
 
 
 class FeatureWriter:

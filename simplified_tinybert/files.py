@@ -19,6 +19,8 @@ from typing import IO
 import numpy as np
 
 PATIENCE = 5            # seconds
+BUFFER = 2 ** 17        # bytes; Python's own 8 KiB make a system call of every few lines
+BLOCK = 2 ** 18         # bytes
 
 
 class UserError(Exception):
@@ -202,7 +204,7 @@ def locked(path: Path) -> Iterator[None]:
 @contextmanager
 def open_binary(path: Path) -> Iterator[IO[bytes]]:
     """Open a plain or gzip-compressed file for reading; which of the two is told by its first bytes, not its name."""
-    with open(path, "rb") as handle:
+    with open(path, "rb", buffering=BUFFER) as handle:
         # Peeked at, not read and opened anew: what has been read from a pipe is gone.
         if handle.peek(2)[:2] == b"\x1f\x8b":
             with gzip.open(handle) as unpacked:
@@ -231,6 +233,19 @@ def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
                                  f"not UTF-8; convert the file first, for example: iconv -f LATIN1 -t UTF-8")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             problems.add(f"{path}:{number + 1}: the gzip file is damaged or cut off here ({error}); fetch it again")
+
+
+def read_blocks(handle: IO[bytes]) -> Iterator[bytes]:
+    """A text file, without its byte order mark, in blocks of about 256 KiB that end where a line does."""
+    mark = b"\xef\xbb\xbf"
+    while block := handle.read(BLOCK):
+        yield (block + handle.readline()).removeprefix(mark)
+        mark = b""
+
+
+def lines_of(block: bytes) -> list[str]:
+    """The lines of such a block, as `read_lines` yields them. Raises UnicodeDecodeError."""
+    return [line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8") for line in io.BytesIO(block)]
 
 
 class DuplicateFinder:

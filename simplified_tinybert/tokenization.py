@@ -5,6 +5,9 @@ control token.
 """
 import hashlib
 import json
+import string
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from simplified_tinybert.files import UserError
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json")
 LONGEST_WORD = 100     # characters; longer words become [UNK], as in the original
+MEMORY = 2 ** 26       # bytes that the texts and the words already seen may take, each
 
 
 @dataclass
@@ -49,6 +53,65 @@ class Vocabulary:
                                               strip_accents=self.strip_accents, lowercase=self.lower_case)
         tokenizer.pre_tokenizer = BertPreTokenizer()
         return tokenizer
+
+
+class Remembered(dict):
+    """text → compute(text), computed when a text is first seen; holds about `limit` bytes.
+
+    When half of that is reached, what was there becomes the elder half and the former one is given up, but for what is
+    asked for again in the meantime.
+    """
+
+    def __init__(self, compute: Callable[[str], bytes], limit: int):
+        super().__init__()
+        self.compute, self.limit, self.elder, self.bytes = compute, limit, {}, 0
+
+    def __missing__(self, text: str) -> bytes:
+        value = self.elder.get(text)
+        if value is None:
+            value = self.compute(text)
+        self.bytes += sys.getsizeof(text) + sys.getsizeof(value) + 100               # 100: their place in the table
+        if self.bytes > self.limit // 2:
+            self.elder, self.bytes = dict(self), 0
+            self.clear()
+        self[text] = value
+        return value
+
+
+class PieceCutter:
+    """Cuts texts into word pieces: `texts[text]` holds their ids as bytes of `token_type`.
+
+    Of a long text only as many pieces are sure to be there as a pair of `max_seq_length` pieces can use: a text longer
+    than `max_seq_length` - 3 always loses what is beyond.
+    A text's pieces are those of its words one after the other, since BERT's cleaning never looks across a blank: it
+    replaces single characters, and combining marks move no further than the next character that is none. Most of a
+    text are words that were seen before.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, max_seq_length: int, memory: int = MEMORY):
+        self.vocabulary, self.max_seq_length = vocabulary, max_seq_length
+        self.token_type = np.dtype(np.uint16 if max(vocabulary.pieces.values()) < 2 ** 16 else np.uint32)
+        self.tokenizer = vocabulary.tokenizer()
+        self.texts, self.words = Remembered(self._cut_text, memory), Remembered(self._cut_word, memory)
+
+    def _cut_text(self, text: str) -> bytes:
+        if self.vocabulary.lower_case and "Σ" in text:
+            text = text.lower()         # Python, and so the original, makes a Σ that ends a word ς; Rust makes it σ
+        pieces, count = b"", self.max_seq_length
+        while True:
+            *words, rest = text.split(" ", count)
+            pieces += b"".join(map(self.words.__getitem__, words))
+            if len(pieces) >= self.max_seq_length * self.token_type.itemsize:
+                return pieces
+            if len(words) < count:
+                return pieces + self.words[rest]
+            text, count = rest, 2 * count
+
+    def _cut_word(self, word: str) -> bytes:
+        bare = word.rstrip(string.punctuation)          # which is never part of a longer piece
+        if bare and bare != word:
+            return self.words[bare] + self.words[word[len(bare):]]
+        return np.array(self.tokenizer.encode(word, add_special_tokens=False).ids, self.token_type).tobytes()
 
 
 def has_vocabulary(folder: Path) -> bool:

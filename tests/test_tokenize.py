@@ -18,7 +18,7 @@ from transformers import BertTokenizerFast
 import tokenize_to_features
 from simplified_tinybert.features import read_chunks, read_header
 from simplified_tinybert.files import UserError, run_main
-from simplified_tinybert.tokenization import Vocabulary, load_vocabulary, truncated_lengths
+from simplified_tinybert.tokenization import PieceCutter, Vocabulary, load_vocabulary, truncated_lengths
 from tokenize_to_features import tokenize
 
 CASES = json.loads((DATA / "tokenization.json").read_text(encoding="utf-8"))
@@ -96,7 +96,7 @@ def naive_pair(tokenizer, query, passage, max_seq_length, cls=2, sep=3):
 def test_tokens_of_the_original(uncased, number):
     case, vocabulary = CASES[number], load_vocabulary(uncased)
     line = f"q#p\t{case['query']}\t{case['passage']}\t1"
-    examples = tokenize([line], vocabulary.tokenizer(), vocabulary, case["max_seq_length"])
+    examples = tokenize([line], PieceCutter(vocabulary, case["max_seq_length"]))
     tokens, query_length = examples.tokens.tolist(), int(examples.query_lengths[0])
     if not CONTROL.search(line):
         assert tokens == case["input_ids"]
@@ -131,7 +131,7 @@ def test_no_text_makes_a_control_token(text):
     for lower_case in (True, False):
         pieces = PIECES + ["CLS", "SEP", "##]", "##SEP", "##sep"]
         vocabulary = Vocabulary({piece: number for number, piece in enumerate(pieces)}, lower_case)
-        examples = tokenize([f"q#p\t{text}\t{text}"], vocabulary.tokenizer(), vocabulary, 200)
+        examples = tokenize([f"q#p\t{text}\t{text}"], PieceCutter(vocabulary, 200))
         counts = Counter(examples.tokens.tolist())
         assert (counts[0], counts[2], counts[3], counts[4]) == (0, 1, 2, 0)
 
@@ -540,5 +540,5 @@ def test_a_refusal_of_the_real_script(tmp_path, golden_models):
 def test_a_final_sigma_is_lower_cased_as_python_does():
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "σοφος", "σοφοσ", "οσο"]
     vocabulary = Vocabulary({piece: number for number, piece in enumerate(pieces)}, lower_case=True)
-    examples = tokenize(["1\tΣΟΦΟΣ\tΣΟΦΟΣ, ΟΣΟ\t1"], vocabulary.tokenizer(), vocabulary, 32)
+    examples = tokenize(["1\tΣΟΦΟΣ\tΣΟΦΟΣ, ΟΣΟ\t1"], PieceCutter(vocabulary, 32))
     assert examples.tokens.tolist() == [2, 4, 3, 4, 1, 6, 3]

@@ -1,0 +1,58 @@
+"""One function over a stream by several processes: results in order, memory bounded by one part for each process."""
+import multiprocessing
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import cycle
+from multiprocessing.connection import Connection
+
+from simplified_tinybert.files import UserError
+
+
+def map_in_order(make: Callable[[], Callable], parts: Iterable, workers: int) -> Iterator:
+    """Yield make()(part) of each part in order; each of `workers` processes calls `make` once.
+
+    One worker means this process itself. `make`, parts and results must be picklable. Raises UserError if a process
+    is lost.
+    """
+    if workers == 1:
+        yield from map(make(), parts)
+        return
+    # Spawned, not forked: a copy of a process with threads, as numpy and tqdm have them, may lock up.
+    context, connections, processes = multiprocessing.get_context("spawn"), [], []
+    try:
+        for _ in range(workers):
+            connection, other_end = context.Pipe()
+            process = context.Process(target=_serve, args=(other_end,), daemon=True)
+            process.start()
+            other_end.close()
+            connections.append(connection)
+            processes.append(process)
+        for connection in connections:
+            connection.send(make)
+        busy = deque()
+        for part, connection in zip(parts, cycle(connections)):
+            if len(busy) == workers:        # the first to be busy is the next in turn: no process holds two parts
+                yield busy.popleft().recv()
+            connection.send(part)
+            busy.append(connection)
+        while busy:
+            yield busy.popleft().recv()
+    except (EOFError, ConnectionError) as error:
+        raise UserError("a process that tokenizes ended too early, perhaps for want of memory; fewer need less: "
+                        "--num_workers 1") from error
+    finally:
+        for connection in connections:      # at the end of its connection a process ends
+            connection.close()
+        for process in processes:
+            process.join()
+
+
+def _serve(connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the first process is interrupted as well, and closes down
+    try:
+        function = connection.recv()()
+        while True:
+            connection.send(function(connection.recv()))
+    except (EOFError, ConnectionError):
+        pass
