@@ -159,7 +159,7 @@ def test_every_flag_of_the_readme_exists(help_texts):
 
 @pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "docs/cost.md"])
 def test_links_lead_somewhere(page):
-    targets = re.findall(r"\]\(([^)#:]+)", (ROOT / page).read_text())
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
     assert targets
     for target in targets:
         assert (ROOT / page).parent.joinpath(target).exists(), target
