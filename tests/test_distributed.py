@@ -218,7 +218,7 @@ def test_who_tells_a_mistake(monkeypatch, capsys, rank, local_rank):
         raise UserError("two\nproblems")
     monkeypatch.setattr(files.time, "sleep", sleep)
     with pytest.raises(SystemExit) as ended:
-        files.run_main(main)
+        files.run_main(main, several=True)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "note\nerror: two\nerror: problems\n"
     assert sum(waited) == files.PATIENCE * local_rank and not any(told_before)
@@ -227,7 +227,7 @@ def test_who_tells_a_mistake(monkeypatch, capsys, rank, local_rank):
 def test_only_the_first_process_speaks_while_all_is_well(monkeypatch, capsys):
     for rank in (0, 1, 2):
         launched(monkeypatch, RANK=rank, LOCAL_RANK=rank % 2, WORLD_SIZE=3)
-        files.run_main(lambda: files.say("note"))
+        files.run_main(lambda: files.say("note"), several=True)
     assert capsys.readouterr().err == "note\n"
 
 
