@@ -28,7 +28,7 @@ from simplified_tinybert.features import Examples
 from simplified_tinybert.files import UserError
 from simplified_tinybert.hub import find_model
 from simplified_tinybert.modeling import Batch, CrossEncoder
-from simplified_tinybert.tokenization import load_vocabulary
+from simplified_tinybert.tokenization import PieceCutter, load_vocabulary
 from tokenize_to_features import tokenize
 
 NAME = "student_2x24"
@@ -88,7 +88,7 @@ def some_pairs(count=12, seed=3):
 
 def batch_of(folder, lines, max_seq_length=32):
     vocabulary = load_vocabulary(folder)
-    examples: Examples = tokenize(lines, vocabulary.tokenizer(), vocabulary, max_seq_length)
+    examples: Examples = tokenize(lines, PieceCutter(vocabulary, max_seq_length))
     return examples.batch(np.arange(len(examples)))
 
 
@@ -442,7 +442,7 @@ def test_the_saved_tokenizer_gives_the_same_ids(saved):
     theirs, vocabulary = AutoTokenizer.from_pretrained(saved), load_vocabulary(saved)
     texts, lines = some_pairs(30)
     odd = "W7  w8,w9", "W10.\u00a0w11 w\u00fc12 w13\u732b"
-    examples = tokenize([*lines, "\t".join(("q#odd", *odd))], vocabulary.tokenizer(), vocabulary, 64)
+    examples = tokenize([*lines, "\t".join(("q#odd", *odd))], PieceCutter(vocabulary, 64))
     texts.append(odd)
     for number, (query, passage) in enumerate(texts):
         encoded = theirs(query, passage)
