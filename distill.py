@@ -37,6 +37,7 @@ from simplified_tinybert.checkpoints import (
     weights_fingerprint,
 )
 from simplified_tinybert.cpu_linear import pack_linear_layers
+from simplified_tinybert.description import describe_run, model_card
 from simplified_tinybert.distributed import WHOLE, Processes, Share, process_group
 from simplified_tinybert.feature_cache import map_examples
 from simplified_tinybert.features import Examples, FeatureSummary, summarise
@@ -53,7 +54,6 @@ from simplified_tinybert.preflight import (
     find_models,
     find_run,
 )
-from simplified_tinybert.report import describe_run, model_card
 from simplified_tinybert.runtime import keep_freed_memory, record, select_device
 from simplified_tinybert.tokenization import has_vocabulary
 from simplified_tinybert.training import Plan, Training, remove_leftovers, step_of

@@ -18,97 +18,14 @@ The figures go to stdout: between two rows of #, query_num (queries averaged ove
 With --per_query lines of query_id TAB measure TAB value come first.
 """
 import argparse
-import difflib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from simplified_tinybert.files import Problems, UserError, check_input_file, run_main, say, warn
-from simplified_tinybert.trec import float32_ties, rank, read_qrels, read_run, sum_in_order
+from simplified_tinybert.measures import Qrels, other_measures, parse_measures, reciprocal_ranks
+from simplified_tinybert.trec import float32_ties, rank, read_qrels, read_run
 
-MRR_CUTOFFS = {"MRR": None, "MRR@10": 10, "MRR@100": 100}  # documents of a ranking that are looked at; None: all
 ROW = "#####################"
-
-PerQuery = dict[str, float]  # query id → value
-Rankings = dict[str, list[str]]  # query id → document ids, best first
-Qrels = dict[str, dict[str, int]]  # query id → document id → grade
-
-
-def reciprocal_rank(ranking: Sequence[str], relevant: Collection[str], cutoff: int | None = None) -> float:
-    """1 / rank of the first relevant document among the first `cutoff`, 0 if there is none."""
-    for position, document_id in enumerate(ranking[:cutoff], start=1):
-        if document_id in relevant:
-            return 1 / position
-    return 0.0
-
-
-def reciprocal_ranks(qrels: Qrels, rankings: Rankings, level: int) -> Iterator[tuple[str, PerQuery, float]]:
-    """(name, value of each query, mean) for MRR and its cutoffs; relevant is what has a grade of at least `level`."""
-    relevant = {query_id: {document_id for document_id, grade in qrels[query_id].items() if grade >= level}
-                for query_id in rankings}
-    for name, cutoff in MRR_CUTOFFS.items():
-        values = {query_id: reciprocal_rank(ranking, relevant[query_id], cutoff)
-                  for query_id, ranking in rankings.items()}
-        yield name, values, sum_in_order(values.values()) / len(values)
-
-
-def parse_measures(names: list[str], level: int, problems: Problems) -> list[Any]:
-    """ir_measures' measures of these names, each relevance level that was left open set to `level`."""
-    try:
-        import ir_measures  # here, because it takes half a second that MRR alone need not cost
-    except ImportError:
-        raise UserError("--measures needs the package ir_measures: pip install ir_measures") from None
-    known = ir_measures.measures.registry
-    measures = {}
-    for name in names:
-        try:
-            measure = ir_measures.parse_measure(name)
-            options = measure.SUPPORTED_PARAMS
-            # A default of 1 means binary: for measures such as RBP, no level at all means graded relevance.
-            if level != 1 and "rel" in options and options["rel"].default == 1 and "rel" not in measure.params:
-                measure = measure(rel=level)
-            measure.validate_params()
-            if measure.params.get("cutoff", 1) < 1 or measure.params.get("rel", 1) < 1:
-                # pytrec_eval ends the whole process at P@0
-                problems.add(f"--measures {name}: cutoff and rel have to be 1 or more")
-            else:
-                ir_measures.evaluator([measure], {})  # finds out whether the package that computes it is installed
-                measures[str(measure)] = measure
-        except NameError:
-            word = name.partition("@")[0].partition("(")[0]
-            lower = {each.lower(): each for each in reversed(known)}  # of nDCG and its alias NDCG, the first
-            near = [lower[each] for each in difflib.get_close_matches(word.lower(), lower)]
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            problems.add(f"--measures {name}: unknown measure; {hint}ir_measures offers {', '.join(sorted(known))}")
-        except AssertionError:
-            takes = ", ".join(f"{option}{' (required)' if info.required else ''}" for option, info in options.items())
-            problems.add(f"--measures {name}: a parameter is missing or wrong; {measure.NAME} takes: {takes}; written "
-                         f"like nDCG@10 or AP(rel=2)@100")
-        except (ValueError, TypeError) as error:
-            problems.add(f"--measures {name}: {' '.join(str(error).split())}")
-    return list(measures.values())
-
-
-def other_measures(measures: list[Any], qrels: Qrels, rankings: Rankings) -> Iterator[tuple[str, PerQuery, float]]:
-    """(name, value of each query, average) for ir_measures' measures, all of them on our order of the documents."""
-    import ir_measures
-    # Each provider of ir_measures sorts anew and has a tie rule of its own. Scores that count down from the number of
-    # documents leave it no ties to break; they are whole numbers, which single precision holds exactly.
-    run = {query_id: {document_id: float(len(ranking) - position) for position, document_id in enumerate(ranking)}
-           for query_id, ranking in rankings.items() if ranking}
-    judged = {query_id: qrels[query_id] for query_id in rankings}
-    for measure in measures:  # one by one: in company, ir_measures fills in zeros where a measure is not defined
-        try:
-            calculated = {metric.query_id: metric.value for metric in ir_measures.iter_calc([measure], judged, run)}
-        except Exception as error:  # providers run programs of their own and raise what these make them raise
-            raise UserError(f"--measures {measure}: ir_measures could not compute it: {error}") from error
-        values = {query_id: calculated[query_id] for query_id in rankings if query_id in calculated}
-        if len(values) < len(rankings):
-            say(f"{measure} is defined for {len(values)} of the queries only; its average is over these")
-        aggregator = measure.aggregator()  # a mean for nearly all, a sum for counts such as NumRel
-        for value in values.values():
-            aggregator.add(value)
-        yield str(measure), values, aggregator.result()
 
 
 def relevant_grade(text: str) -> int:

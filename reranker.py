@@ -19,19 +19,16 @@ Several GPUs of a machine, or processes on its CPU, compute batches in turn; the
 import argparse
 import os
 import time
-from collections.abc import Iterable, Iterator
-from itertools import cycle, islice
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import load_cross_encoder, weights_fingerprint
-from simplified_tinybert.cpu_linear import pack_linear_layers, quantize_linear_layers
 from simplified_tinybert.distributed import Processes, process_group
-from simplified_tinybert.features import Examples, FeatureSummary, read_chunks, summarise
+from simplified_tinybert.features import Examples, FeatureSummary, summarise
 from simplified_tinybert.files import (
     Problems,
     UserError,
@@ -43,11 +40,10 @@ from simplified_tinybert.files import (
     sync_folder,
 )
 from simplified_tinybert.modeling import CrossEncoder, count_parameters, describe
-from simplified_tinybert.precision import select_precision, to_half
+from simplified_tinybert.precision import select_precision
 from simplified_tinybert.preflight import check_length, check_model_fits, find_models
-from simplified_tinybert.runtime import keep_freed_memory, read_ahead, read_record, record, select_device
-
-BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}     # a CPU is fastest while a batch's activations stay in its cache
+from simplified_tinybert.runtime import keep_freed_memory, read_record, record, select_device
+from simplified_tinybert.scoring import BATCH_TOKENS, prepare, relevance, scored_chunks
 
 
 def parse_args() -> argparse.Namespace:
@@ -70,48 +66,6 @@ def parse_args() -> argparse.Namespace:
     add("--int8", action="store_true", help="8-bit matrix products (CPU): faster, scores change a little; see README")
     add("--resume", action="store_true", help="go on after the last chunk of an interrupted run")
     return parser.parse_args()
-
-
-def token_batches(lengths: np.ndarray, batch_tokens: int, batch_size: int | None) -> Iterator[np.ndarray]:
-    """Indices of each batch: longest pairs first, at most `batch_tokens` padded positions and `batch_size` pairs."""
-    order = np.argsort(-lengths.astype(np.int64), kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, batch_tokens // int(lengths[order[start]]))
-        size = min(size, batch_size) if batch_size else size
-        yield order[start:start + size]
-        start += size
-
-
-def relevance(logits: np.ndarray, score: str) -> np.ndarray:
-    """Scores (N) in float64 from float32 logits (N, 2), or (N, 1) of models with a single logit, their log-odds."""
-    logits = logits.astype(np.float64)
-    log_odds = logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
-    return log_odds if score == "log_odds" else np.exp(-np.logaddexp(0.0, -log_odds))
-
-
-def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarray], device: torch.device,
-                progress: tqdm) -> np.ndarray:
-    """Logits (N, C) of the pairs of a chunk in float32, in input order; zeros for those in none of the batches."""
-    logits = np.zeros((len(chunk), model.config.num_labels), dtype=np.float32)
-    pending = []                                          # results stay on the device until the chunk is through
-    with torch.inference_mode():
-        for indices in batches:
-            pending.append((indices, model(chunk.batch(indices).to(device)).logits.float()))
-            progress.update(len(indices))
-    for indices, values in pending:
-        logits[indices] = values.cpu().numpy()
-    return logits
-
-
-def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> None:
-    """Bring the model, in place, into the form that scores fastest on its device in the precision asked for."""
-    if dtype:
-        to_half(model, dtype)
-    elif int8:
-        quantize_linear_layers(model)
-    else:
-        pack_linear_layers(model)
 
 
 def score_lines(ids: list[str], scores: np.ndarray) -> str:
@@ -178,40 +132,6 @@ def load_model(args: argparse.Namespace, folder: Path, config: BertConfig, devic
     return model, parameters
 
 
-def scored_chunks(model: CrossEncoder, args: argparse.Namespace, done: int, total: int, batch_tokens: int,
-                  device: torch.device, processes: Processes) -> Iterator[tuple[Examples, np.ndarray]]:
-    """Yield chunks with their logits (N, C), after the first `done` pairs; in every process, whoever computed them.
-
-    Batches, which follow from the lengths alone, are dealt out in turn. The processes exchange their logits after as
-    many chunks as there are processes, so that they seldom wait for each other.
-    """
-    chunks = read_ahead(chunk for path in args.features_file for chunk in read_chunks(path))
-    seen, turns = 0, cycle(range(processes.count))
-    while seen < done:
-        seen += len(next(chunks))
-    with tqdm(total=total, initial=done, desc="scoring", unit=" pairs", disable=not processes.first) as progress:
-        while window := list(islice(chunks, processes.count)):
-            logits = []
-            for chunk in window:
-                batches = token_batches(chunk.lengths, batch_tokens, args.eval_batch_size)
-                mine = [indices for indices in batches if next(turns) == processes.rank]
-                logits.append(score_chunk(model, chunk, mine, device, progress))
-            merged = [processes.merge(own) for own in logits]
-            for chunk, values in zip(window, merged):
-                yield chunk, finite(chunk, values)
-            seen += sum(map(len, window))
-            progress.update(seen - progress.n)          # what the other processes computed
-
-
-def finite(chunk: Examples, logits: np.ndarray) -> np.ndarray:
-    """The logits. Raises UserError if there is one that is not a number."""
-    bad = ~np.isfinite(logits).all(axis=1)
-    if bad.any():
-        raise UserError(f"the model's logits of {chunk.ids[int(bad.argmax())]} are not numbers; try --bf16 in place of "
-                        f"--fp16, or neither; else the model's weights are broken")
-    return logits
-
-
 def write_scores(scored: Iterator[tuple[Examples, np.ndarray]], score: str, path: Path) -> None:
     """Append the scores of all chunks to `path`, a chunk at a time."""
     with open(path, "a", encoding="utf-8", newline="\n") as handle:
@@ -237,7 +157,8 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
 
     def scored(done: int) -> Iterator[tuple[Examples, np.ndarray]]:
         done = processes.gather(done)[0]                # the first process knows
-        return scored_chunks(model, args, done, summary.examples, batch_tokens, device, processes)
+        return scored_chunks(model, args.features_file, done, summary.examples, batch_tokens, args.eval_batch_size,
+                             device, processes)
 
     if not processes.first:
         for _ in scored(0):

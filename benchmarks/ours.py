@@ -13,9 +13,9 @@ from tqdm import tqdm
 from transformers import BertConfig
 
 import distill
-import reranker
 import tokenize_to_features
 from benchmarks.common import ROOT
+from simplified_tinybert import scoring
 from simplified_tinybert.checkpoints import fit_projections, initialise, load_cross_encoder, save_cross_encoder
 from simplified_tinybert.cpu_linear import pack_linear_layers
 from simplified_tinybert.features import Examples
@@ -89,7 +89,7 @@ def load_scorer(folder: Path, device: torch.device, dtype: torch.dtype | None = 
         -> CrossEncoder:
     """A model as reranker.py prepares it for scoring."""
     model = load_model(folder, device)
-    reranker.prepare(model, dtype, int8)
+    scoring.prepare(model, dtype, int8)
     return model
 
 
@@ -107,9 +107,9 @@ def subset(examples: Examples, indices: np.ndarray) -> Examples:
 
 def score(model: CrossEncoder, examples: Examples, device: torch.device) -> np.ndarray:
     """Probabilities of relevance (N), as reranker.py computes them."""
-    batches = reranker.token_batches(examples.lengths, reranker.BATCH_TOKENS[device.type], None)
-    logits = reranker.score_chunk(model, examples, batches, device, tqdm(disable=True))
-    return reranker.relevance(logits, "probability")
+    batches = scoring.token_batches(examples.lengths, scoring.BATCH_TOKENS[device.type], None)
+    logits = scoring.score_chunk(model, examples, batches, device, tqdm(disable=True))
+    return scoring.relevance(logits, "probability")
 
 
 def start_up(model_dir: Path, features_file: Path, scores_file: Path, device: torch.device) -> dict[str, float]:

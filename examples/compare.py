@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from msmarco_mrr_eval import other_measures, parse_measures, reciprocal_rank
 from simplified_tinybert.files import Problems, UserError, atomic_writer, run_main
+from simplified_tinybert.measures import other_measures, parse_measures, reciprocal_rank
 from simplified_tinybert.trec import rank, read_qrels, read_run
 
 HEADINGS = ("", "MRR@10", "nDCG@10", "pairs/s", "parameters")

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from distill import objective
-from reranker import relevance
 from simplified_tinybert.checkpoints import load_cross_encoder
 from simplified_tinybert.losses import attention_loss, hidden_loss, layer_map
 from simplified_tinybert.modeling import Batch
 from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay
+from simplified_tinybert.scoring import relevance
 
 CASES = range(16)
 TERMS = {"soft_loss": "soft", "hard_loss": "hard", "loss": "total", "att_loss": "attention", "rep_loss": "hidden",

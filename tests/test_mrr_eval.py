@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import msmarco_mrr_eval as evaluate
+from simplified_tinybert import measures
 from simplified_tinybert.files import Problems, UserError
 from simplified_tinybert.trec import rank
 
@@ -105,10 +106,10 @@ def test_output_to_the_byte(tmp_path):
 
 def test_reciprocal_rank_by_hand():
     ranking = ["a", "b", "c", "d"]
-    assert evaluate.reciprocal_rank(ranking, {"c", "d"}) == 1 / 3
-    assert evaluate.reciprocal_rank(ranking, {"c", "d"}, 3) == 1 / 3
-    assert evaluate.reciprocal_rank(ranking, {"c", "d"}, 2) == 0.0
-    assert evaluate.reciprocal_rank(ranking, {"e"}) == evaluate.reciprocal_rank([], {"a"}) == 0.0
+    assert measures.reciprocal_rank(ranking, {"c", "d"}) == 1 / 3
+    assert measures.reciprocal_rank(ranking, {"c", "d"}, 3) == 1 / 3
+    assert measures.reciprocal_rank(ranking, {"c", "d"}, 2) == 0.0
+    assert measures.reciprocal_rank(ranking, {"e"}) == measures.reciprocal_rank([], {"a"}) == 0.0
 
 
 def test_averages_over_judged_queries_in_the_run(figures):
@@ -210,8 +211,8 @@ run_scores = st.dictionaries(st.sampled_from("abcdefghijklmnop"), st.integers(0,
 def test_a_cutoff_never_raises_mrr_and_ir_measures_agrees(queries):
     qrels = {f"q{number}": judged for number, (judged, _) in enumerate(queries)}
     rankings = {f"q{number}": rank(scores) for number, (_, scores) in enumerate(queries)}
-    mrr = {name: (values, mean) for name, values, mean in evaluate.reciprocal_ranks(qrels, rankings, 1)}
-    other = {name: (values, mean) for name, values, mean in evaluate.other_measures(
+    mrr = {name: (values, mean) for name, values, mean in measures.reciprocal_ranks(qrels, rankings, 1)}
+    other = {name: (values, mean) for name, values, mean in measures.other_measures(
         [ir_measures.RR, ir_measures.RR @ 10, ir_measures.RR @ 1], qrels, rankings)}
     assert mrr["MRR"] == other["RR"] and mrr["MRR@10"] == other["RR@10"]
     for query in rankings:
@@ -224,9 +225,9 @@ def test_a_cutoff_never_raises_mrr_and_ir_measures_agrees(queries):
 
 @given(grades, run_scores)
 def test_figures_are_trec_evals_where_single_precision_suffices(judged, scored):
-    measures = [ir_measures.nDCG @ 3, ir_measures.AP, ir_measures.P @ 2, ir_measures.RR]
-    ours = {name: mean for name, _, mean in evaluate.other_measures(measures, {"q": judged}, {"q": rank(scored)})}
-    direct = ir_measures.pytrec_eval.calc_aggregate(measures, {"q": judged}, {"q": scored})
+    wanted = [ir_measures.nDCG @ 3, ir_measures.AP, ir_measures.P @ 2, ir_measures.RR]
+    ours = {name: mean for name, _, mean in measures.other_measures(wanted, {"q": judged}, {"q": rank(scored)})}
+    direct = ir_measures.pytrec_eval.calc_aggregate(wanted, {"q": judged}, {"q": scored})
     assert ours == {str(measure): value for measure, value in direct.items()}
 
 
@@ -245,7 +246,7 @@ def test_figures_are_trec_evals_where_single_precision_suffices(judged, scored):
 ])
 def test_wrong_measures(measure, start):
     problems = Problems()
-    assert evaluate.parse_measures(["AP", measure], 1, problems) == [ir_measures.AP]
+    assert measures.parse_measures(["AP", measure], 1, problems) == [ir_measures.AP]
     assert len(problems.messages) == 1
     assert problems.messages[0].partition(": ")[2].startswith(start)
     assert measure in problems.messages[0].replace('"', "")

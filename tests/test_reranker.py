@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import reranker
-from simplified_tinybert import features
+from simplified_tinybert import features, scoring
 from simplified_tinybert.checkpoints import load_cross_encoder
 from simplified_tinybert.files import UserError, locked
 from simplified_tinybert.modeling import Batch
@@ -67,21 +67,21 @@ def test_distinct_margins_stay_distinct():
     margins = np.linspace(5, 30, 1000, dtype=np.float32)
     logits = np.stack([np.zeros_like(margins), margins], axis=1)
     for score in ("probability", "log_odds"):
-        assert len(set(reranker.relevance(logits, score).tolist())) == 1000
-    extreme = reranker.relevance(np.array([[0.0, 800.0], [800.0, 0.0]]), "probability")
+        assert len(set(scoring.relevance(logits, score).tolist())) == 1000
+    extreme = scoring.relevance(np.array([[0.0, 800.0], [800.0, 0.0]]), "probability")
     assert extreme.tolist() == pytest.approx([1.0, 0.0])
 
 
 def test_single_logit_models_score_by_the_sigmoid():
-    assert reranker.relevance(np.array([[math.log(3)]], np.float32), "probability")[0] == pytest.approx(0.75)
-    assert reranker.relevance(np.array([[2.5]], np.float32), "log_odds")[0] == 2.5
+    assert scoring.relevance(np.array([[math.log(3)]], np.float32), "probability")[0] == pytest.approx(0.75)
+    assert scoring.relevance(np.array([[2.5]], np.float32), "log_odds")[0] == 2.5
 
 
 @given(st.lists(st.integers(5, 300), min_size=1, max_size=200), st.integers(1, 3000),
        st.one_of(st.none(), st.integers(1, 9)))
 def test_batches_hold_every_pair_once_within_the_budget(lengths, budget, most):
     lengths = np.array(lengths, dtype=np.uint16)
-    batches = list(reranker.token_batches(lengths, budget, most))
+    batches = list(scoring.token_batches(lengths, budget, most))
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget
@@ -107,8 +107,8 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(golden_models, tmp_path, r
     (tmp_path / "scores.tsv").unlink()
     (tmp_path / "scores.tsv.partial").write_bytes(b"".join(lines[:cut]) + lines[cut][:7])
     counted = []
-    real = reranker.score_chunk
-    monkeypatch.setattr(reranker, "score_chunk", lambda *args: counted.append(len(args[1])) or real(*args))
+    real = scoring.score_chunk
+    monkeypatch.setattr(scoring, "score_chunk", lambda *args: counted.append(len(args[1])) or real(*args))
     run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv", "--resume"))
     assert (tmp_path / "scores.tsv").read_bytes() == whole
     assert sum(counted) == 100 - cut // 40 * 40
