@@ -158,6 +158,7 @@ def check_all(args: argparse.Namespace, stages: list[Weights], problems: Problem
         -> tuple[dict, FeatureSummary, int, DevSet | None]:
     """Models, features, padded length, dev set, once everything is known to fit. Raises UserError otherwise."""
     check_flags(args, problems, [
+        ("num_train_epochs", 0 < args.num_train_epochs < math.inf, "more than 0"),
         ("alpha", 0 <= args.alpha <= 1, "0 to 1"), ("eval_step", args.eval_step >= 1, "1 or more"),
         ("temperature", 0 < args.temperature < math.inf, "more than 0"),
         ("intermediate_epochs", 0 < args.intermediate_epochs < math.inf, "more than 0"),
@@ -210,7 +211,7 @@ def distill(args: argparse.Namespace, device: torch.device, processes: Processes
     with processes.first_on_machine():
         examples = map_examples(args.features_file, summary, args.cache_file_dir)
     plans = make_plans(args, stages, width)
-    describe_run(args, student, teacher, examples, plans, processes)
+    describe_run(args, student, teacher, examples, plans, processes, args.general_student_model)
     tokenizer_folder = next((folder for folder, _ in models.values() if has_vocabulary(folder)), None)
 
     def save_model(folder: Path) -> None:

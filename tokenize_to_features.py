@@ -14,7 +14,6 @@ tie. The whole input is checked before the first pair is tokenized; if lines are
 nothing is written.
 """
 import argparse
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -42,7 +41,7 @@ from simplified_tinybert.files import (
 )
 from simplified_tinybert.hub import find_model
 from simplified_tinybert.tokenization import PieceCutter, Vocabulary, load_vocabulary, truncated_lengths
-from simplified_tinybert.workers import map_in_order
+from simplified_tinybert.workers import MOST_WORKERS, default_workers, map_in_order
 
 COLUMNS = {"train": "index, query, passage, label", "dev": "query_id#passage_id, query, passage (, label)",
            "test": "query_id#passage_id, query, passage (, label)"}
@@ -51,12 +50,6 @@ BEGINNING = {"train": re.compile(r"([^\t]+)" + TEXTS), "dev": re.compile(r"([^\s
              "test": re.compile(r"([^\s#]+#\S+)" + TEXTS)}
 NO_LABEL = -1
 PAIRS_FOR_A_PROCESS = 16_384
-MOST_WORKERS = 8
-
-
-def default_workers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS)
 
 
 def parse_args() -> argparse.Namespace:

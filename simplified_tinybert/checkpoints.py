@@ -21,6 +21,7 @@ from transformers import BertConfig
 
 from simplified_tinybert.files import Problems, UserError, atomic_writer
 from simplified_tinybert.hub import CONFIG_FILES, PROJECTION_FILE, WEIGHT_FILES
+from simplified_tinybert.losses import layer_map
 from simplified_tinybert.modeling import ACTIVATIONS, CrossEncoder, activation_named
 from simplified_tinybert.tokenization import TOKENIZER_FILES, has_vocabulary
 
@@ -29,8 +30,9 @@ PRETRAINING_HEADS = ("cls.", "qa_outputs.")
 
 
 def read_config(folder: Path) -> BertConfig:
-    """BERT configuration from config.json or bert_config.json. Raises UserError."""
-    path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
+    """BERT configuration from config.json or bert_config.json of a folder, or from such a file. Raises UserError."""
+    path = folder if folder.is_file() else next((folder / name for name in CONFIG_FILES if (folder / name).is_file()),
+                                                None)
     if path is None:
         raise UserError(f"{folder}: holds neither {' nor '.join(CONFIG_FILES)}; is it a model folder?")
     try:
@@ -197,6 +199,26 @@ def initialise(parameter: nn.Parameter, spread: float, generator: torch.Generato
         parameter.normal_(std=spread, generator=generator) if parameter.dim() > 1 else parameter.zero_()
 
 
+def new_cross_encoder(config: BertConfig, generator: torch.Generator) -> CrossEncoder:
+    """A model with BERT's random initial weights; the embedding of [PAD] is zero."""
+    model = CrossEncoder(config)
+    for name, parameter in model.named_parameters():
+        if "LayerNorm" not in name:                     # which start as the identity
+            initialise(parameter, config.initializer_range, generator)
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[config.pad_token_id or 0] = 0.0
+    return model.eval()
+
+
+def copy_teacher_layers(student: CrossEncoder, teacher: CrossEncoder) -> None:
+    """Start a student of the teacher's width from its embeddings, its pooler and every k-th of its layers."""
+    sources = layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    student.bert.embeddings.load_state_dict(teacher.bert.embeddings.state_dict())
+    student.bert.pooler.load_state_dict(teacher.bert.pooler.state_dict())
+    for layer, source in zip(student.bert.encoder.layer, sources):
+        layer.load_state_dict(teacher.bert.encoder.layer[source - 1].state_dict())
+
+
 def add_projections(model: CrossEncoder, weights: dict[str, Tensor]) -> None:
     """Give the model the projections that its checkpoint holds (one shared, or TinyBERT v2's one per hidden state)."""
     count = len({name.split(".")[1] for name in weights if name.startswith("projections.")})
@@ -221,10 +243,14 @@ def fit_projections(model: CrossEncoder, teacher_width: int, generator: torch.Ge
 
 
 def save_cross_encoder(model: CrossEncoder, folder: Path, tokenizer_folder: Path | None, lower_case: bool,
-                       card: str = "") -> None:
-    """Write a Hugging Face folder: config.json, model.safetensors, tokenizer files, a model card, the projections."""
+                       card: str = "", general: bool = False) -> None:
+    """Write a Hugging Face folder: config.json, model.safetensors, tokenizer files, a model card, the projections.
+
+    A `general` student has no classifier yet.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+               if not (general and name.startswith("classifier."))}
     projections = {name: tensors.pop(name) for name in list(tensors) if name.startswith("projections.")}
     if projections:
         name = "fit_dense." if len(model.projections) == 1 else "fit_denses.0."
@@ -233,9 +259,10 @@ def save_cross_encoder(model: CrossEncoder, folder: Path, tokenizer_folder: Path
         _save_tensors(renamed, folder / PROJECTION_FILE)
     else:
         (folder / PROJECTION_FILE).unlink(missing_ok=True)                  # of a model that was here before
-    config = model.config.to_dict() | {"architectures": ["BertForSequenceClassification"], "model_type": "bert",
+    architecture = "BertModel" if general else "BertForSequenceClassification"
+    config = model.config.to_dict() | {"architectures": [architecture], "model_type": "bert",
                                        "dtype": str(model.classifier.weight.dtype).removeprefix("torch.")}
-    if model.config.num_labels == 2:
+    if model.config.num_labels == 2 and not general:
         config |= {"id2label": {"0": "not relevant", "1": "relevant"}, "label2id": {"not relevant": 0, "relevant": 1}}
     _write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     if tokenizer_folder:

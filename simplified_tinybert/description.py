@@ -11,9 +11,9 @@ from simplified_tinybert.training import Plan, epoch_batches, padding_share
 
 
 def describe_run(args: argparse.Namespace, student: CrossEncoder, teacher: CrossEncoder | None, examples: Examples,
-                 plans: list[Plan], processes: Processes) -> None:
-    """Print what follows from the settings, before the first step."""
-    say(f"student      {describe(student)}: {args.general_student_model}")
+                 plans: list[Plan], processes: Processes, start: str) -> None:
+    """Print what follows from the settings, before the first step. start: what the student starts from."""
+    say(f"student      {describe(student)}: {start}")
     if teacher:
         say(f"teacher      {describe(teacher)}: {args.teacher_model}")
     if any(uses_layers(plan.weights) for plan in plans):
@@ -43,6 +43,12 @@ def describe_stage(args: argparse.Namespace, examples: Examples, plan: Plan) -> 
     say(f"steps        {steps:,} = {plan.epochs:g} epochs × {per_epoch:,} steps of {plan.batch_size} × "
         f"{plan.accumulation} examples, {100 * padding:.1f} % of positions are padding; learning rate "
         f"{plan.learning_rate:g}, warm-up over {round(args.warmup_proportion * steps):,}")
+
+
+def general_card(args: argparse.Namespace, student: CrossEncoder) -> str:
+    return "\n".join(["---", "library_name: transformers", "---", f"# General student: {describe(student)}", "",
+                      f"Made with `general_distill.py` from the teacher `{args.teacher_model}`; all settings are in "
+                      f"run.json.", "It is not fine-tuned: `distill.py --general_student_model` takes it.", ""])
 
 
 def model_card(args: argparse.Namespace, student: CrossEncoder) -> str:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -120,7 +121,9 @@ def process_group(device: torch.device) -> Iterator[Processes]:
     if cuda:
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        # Hours, for the others wait while the first process of a machine tokenizes a corpus; torchrun notices the dead
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6),
+                                device_id=device if cuda else None)
         processes = Processes(process_number("RANK"), process_number("LOCAL_RANK"), count, device)
         yield processes
         processes.barrier()

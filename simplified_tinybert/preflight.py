@@ -22,7 +22,6 @@ def check_flags(args: argparse.Namespace, problems: Problems, further: list[tupl
     several = f" for each of {process_count()} processes" if process_count() > 1 else ""
     rules = [("train_batch_size", args.train_batch_size >= process_count(), f"1 or more{several}"),
              ("gradient_accumulation_steps", args.gradient_accumulation_steps >= 1, "1 or more"),
-             ("num_train_epochs", 0 < args.num_train_epochs < math.inf, "more than 0"),
              ("learning_rate", 0 <= args.learning_rate < math.inf, "0 or more"),
              ("warmup_proportion", 0 <= args.warmup_proportion < 1, "0 to less than 1"),
              ("weight_decay", 0 <= args.weight_decay < math.inf, "0 or more"),

@@ -94,9 +94,16 @@ class PieceCutter:
         self.tokenizer = vocabulary.tokenizer()
         self.texts, self.words = Remembered(self._cut_text, memory), Remembered(self._cut_word, memory)
 
+    def all_pieces(self, text: str) -> bytes:
+        """The pieces of a text of any length, all of them; only its words are remembered."""
+        return b"".join(map(self.words.__getitem__, self._with_final_sigma(text).split(" ")))
+
+    def _with_final_sigma(self, text: str) -> str:
+        """Python, and so the original, lower-cases a Σ that ends a word to ς; Rust makes it σ."""
+        return text.lower() if self.vocabulary.lower_case and "Σ" in text else text
+
     def _cut_text(self, text: str) -> bytes:
-        if self.vocabulary.lower_case and "Σ" in text:
-            text = text.lower()         # Python, and so the original, makes a Σ that ends a word ς; Rust makes it σ
+        text = self._with_final_sigma(text)
         pieces, count = b"", self.max_seq_length
         while True:
             *words, rest = text.split(" ", count)

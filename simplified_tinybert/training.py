@@ -50,7 +50,7 @@ class Plan:
         return math.ceil(math.ceil(examples / self.batch_size) / self.accumulation)
 
     def total_steps(self, examples: int) -> int:
-        return max(1, round(self.epochs * self.steps_per_epoch(examples)))
+        return max(1, round(self.epochs * self.steps_per_epoch(examples))) if self.epochs else 0
 
 
 @dataclass

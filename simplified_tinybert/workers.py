@@ -1,5 +1,6 @@
 """One function over a stream by several processes: results in order, memory bounded by one part for each process."""
 import multiprocessing
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -7,6 +8,13 @@ from itertools import cycle
 from multiprocessing.connection import Connection
 
 from simplified_tinybert.files import UserError
+
+MOST_WORKERS = 8
+
+
+def default_workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
 
 
 def map_in_order(make: Callable[[], Callable], parts: Iterable, workers: int) -> Iterator:

@@ -1,0 +1,171 @@
+"""Make a general student: TinyBERT's general distillation, from a BERT that was not fine-tuned, on raw text.
+
+    python general_distill.py --corpus texts.txt more.txt.gz --teacher_model google-bert/bert-base-uncased \\
+        --student_config student_config.json --output_student_dir general_student --device 0 --bf16
+    python general_distill.py --corpus texts.txt --teacher_model google-bert/bert-base-uncased \\
+        --student_layers 6 --init_from_teacher --output_student_dir general_student
+
+In: text files in UTF-8, plain or gzip, one document a line (--documents paragraphs: documents separated by blank
+lines). Each is cut into segments [CLS] up to max_seq_length - 2 word pieces [SEP]; nothing is masked. The student has
+the shape of --student_config (a config.json, or the folder of one), or the teacher's with --student_layers; its weights
+are random, or with --init_from_teacher, where it has the teacher's width, the teacher's embeddings, pooler and every
+k-th layer. It learns attention + hidden (Jiao et al. 2020, as TinyBERT's general stage).
+
+Out, in --output_student_dir: the general student, which distill.py takes as --general_student_model, as a Hugging Face
+folder (without classifier; fit_dense.safetensors holds the projection to the teacher's width), train_loss.jsonl and
+checkpoints as from distill.py. --num_train_epochs 0 trains nothing and writes what the student starts from.
+
+Several GPUs or processes: torchrun --standalone --nproc_per_node=4 general_distill.py --corpus ...
+"""
+import argparse
+import math
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import BertConfig
+
+from simplified_tinybert.checkpoints import (
+    copy_teacher_layers,
+    fit_projections,
+    load_cross_encoder,
+    new_cross_encoder,
+    read_config,
+    save_cross_encoder,
+    weights_fingerprint,
+)
+from simplified_tinybert.corpus import DOCUMENTS, check_corpus, map_corpus
+from simplified_tinybert.description import describe_run, general_card
+from simplified_tinybert.distillation import SETTINGS, add_training_flags, check_apex, make_plan, make_student, train
+from simplified_tinybert.distributed import Processes, process_group
+from simplified_tinybert.files import Problems, UserError, process_count, run_main, say
+from simplified_tinybert.modeling import CrossEncoder
+from simplified_tinybert.precision import select_precision
+from simplified_tinybert.preflight import check_flags, check_output_dir, check_pair, find_models, find_run
+from simplified_tinybert.runtime import keep_freed_memory, select_device
+from simplified_tinybert.tokenization import Vocabulary, load_vocabulary
+
+WEIGHTS = {"attention": 1.0, "hidden": 1.0}
+MADE_ALIKE = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings",
+              "type_vocab_size")                        # what teacher layers need of a student that takes them over
+SHAPE = (*MADE_ALIKE, "num_hidden_layers", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
+         "initializer_range", "layer_norm_eps")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--corpus", type=Path, nargs="+", required=True, help="text file(s), plain or .gz")
+    add("--documents", choices=DOCUMENTS, default="lines", help="what a document is, see above (default: lines)")
+    add("--teacher_model", required=True, help="folder or hub id of a BERT")
+    shape = parser.add_mutually_exclusive_group(required=True)
+    shape.add_argument("--student_config", type=Path, help="config.json of the student's shape, or its folder")
+    shape.add_argument("--student_layers", type=int, help="layers of a student that is otherwise shaped as the teacher")
+    add("--init_from_teacher", action="store_true", help="start from the teacher's weights, see above")
+    add("--max_seq_length", type=int, default=128, help="word pieces of a segment with [CLS] and [SEP] (default: 128)")
+    add_training_flags(parser, batch_size=256, learning_rate=1e-4, epochs=3)
+    return parser.parse_args()
+
+
+def student_config(args: argparse.Namespace, teacher: BertConfig, problems: Problems) -> BertConfig | None:
+    """The student's configuration, once it is known to fit the teacher; what does not is added to `problems`."""
+    try:
+        config = read_config(args.student_config) if args.student_config else BertConfig(
+            **teacher.to_dict() | {"num_hidden_layers": args.student_layers})
+        config.num_labels = 2
+    except UserError as error:
+        problems.add(str(error))
+        return None
+    if config.num_hidden_layers < 1:
+        problems.add(f"a student of {config.num_hidden_layers} layers; expected 1 or more")
+        return None
+    check_pair(teacher, config, problems)
+    if config.vocab_size != teacher.vocab_size:
+        problems.add(f"{args.student_config}: vocab_size is {config.vocab_size}, the teacher's {teacher.vocab_size}; "
+                     f"the two read the same word pieces, make them equal")
+    if args.max_seq_length > min(config.max_position_embeddings, teacher.max_position_embeddings):
+        problems.add(f"--max_seq_length {args.max_seq_length}: the student has {config.max_position_embeddings} "
+                     f"positions, the teacher {teacher.max_position_embeddings}; choose fewer")
+    differing = [f"{name} is {getattr(config, name)}, not {getattr(teacher, name)}" for name in MADE_ALIKE
+                 if getattr(config, name) != getattr(teacher, name)]
+    if args.init_from_teacher and differing:
+        problems.add(f"--init_from_teacher: the student is not shaped as the teacher ({'; '.join(differing)}); leave "
+                     f"the flag out, or use --student_layers")
+    return config
+
+
+def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertConfig, BertConfig, Vocabulary, str]:
+    """Teacher, both configurations, vocabulary, fingerprint of the corpus. Raises UserError with all that is wrong."""
+    check_flags(args, problems, [("max_seq_length", 8 <= args.max_seq_length < 2 ** 16, "8 to 65535"),
+                                 ("num_train_epochs", 0 <= args.num_train_epochs < math.inf, "0 or more")])
+    check_apex(args, 1, problems)
+    check_output_dir(args.output_student_dir, args.resume, problems)
+    teacher, config, vocabulary = find_models({"teacher": args.teacher_model}, problems).get("teacher"), None, None
+    if teacher:
+        config = student_config(args, teacher[1], problems)
+        try:
+            vocabulary = load_vocabulary(teacher[0])
+            if max(vocabulary.pieces.values()) >= teacher[1].vocab_size:
+                problems.add(f"{teacher[0]}: has {teacher[1].vocab_size} embeddings for a vocabulary of "
+                             f"{len(vocabulary.pieces)} word pieces; its files do not belong together")
+        except UserError as error:
+            problems.add(str(error))
+    corpus = check_corpus(args.corpus, problems)
+    problems.raise_if_any()
+    return *teacher, config, vocabulary, corpus
+
+
+def load_models(args: argparse.Namespace, folder: Path, teacher_config: BertConfig, config: BertConfig,
+                checkpoint: Path | None, device: torch.device) -> tuple[CrossEncoder, CrossEncoder]:
+    """Student (from a checkpoint if given) and teacher on the device."""
+    generator = torch.Generator().manual_seed(args.seed)
+    teacher, _ = load_cross_encoder(folder, teacher_config, new_head=torch.Generator())     # its head is not used
+    teacher.requires_grad_(False)
+    if checkpoint:
+        student, _ = load_cross_encoder(checkpoint, new_head=generator)
+    else:
+        student = new_cross_encoder(config, generator)
+        if args.init_from_teacher:
+            copy_teacher_layers(student, teacher)
+    fit_projections(student, teacher_config.hidden_size, generator)
+    return student.to(device), teacher.to(device)
+
+
+def general_distill(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
+    problems = Problems()
+    dtype = select_precision(args.fp16, args.bf16, device, problems)
+    folder, teacher_config, config, vocabulary, corpus = check_all(args, problems)
+    names = (*SETTINGS, "max_seq_length", "documents", "init_from_teacher")
+    facts = {"device": str(device), "settings": {name: getattr(args, name) for name in names} | {
+        "student": {name: getattr(config, name) for name in SHAPE}, "teacher": weights_fingerprint(folder),
+        "corpus": corpus, "processes": process_count()}}
+    finished, checkpoint = find_run(args.output_student_dir, facts["settings"])
+    processes.check_agreement(facts["settings"] | {"checkpoint": checkpoint})
+    if finished:
+        say(f"{args.output_student_dir}: the student is finished already; remove the folder to make it again")
+        return
+
+    student, teacher = load_models(args, folder, teacher_config, config, checkpoint, device)
+    with processes.first_on_machine():
+        examples = map_corpus(args.corpus, args.documents, vocabulary, args.max_seq_length, corpus, args.cache_file_dir)
+    plans = [make_plan(args, WEIGHTS, args.max_seq_length, args.num_train_epochs, args.learning_rate)]
+    start = "the teacher's layers" if args.init_from_teacher else "random weights"
+    describe_run(args, student, teacher, examples, plans, processes, start)
+
+    def save_model(target: Path) -> None:
+        save_cross_encoder(student, target, folder, vocabulary.lower_case, general_card(args, student), general=True)
+
+    make_student(args, facts, processes, save_model, partial(
+        train, args, student, teacher, examples, plans, dtype, save_model, checkpoint, processes))
+
+
+def main() -> None:
+    args = parse_args()
+    device = select_device(args.device, args.no_cuda)
+    keep_freed_memory(device)
+    with process_group(device) as processes:
+        general_distill(args, device, processes)
+
+
+if __name__ == "__main__":
+    run_main(main, several=True)

@@ -1,0 +1,107 @@
+"""Raw text as training examples of general distillation: [CLS] up to max_seq_length - 2 word pieces [SEP].
+
+A document is cut into such segments from its start; its last one is as long as what is left. No segment holds text of
+two documents, and nothing is masked.
+"""
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from simplified_tinybert.feature_cache import mapped
+from simplified_tinybert.features import Examples
+from simplified_tinybert.files import BLOCK, Problems, UserError, check_input_file, read_lines
+from simplified_tinybert.tokenization import PieceCutter, Vocabulary
+from simplified_tinybert.workers import default_workers, map_in_order
+
+DOCUMENTS = ("lines", "paragraphs")
+NO_LABEL = -1
+
+
+def documents(paths: list[Path], kind: str, problems: Problems) -> Iterator[str]:
+    """The documents of text files, plain or .gz: lines that are not blank, or paragraphs between blank lines."""
+    for path in paths:
+        paragraph = []
+        for _, line in read_lines(path, problems):
+            if line.strip() and kind == "lines":
+                yield line
+            elif line.strip():
+                paragraph.append(line)
+            elif paragraph:
+                yield " ".join(paragraph)
+                paragraph = []
+        if paragraph:
+            yield " ".join(paragraph)
+
+
+def check_corpus(paths: list[Path], problems: Problems) -> str:
+    """SHA-256 over the content of all files; what cannot be used is added to `problems`."""
+    digest, text = hashlib.sha256(), False
+    for path in paths:
+        if check_input_file(path, problems, "corpus", read_twice=True):
+            for _, line in tqdm(read_lines(path, problems), desc=f"checking {path.name}", unit=" lines",
+                                unit_scale=True, delay=2):
+                digest.update(line.encode() + b"\n")
+                text = text or bool(line.strip())
+            digest.update(b"\0")
+    if not text and not problems.count:
+        problems.add(f"{', '.join(map(str, paths))}: no text in the corpus")
+    return digest.hexdigest()
+
+
+def segments(texts: list[str], cutter: PieceCutter) -> Examples:
+    """The segments of some documents."""
+    cls, sep = (np.array([piece], cutter.token_type) for piece in (cutter.vocabulary.cls_id, cutter.vocabulary.sep_id))
+    tokens, lengths, room = [], [], cutter.max_seq_length - 2
+    for text in texts:
+        pieces = np.frombuffer(cutter.all_pieces(text), cutter.token_type)
+        for start in range(0, len(pieces), room):
+            segment = pieces[start:start + room]
+            tokens += [cls, segment, sep]
+            lengths.append(len(segment) + 2)
+    lengths = np.array(lengths, np.uint16)
+    return Examples(np.concatenate(tokens) if tokens else np.array([], cutter.token_type), lengths, lengths,
+                    np.full(len(lengths), NO_LABEL, np.int8))
+
+
+def segment_cutter(vocabulary: Vocabulary, max_seq_length: int) -> Callable[[list[str]], Examples]:
+    return partial(segments, cutter=PieceCutter(vocabulary, max_seq_length))
+
+
+def map_corpus(paths: list[Path], kind: str, vocabulary: Vocabulary, max_seq_length: int, fingerprint: str,
+               cache_dir: Path) -> Examples:
+    """All segments of a checked corpus as memory maps; cut by as many processes as there are cores, only once."""
+    name = hashlib.sha256(f"{fingerprint} {kind} {vocabulary.fingerprint()} {vocabulary.lower_case} {max_seq_length}"
+                          .encode()).hexdigest()[:32]
+    workers = default_workers() if sum(path.stat().st_size for path in paths) > 4 * BLOCK else 1
+    make = partial(segment_cutter, vocabulary, max_seq_length)
+    token_type = "<u2" if max(vocabulary.pieces.values()) < 2 ** 16 else "<u4"
+    parts = not_empty(map_in_order(make, in_blocks(documents(paths, kind, Problems())), workers),
+                      paths)
+    return mapped(cache_dir / f"corpus-{name}", token_type, parts)
+
+
+def not_empty(parts: Iterator[Examples], paths: list[Path]) -> Iterator[Examples]:
+    """The same parts. Raises UserError at their end if they hold no segment: a text may be all control characters."""
+    count = 0
+    for part in parts:
+        count += len(part)
+        yield part
+    if not count:
+        raise UserError(f"{', '.join(map(str, paths))}: no word pieces in the corpus")
+
+
+def in_blocks(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Documents in lists of about BLOCK characters."""
+    block, size = [], 0
+    for text in tqdm(texts, desc="tokenizing", unit=" documents", unit_scale=True):
+        block.append(text)
+        size += len(text)
+        if size >= BLOCK:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block

@@ -1,0 +1,225 @@
+"""general_distill.py: text to segments, students from random weights and from teacher layers, what distill.py gets."""
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_rows, run_script, tiny_vocabulary, vocabulary, words, write_features
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_distill import arguments as distill_arguments
+from test_distill import log_of, with_dropout
+from test_distributed import torchrun
+from transformers import AutoModel
+
+import distill
+import general_distill
+from simplified_tinybert.checkpoints import load_cross_encoder
+from simplified_tinybert.corpus import documents, map_corpus, segments
+from simplified_tinybert.files import Problems, UserError
+from simplified_tinybert.objectives import objective
+from simplified_tinybert.tokenization import PieceCutter
+from simplified_tinybert.training import Training
+
+SHAPE = {"model_type": "bert", "vocab_size": 200, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 96, "max_position_embeddings": 64, "hidden_dropout_prob": 0.0,
+         "attention_probs_dropout_prob": 0.0}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    random = np.random.default_rng(0)
+    path = tmp_path / "corpus.txt"
+    path.write_text("".join(words(random.integers(5, 200, random.integers(1, 60))) + "\n" for _ in range(60)))
+    (tmp_path / "student.json").write_text(json.dumps(SHAPE))
+    return path
+
+
+def arguments(corpus, models, name, *more, shape=None):
+    folder = corpus.parent
+    return ["--corpus", corpus, "--teacher_model", models["teacher"], "--output_student_dir", folder / name,
+            "--cache_file_dir", folder / "cache", "--device", "cpu", "--max_seq_length", 16, "--train_batch_size", 16,
+            "--learning_rate", 1e-3, "--train_loss_step", 1,
+            *(shape or ["--student_config", folder / "student.json"]), *more]
+
+
+# Text
+
+
+def test_documents_of_lines_and_paragraphs(tmp_path):
+    (tmp_path / "a").write_text("one\n\n  \ntwo words\nthree")
+    (tmp_path / "b.gz").write_bytes(gzip.compress("\ufeffvier\nfünf\n\n\nsechs\n".encode()))
+    paths = [tmp_path / "a", tmp_path / "b.gz"]
+    assert list(documents(paths, "lines", Problems())) == ["one", "two words", "three", "vier", "fünf", "sechs"]
+    assert list(documents(paths, "paragraphs", Problems())) == ["one", "two words three", "vier fünf", "sechs"]
+
+
+def test_segments_by_hand():
+    examples = segments([words(range(5, 18)), words([20]), " \t", words(range(30, 36))], PieceCutter(vocabulary(), 8))
+    found = [examples.tokens[start:end].tolist() for start, end in zip(examples.offsets, examples.offsets[1:])]
+    assert found == [[2, 5, 6, 7, 8, 9, 10, 3], [2, 11, 12, 13, 14, 15, 16, 3], [2, 17, 3], [2, 20, 3],
+                     [2, 30, 31, 32, 33, 34, 35, 3]]
+    batch = examples.batch(np.array([0, 2]))
+    assert batch.token_type_ids.sum() == 0 and batch.attention_mask.tolist() == [[1] * 8, [1] * 3 + [0] * 5]
+    assert (examples.labels == -1).all()
+
+
+@given(texts=st.lists(st.text(alphabet=" \tw1234.,;Σσ\u00a0é", max_size=80), max_size=5), length=st.integers(8, 20))
+def test_segments_hold_all_pieces_of_each_text_in_order(texts, length):
+    pieces = vocabulary()
+    examples = segments(texts, PieceCutter(pieces, length))
+    tokenizer, expected = pieces.tokenizer(), []
+    for text in texts:
+        ids = tokenizer.encode(text.lower() if "Σ" in text else text, add_special_tokens=False).ids
+        expected += [[2, *ids[start:start + length - 2], 3] for start in range(0, len(ids), length - 2)]
+    assert expected == [examples.tokens[start:end].tolist()
+                        for start, end in zip(examples.offsets, examples.offsets[1:])]
+
+
+def test_the_cut_corpus_is_kept_and_several_processes_cut_it_alike(tmp_path, monkeypatch):
+    path = tmp_path / "corpus.txt"
+    random = np.random.default_rng(0)
+    path.write_text("".join(words(random.integers(5, 200, 400)) + "\n" for _ in range(1200)))
+    assert path.stat().st_size > 2 ** 20                # enough for several processes
+    first = map_corpus([path], "lines", vocabulary(), 16, "content", tmp_path / "cache")
+    monkeypatch.setattr("simplified_tinybert.corpus.default_workers", lambda: 1)
+    second = map_corpus([path], "lines", vocabulary(), 16, "content", tmp_path / "other")
+    assert np.array_equal(first.tokens, second.tokens) and np.array_equal(first.lengths, second.lengths)
+    path.write_text("")                                 # not read again
+    again = map_corpus([path], "lines", vocabulary(), 16, "content", tmp_path / "cache")
+    assert np.array_equal(first.tokens, again.tokens) and len(again) == 1200 * 29
+    with pytest.raises(UserError, match="no word pieces"):
+        map_corpus([path], "paragraphs", vocabulary(), 16, "content", tmp_path / "cache")   # a cache of its own
+
+
+# Students
+
+
+def test_what_distill_gets(golden_models, corpus, tmp_path, run_main):
+    printed = run_main(general_distill, *arguments(corpus, golden_models, "general", "--num_train_epochs", 6))
+    out, rows = tmp_path / "general", log_of(tmp_path / "general")
+    assert "2 layers, hidden width 24, 4 heads" in printed and "1 × attention + 1 × hidden\n" in printed
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert all(row["cls_loss"] == 0 and row["loss"] == pytest.approx(row["att_loss"] + row["rep_loss"]) for row in rows)
+    weights = load_file(out / "model.safetensors")
+    assert not any(name.startswith("classifier.") for name in weights) and "bert.pooler.dense.weight" in weights
+    assert load_file(out / "fit_dense.safetensors")["fit_dense.weight"].shape == (48, 24)
+    _, loading = AutoModel.from_pretrained(out, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert (out / "vocab.txt").read_text().split("\n")[:200] == tiny_vocabulary()
+
+    features = write_features(tmp_path / "train.pkl", random_rows(16))
+    told = run_main(distill, *distill_arguments(features, golden_models | {"student_2x24": out}, tmp_path / "student"))
+    assert "newly initialised: classifier.bias, classifier.weight" in told and "fit_dense, " not in told
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+
+
+def test_the_loss_is_the_layers_part_of_the_simplified_objective(golden_models, corpus, tmp_path, run_main):
+    """At the first step the student is checkpoint-0; its whole corpus is one batch."""
+    run_main(general_distill, *arguments(corpus, golden_models, "out", "--train_batch_size", 4096))
+    student, _ = load_cross_encoder(tmp_path / "out" / "checkpoint-0", new_head=torch.Generator())
+    teacher, _ = load_cross_encoder(golden_models["teacher"])
+    examples = segments(corpus.read_text().splitlines(), PieceCutter(vocabulary(), 16))
+    batch = examples.batch(np.arange(len(examples)), 16)
+    terms = objective(student, teacher, batch, {"attention": 1.0, "hidden": 1.0})
+    row = log_of(tmp_path / "out")[0]
+    assert (row["att_loss"], row["rep_loss"]) == pytest.approx(
+        (terms["att_loss"].item(), terms["rep_loss"].item()), rel=1e-4)
+
+
+def test_from_every_second_teacher_layer(golden_models, corpus, tmp_path, run_main):
+    run_main(general_distill, *arguments(corpus, golden_models, "out", "--init_from_teacher", "--num_train_epochs", 0,
+                                         shape=["--student_layers", 2]))
+    student, teacher = load_file(tmp_path / "out/model.safetensors"), load_file(golden_models["teacher"] /
+                                                                                "model.safetensors")
+    for name, tensor in student.items():
+        source = name.replace("layer.1.", "layer.3.").replace("layer.0.", "layer.1.")
+        assert torch.equal(tensor, teacher[source].float()), name
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_hidden_layers"] == 2
+    assert not (tmp_path / "out" / "train_loss.jsonl").exists()
+
+
+def test_all_teacher_layers_are_the_teacher(golden_models, corpus, tmp_path, run_main):
+    run_main(general_distill, *arguments(corpus, golden_models, "out", "--init_from_teacher", shape=["--student_layers",
+                                                                                                     4]))
+    assert log_of(tmp_path / "out")[0]["att_loss"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("stop_after", [0, 3, 7])
+def test_an_interrupted_run_resumes_to_the_same_student(golden_models, corpus, tmp_path, run_main, monkeypatch,
+                                                        stop_after):
+    models = golden_models | {"teacher": with_dropout(golden_models["teacher"], tmp_path / "dropout")}
+    more = ("--save_model_step", 2, "--num_train_epochs", 1)
+    shape = ["--student_layers", 2]
+    run_main(general_distill, *arguments(corpus, models, "whole", *more, shape=shape))
+    steps, real_step = [], Training._step
+
+    def step_until_interrupted(self, group):
+        if len(steps) == stop_after:
+            raise KeyboardInterrupt
+        steps.append(group)
+        real_step(self, group)
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", step_until_interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_main(general_distill, *arguments(corpus, models, "halves", *more, shape=shape))
+    run_main(general_distill, *arguments(corpus, models, "halves", *more, "--resume", shape=shape))
+    for name in ("model.safetensors", "fit_dense.safetensors"):
+        assert (tmp_path / "halves" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert [row["loss"] for row in log_of(tmp_path / "halves")] == [row["loss"] for row in log_of(tmp_path / "whole")]
+    corpus.write_text(corpus.read_text() + "w7\n")
+    with pytest.raises(UserError, match="corpus was"):
+        run_main(general_distill, *arguments(corpus, models, "halves", *more, "--resume", shape=shape))
+
+
+def test_two_processes_make_the_same_student(golden_models, corpus, tmp_path):
+    for processes, name in ((1, "one"), (2, "two")):
+        more = arguments(corpus, golden_models, name, "--num_train_epochs", 1)
+        done = torchrun(2, "general_distill.py", *more) if processes == 2 else run_script("general_distill.py", *more)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+# Refusals
+
+
+def test_all_problems_at_once(golden_models, corpus, tmp_path):
+    (tmp_path / "student.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": 3, "num_attention_heads": 3,
+                                                               "vocab_size": 100}))
+    done = run_script("general_distill.py", *arguments(
+        tmp_path / "none.txt", golden_models, "out", "--init_from_teacher", "--max_seq_length", 65,
+        "--learning_rate", -1))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for complaint in ("none.txt: cannot read the corpus", "4 layers cannot be mapped evenly to a student of 3",
+                      "4 attention heads, the student 3", "vocab_size is 100, the teacher's 200",
+                      "--max_seq_length 65: the student has 64 positions", "--learning_rate -1.0: expected",
+                      "--init_from_teacher: the student is not shaped as the teacher (hidden_size is 24, not 48"):
+        assert complaint in done.stderr, complaint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content, complaint", [
+    (b"", "no text in the corpus"), (b"\n \n", "no text in the corpus"), (b"w7\n\xff\n", "is not UTF-8"),
+    ("\u0001\n".encode(), "no word pieces")])
+def test_refused_corpora(golden_models, corpus, tmp_path, run_main, content, complaint):
+    corpus.write_bytes(content)
+    with pytest.raises(UserError, match=complaint):
+        run_main(general_distill, *arguments(corpus, golden_models, "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shape", [["--student_layers", 0], ["--student_layers", 3]])
+def test_refused_depths(golden_models, corpus, run_main, shape):
+    with pytest.raises(UserError, match="layers"):
+        run_main(general_distill, *arguments(corpus, golden_models, "out", shape=shape))
+
+
+def test_a_cache_that_is_a_file_is_named(golden_models, corpus, tmp_path):
+    (tmp_path / "cache").write_text("not a folder")
+    done = run_script("general_distill.py", *arguments(corpus, golden_models, "out"))
+    assert done.returncode == 2 and str(tmp_path / "cache") in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "cache").read_text() == "not a folder"
