@@ -14,7 +14,7 @@
 #   MAX_SEQ_LENGTH                 word pieces: 256 when tokenizing, else as the features were made | 128
 #   OUTPUT_STUDENT_DIR             student | example_run/student-$DISTILL_MODEL
 #   CACHE_FILE_DIR                 cache | example_run/cache
-#   DISTILL_MODEL                  finetune, standard, simplified (default)
+#   DISTILL_MODEL                  finetune, standard, tinybert, simplified (default)
 #   DEVICE                         auto (default), cpu, or a CUDA index
 #   PROCESSES                      1 (default); more, by torchrun, to share every batch: as many as GPUs
 #   TRAIN_BATCH_SIZE 64 | 32   LEARNING_RATE 5e-5 | 1e-3   NUM_TRAIN_EPOCHS 2 | 1   TRAIN_LOSS_STEP 1000 | 25

@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# From a collection of your own to the paper's table: bash collection.sh COLLECTION OUTPUT_DIR
+#
+# COLLECTION is a folder in the form of MS MARCO's document ranking, each file plain or .gz (then named so):
+#   docs.tsv                 document_id <tab> url <tab> title <tab> body
+#   queries.{train,dev,test}.tsv   query_id <tab> query        qrels.{train,dev,test}.txt   query_id 0 document_id grade
+#   bm25.{train,dev,test}.txt      the candidates: TREC runs of any first ranking
+# The steps, each a command that can be run alone: prepare, tokenize, a teacher, a general student, a student by each
+# method, re-rank, evaluate, report. A step whose result is there already is not done again; an interrupted one goes on.
+# Everything is written to OUTPUT_DIR; the table is OUTPUT_DIR/report/table.md.
+#
+# Variables:
+#   BERT_MODEL       pre-trained BERT (folder or hub id) whose vocabulary is used, from which the teacher is fine-tuned
+#                    and the general student distilled (default google-bert/bert-base-uncased)
+#   TEACHER_MODEL    a teacher that is fine-tuned already: it then also chooses the relevant passages
+#   STUDENT_MODEL    a general student that is there already
+#   STUDENT_LAYERS   else: layers of the general student, started from the teacher's (default 3)
+#   METHODS          default "finetune standard tinybert simplified"
+#   MEASURES         default "nDCG@10 RR@10 AP"
+#   MAX_SEQ_LENGTH   word pieces of a pair (default 256)
+#   PREPARE_FLAGS    more arguments of prepare_examples.py train, such as "--negatives 4 --max_queries 500"
+#   DEPTH            candidates of a query that are re-ranked (default 100)
+#   TRAIN_FLAGS      more arguments of distill.py for teacher and students, such as "--bf16 --train_batch_size 16"
+#   TEACHER_FLAGS    for the teacher alone, after TRAIN_FLAGS     GENERAL_FLAGS   more arguments of general_distill.py
+#   EVAL_STEP        steps between validations on the dev queries (default 1000)
+#   DEVICE           auto (default), cpu, or a CUDA index          PROCESSES      1 (default); more, by torchrun
+#   PYTHON           interpreter to use as it is
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/python_env.sh"
+help_for "${BASH_SOURCE[0]}" "$@"
+
+[ $# = 2 ] || fail "expected two arguments, found $#: bash collection.sh COLLECTION OUTPUT_DIR (--help tells more)"
+COLLECTION="$1"
+OUT="$2"
+BERT_MODEL="${BERT_MODEL:-google-bert/bert-base-uncased}"
+TEACHER_MODEL="${TEACHER_MODEL:-}"
+STUDENT_MODEL="${STUDENT_MODEL:-}"
+STUDENT_LAYERS="${STUDENT_LAYERS:-3}"
+METHODS="${METHODS:-finetune standard tinybert simplified}"
+MEASURES="${MEASURES:-nDCG@10 RR@10 AP}"
+MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-256}"
+DEPTH="${DEPTH:-100}"
+EVAL_STEP="${EVAL_STEP:-1000}"
+DEVICE="${DEVICE:-auto}"
+read -ra PREPARE_FLAGS <<< "${PREPARE_FLAGS:-}"
+read -ra TRAIN_FLAGS <<< "${TRAIN_FLAGS:-}"
+read -ra TEACHER_FLAGS <<< "${TEACHER_FLAGS:-}"
+read -ra GENERAL_FLAGS <<< "${GENERAL_FLAGS:-}"
+read -ra METHODS <<< "$METHODS"
+read -ra MEASURES <<< "$MEASURES"
+
+# file NAME: its path in the collection, plain or .gz
+file() {
+    local path
+    for path in "$COLLECTION/$1" "$COLLECTION/$1.gz"; do
+        if [ -r "$path" ]; then
+            echo "$path"
+            return
+        fi
+    done
+    fail "$COLLECTION/$1: no such file, nor $1.gz; see bash collection.sh --help for the files of a collection"
+}
+DOCS="$(file docs.tsv)"
+for split in train dev test; do                    # all of them, before hours are spent
+    for name in "queries.$split.tsv" "qrels.$split.txt" "bm25.$split.txt"; do
+        file "$name" >/dev/null
+    done
+done
+
+# step FILE COMMAND ...: run the command unless FILE, which it writes as its last, is there
+step() {
+    if [ ! -e "$1" ]; then
+        echo "== ${*:2}" >&2
+        "${@:2}"
+    fi
+}
+run() { "$PYTHON" "$ROOT/$1" "${@:2}"; }
+run_on_device() { launch "$ROOT/$1" --device "$DEVICE" "${@:2}"; }
+texts() { gzip -cdf "$DOCS" | cut -f3- | tr '\t' ' ' > "$OUT/texts.txt.part" && mv "$OUT/texts.txt.part" "$OUT/texts.txt"; }
+
+# train OUTPUT STUDENT [more arguments of distill.py]
+train() {
+    run_on_device distill.py --features_file "$OUT/train.pkl" --general_student_model "$2" --output_student_dir "$1" \
+        --dev_features_file "$OUT/dev.pkl" --dev_qrels_file "$(file qrels.dev.txt)" --eval_step "$EVAL_STEP" \
+        --cache_file_dir "$OUT/cache" --resume "${TRAIN_FLAGS[@]}" "${@:3}"
+}
+
+# rerank MODEL NAME: the scores and the ranking of the test pairs, NAME.tsv and NAME.trec
+rerank() {
+    step "$OUT/$2.tsv" run_on_device reranker.py --model_dir "$1" --features_file "$OUT/test.pkl" \
+        --output_scores_file "$OUT/$2.tsv" --resume
+    step "$OUT/$2.trec" run convert_to_trec_results.py --scores_file "$OUT/$2.tsv" --output_results_file "$OUT/$2.trec"
+}
+
+use_python requirements.txt
+mkdir -p "$OUT"
+VOCABULARY="${TEACHER_MODEL:-$BERT_MODEL}"
+
+step "$OUT/train.tsv" run prepare_examples.py train --docs "$DOCS" --queries "$(file queries.train.tsv)" \
+    --qrels "$(file qrels.train.txt)" --candidates "$(file bm25.train.txt)" --output "$OUT/train.tsv" --title \
+    --cache_file_dir "$OUT/cache" ${TEACHER_MODEL:+--filter_model "$TEACHER_MODEL" --device "$DEVICE"} \
+    "${PREPARE_FLAGS[@]}"
+for split in dev test; do
+    step "$OUT/$split.tsv" run prepare_examples.py test --docs "$DOCS" --queries "$(file "queries.$split.tsv")" \
+        --candidates "$(file "bm25.$split.txt")" --output "$OUT/$split.tsv" --title --depth "$DEPTH" \
+        --cache_file_dir "$OUT/cache"
+done
+for split in train dev test; do
+    step "$OUT/$split.pkl" run tokenize_to_features.py --set_name $split --raw_data_file "$OUT/$split.tsv" \
+        --output_features_file "$OUT/$split.pkl" --bert_model_dir "$VOCABULARY" --max_seq_length "$MAX_SEQ_LENGTH"
+done
+
+if [ -z "$TEACHER_MODEL" ]; then
+    TEACHER_MODEL="$OUT/teacher"
+    step "$TEACHER_MODEL/model.safetensors" train "$TEACHER_MODEL" "$BERT_MODEL" --distill_model finetune \
+        "${TEACHER_FLAGS[@]}"
+fi
+if [ -z "$STUDENT_MODEL" ]; then
+    STUDENT_MODEL="$OUT/general"
+    step "$OUT/texts.txt" texts
+    step "$STUDENT_MODEL/model.safetensors" run_on_device general_distill.py --corpus "$OUT/texts.txt" \
+        --teacher_model "$BERT_MODEL" --student_layers "$STUDENT_LAYERS" --init_from_teacher --resume \
+        --output_student_dir "$STUDENT_MODEL" --cache_file_dir "$OUT/cache" "${GENERAL_FLAGS[@]}"
+fi
+
+BM25="$(file bm25.test.txt)"
+rerank "$TEACHER_MODEL" run-teacher
+systems=(--system BM25 "$BM25" --system teacher "$OUT/run-teacher.trec" "$TEACHER_MODEL")
+for method in "${METHODS[@]}"; do
+    student="$OUT/student-$method"
+    step "$student/model.safetensors" train "$student" "$STUDENT_MODEL" --distill_model "$method" \
+        --teacher_model "$TEACHER_MODEL"
+    rerank "$student" "run-$method"
+    systems+=(--system "$method" "$OUT/run-$method.trec" "$student")
+done
+run report.py --qrels "$(file qrels.test.txt)" "${systems[@]}" --teacher teacher --baseline BM25 \
+    --measures "${MEASURES[@]}" --features_file "$OUT/test.pkl" --device "$DEVICE" --output_dir "$OUT/report"
