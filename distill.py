@@ -54,7 +54,8 @@ from simplified_tinybert.preflight import (
     find_models,
     find_run,
 )
-from simplified_tinybert.runtime import keep_freed_memory, record, select_device
+from simplified_tinybert.records import record
+from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.tokenization import has_vocabulary
 from simplified_tinybert.training import Plan, Training, remove_leftovers, step_of
 from simplified_tinybert.training_log import TrainingLog
