@@ -6,7 +6,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import BertConfig
 
-from simplified_tinybert.checkpoints import load_cross_encoder, read_config
+from simplified_tinybert.checkpoints import load_cross_encoder, read_config, weights_fingerprint
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, say
 from simplified_tinybert.hub import find_model
@@ -47,6 +47,9 @@ class PassageFilter:
         prepare(self.model.to(self.device), self.dtype, int8=False)
         self.cutter = PieceCutter(self.vocabulary, self.max_seq_length)
 
+    def fingerprint(self) -> str:
+        return weights_fingerprint(self.folder)
+
     def probabilities(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """Probability of relevance (N), float64, of (query, passage) pairs without tabs or line ends."""
         if not self.model:
@@ -63,8 +66,8 @@ def check_ranker(folder: Path, config: BertConfig, vocabulary: Vocabulary, max_s
                  problems: Problems) -> None:
     """Complain of a model that cannot rank passages of this length."""
     if not 8 <= max_seq_length <= config.max_position_embeddings:
-        problems.add(f"--max_seq_length {max_seq_length}: expected 8 to {config.max_position_embeddings}, the positions "
-                     f"of {folder}")
+        problems.add(f"--max_seq_length {max_seq_length}: expected 8 to {config.max_position_embeddings}, the "
+                     f"positions of {folder}")
     if max(vocabulary.pieces.values()) >= config.vocab_size:
         problems.add(f"{folder}: the vocabulary has {max(vocabulary.pieces.values()) + 1} word pieces, the model knows "
                      f"{config.vocab_size}; fetch both from one place")
