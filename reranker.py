@@ -42,7 +42,8 @@ from simplified_tinybert.files import (
 from simplified_tinybert.modeling import CrossEncoder, count_parameters, describe
 from simplified_tinybert.precision import select_precision
 from simplified_tinybert.preflight import check_length, check_model_fits, find_models
-from simplified_tinybert.runtime import keep_freed_memory, read_record, record, select_device
+from simplified_tinybert.records import read_record, record
+from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.scoring import BATCH_TOKENS, prepare, relevance, scored_chunks
 
 

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from transformers import BertConfig
 
 from simplified_tinybert.files import atomic_writer, say
-from simplified_tinybert.runtime import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory, plain
+from simplified_tinybert.records import plain
+from simplified_tinybert.runtime import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 M_MMAP_THRESHOLD = -3       # of glibc's malloc.h

@@ -15,7 +15,7 @@ from simplified_tinybert.modeling import CrossEncoder
 from simplified_tinybert.objectives import Weights, objective, uses_labels, uses_layers
 from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay
 from simplified_tinybert.precision import ApexScaler, LossScaler, import_apex_amp
-from simplified_tinybert.runtime import record
+from simplified_tinybert.records import record
 from simplified_tinybert.training import Plan, Training, remove_leftovers, step_of
 from simplified_tinybert.training_log import TrainingLog
 from simplified_tinybert.validation import DevSet

@@ -229,10 +229,14 @@ def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
                 try:
                     yield number, line.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    problems.add(f"{path}:{number}: byte {error.start + 1} of the line ({line[error.start]:#04x}) is "
-                                 f"not UTF-8; convert the file first, for example: iconv -f LATIN1 -t UTF-8")
+                    problems.add(f"{path}:{number}: {not_utf8(line, error)}")
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             problems.add(f"{path}:{number + 1}: the gzip file is damaged or cut off here ({error}); fetch it again")
+
+
+def not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
+    return (f"byte {error.start + 1} of the line ({line[error.start]:#04x}) is not UTF-8; convert the file first, for "
+            f"example: iconv -f LATIN1 -t UTF-8")
 
 
 def read_blocks(handle: IO[bytes]) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from simplified_tinybert.checkpoints import read_config
 from simplified_tinybert.features import FeatureSummary
 from simplified_tinybert.files import Problems, UserError, process_count, warn
 from simplified_tinybert.hub import find_model
-from simplified_tinybert.runtime import read_record
+from simplified_tinybert.records import read_record
 from simplified_tinybert.tokenization import has_vocabulary, load_vocabulary
 from simplified_tinybert.training import newest_checkpoint
 

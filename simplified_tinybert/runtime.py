@@ -1,19 +1,14 @@
-"""On which device a script computes, and the record it leaves."""
-import argparse
+"""On which device a script computes, and how it fetches what it works on."""
 import ctypes
-import json
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 import torch
-import transformers
 
-from simplified_tinybert.files import UserError, atomic_writer, process_count, process_number, warn
+from simplified_tinybert.files import UserError, process_count, process_number, warn
 
 Item = TypeVar("Item")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                   # of glibc's malloc.h
@@ -71,33 +66,3 @@ def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
         while (item := coming.result()) is not end:
             coming = pool.submit(next, items, end)
             yield item
-
-
-def record(path: Path, args: argparse.Namespace, **facts: object) -> None:
-    """Write run.json: arguments, versions and whatever else tells how the files beside it came about."""
-    content = {"script": Path(sys.argv[0]).name,
-               "arguments": {name: plain(value) for name, value in vars(args).items()},
-               "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                            "transformers": transformers.__version__}, **facts}
-    with atomic_writer(path) as handle:
-        json.dump(content, handle, indent=2)
-        handle.write("\n")
-
-
-def read_record(path: Path) -> dict:
-    """What `record` wrote. Raises UserError if it is something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and isinstance(content.get("settings"), dict):
-            return content
-    except ValueError:
-        pass
-    raise UserError(f"{path}: is not the record of a run of this tool, or damaged; remove it to start again")
-
-
-def plain(value: object) -> object:
-    """Paths, alone or in lists, as strings, so that JSON can hold them."""
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-

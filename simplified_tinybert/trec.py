@@ -67,9 +67,14 @@ def _parse_grade(text: str) -> int | None:
     return int(text) if re.fullmatch(r"[+-]?[0-9]{1,9}", text) else None
 
 
+def split_columns(line: str) -> list[str]:
+    """The columns of a line of a run or of qrels."""
+    return _COLUMN.findall(line)
+
+
 def _read_columns(path: Path, names: tuple[str, ...], problems: Problems) -> Iterator[tuple[int, list[str]]]:
     for number, line in read_lines(path, problems):
-        columns = _COLUMN.findall(line)
+        columns = split_columns(line)
         if len(columns) == len(names):
             yield number, columns
         else:

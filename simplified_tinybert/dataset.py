@@ -1,0 +1,98 @@
+"""A dataset of the ir_datasets package (https://ir-datasets.com) as documents, queries, judgements and candidates."""
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ir_datasets
+
+from simplified_tinybert.collection import FLAGS, Row, wrong_query_id
+from simplified_tinybert.documents import Document
+from simplified_tinybert.files import Problems, UserError, shorten
+
+
+class Dataset:
+    """A dataset by its id. What is not on this machine yet is downloaded by the package, as far as its licence allows.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.store = name, None
+        try:
+            self.dataset = ir_datasets.load(name)
+        except KeyError as error:
+            known = list(ir_datasets.registry)
+            near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+            near += [other for other in known if name in other and other not in near][:5]
+            raise UserError(f"--dataset {name}: ir_datasets knows none of this name; near to it: "
+                            f"{', '.join(near) or 'none'}; all of them: https://ir-datasets.com") from error
+
+    def check_parts(self, parts: list[str]) -> None:
+        """Raise UserError unless the dataset has these parts."""
+        lacking = [part for part in parts if not self.dataset.has(part)]
+        if lacking:
+            raise UserError("\n".join(f"--dataset {self.name}: has no {part}; give a file by {FLAGS[part]}"
+                                      for part in lacking))
+
+    def queries(self, problems: Problems) -> dict[str, str]:
+        queries = {}
+        for query in self._read("queries_iter"):
+            if complaint := wrong_query_id(query.query_id):
+                problems.add(f"--dataset {self.name}: {complaint}")
+            queries[query.query_id] = clean(query.default_text() if hasattr(query, "default_text") else query.text)
+        return queries
+
+    def grades(self) -> dict[str, dict[str, int]]:
+        """Grades by query and document; of several judgements of a document, for its parts, the highest."""
+        grades = {}
+        for judgement in self._read("qrels_iter"):
+            of_query = grades.setdefault(judgement.query_id, {})
+            of_query[judgement.doc_id] = max(judgement.relevance, of_query.get(judgement.doc_id, judgement.relevance))
+        return grades
+
+    def candidates(self) -> Iterator[Row]:
+        for number, row in enumerate(self._read("scoreddocs_iter"), start=1):
+            yield number, row.query_id, row.doc_id, row.score
+
+    def get(self, document_id: str) -> Document | None:
+        """The document, or None if the dataset has none of this id."""
+        with self._told():
+            self.store = self.store or self.dataset.docs_store()
+            try:
+                found = self.store.get(document_id)
+            except KeyError:
+                return None
+            return parts_of(found)
+
+    def _read(self, name: str) -> Iterator:
+        with self._told():
+            rows = iter(getattr(self.dataset, name)())
+        while True:
+            with self._told():
+                row = next(rows, None)
+            if row is None:
+                return
+            yield row
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:                      # a download or a file that fails: it can raise almost anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"--dataset {self.name}: cannot be fetched or read ({shorten(reason, 300)}); ir_datasets "
+                            f"tells more: ir_datasets export {self.name} docs | head") from error
+
+
+def parts_of(document: object) -> Document:
+    """Title, if it has one, and body or text; of documents made otherwise all of the text that the package gives."""
+    for name in ("body", "text"):
+        if isinstance(body := getattr(document, name, None), str):
+            title = getattr(document, "title", None)
+            return Document(clean(title) if isinstance(title, str) else "", clean(body))
+    if hasattr(document, "default_text"):
+        return Document("", clean(document.default_text()))
+    return Document("", clean(" ".join(value for value in document[1:] if isinstance(value, str))))
+
+
+def clean(text: str) -> str:
+    """The text with single blanks for all white space, as UTF-8 can hold it."""
+    return " ".join(text.split()).encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,75 @@
+"""Which passages of a relevant document are relevant? A ranker's probabilities, computed in process."""
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+from transformers import BertConfig
+
+from simplified_tinybert.checkpoints import load_cross_encoder, read_config, weights_fingerprint
+from simplified_tinybert.features import Examples
+from simplified_tinybert.files import Problems, UserError, say
+from simplified_tinybert.hub import find_model
+from simplified_tinybert.modeling import describe
+from simplified_tinybert.precision import select_precision
+from simplified_tinybert.runtime import keep_freed_memory, select_device
+from simplified_tinybert.scoring import BATCH_TOKENS, finite, prepare, relevance, score_chunk, token_batches
+from simplified_tinybert.tokenization import PieceCutter, Vocabulary, load_vocabulary
+
+Tokenize = Callable[[list[str], PieceCutter], Examples]
+
+
+class PassageFilter:
+    """Scores passages for queries with a cross-encoder; what is wrong with the request is added to `problems`.
+
+    The weights are loaded when first needed, so that everything can be checked before.
+    """
+
+    def __init__(self, model: str, max_seq_length: int, device: str, bf16: bool, tokenize: Tokenize,
+                 problems: Problems):
+        self.max_seq_length, self.tokenize, self.model = max_seq_length, tokenize, None
+        try:
+            self.device = select_device(device)
+            self.dtype = select_precision(False, bf16, self.device, problems)
+            self.folder = find_model(model)
+            self.config, self.vocabulary = read_config(self.folder), load_vocabulary(self.folder)
+        except UserError as error:
+            problems.add(str(error))
+        else:
+            check_ranker(self.folder, self.config, self.vocabulary, max_seq_length, problems)
+
+    def load(self) -> None:
+        keep_freed_memory(self.device)
+        self.model, notes = load_cross_encoder(self.folder, self.config)
+        for note in notes:
+            say(f"note         {note}")
+        say(f"filter       {describe(self.model)}")
+        prepare(self.model.to(self.device), self.dtype, int8=False)
+        self.cutter = PieceCutter(self.vocabulary, self.max_seq_length)
+
+    def fingerprint(self) -> str:
+        return weights_fingerprint(self.folder)
+
+    def probabilities(self, pairs: list[tuple[str, str]]) -> np.ndarray:
+        """Probability of relevance (N), float64, of (query, passage) pairs without tabs or line ends."""
+        if not self.model:
+            self.load()
+        lines = [f"{number}\t{query}\t{passage}" for number, (query, passage) in enumerate(pairs)]
+        chunk = self.tokenize(lines, self.cutter)
+        batches = token_batches(chunk.lengths, BATCH_TOKENS[self.device.type], None)
+        with tqdm(disable=True) as progress:
+            logits = score_chunk(self.model, chunk, batches, self.device, progress)
+        return relevance(finite(chunk, logits), "probability")
+
+
+def check_ranker(folder: Path, config: BertConfig, vocabulary: Vocabulary, max_seq_length: int,
+                 problems: Problems) -> None:
+    """Complain of a model that cannot rank passages of this length."""
+    if not 8 <= max_seq_length <= config.max_position_embeddings:
+        problems.add(f"--max_seq_length {max_seq_length}: expected 8 to {config.max_position_embeddings}, the "
+                     f"positions of {folder}")
+    if max(vocabulary.pieces.values()) >= config.vocab_size:
+        problems.add(f"{folder}: the vocabulary has {max(vocabulary.pieces.values()) + 1} word pieces, the model knows "
+                     f"{config.vocab_size}; fetch both from one place")
+    if config.num_labels not in (1, 2):
+        problems.add(f"{folder}: the model has {config.num_labels} classes; expected a ranker with 2, or 1 logit")

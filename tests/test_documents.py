@@ -1,0 +1,160 @@
+"""Documents by id: the index, its cache, and what can go wrong with either."""
+import gzip
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simplified_tinybert import documents
+from simplified_tinybert.documents import Document, open_documents
+from simplified_tinybert.files import Problems, UserError
+
+ids = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_size=1, max_size=4)
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\t\r\n"), max_size=20)
+
+
+def open_(path: Path, cache: Path):
+    problems = Problems()
+    found = open_documents(path, cache, problems)
+    problems.raise_if_any()
+    return found
+
+
+@given(st.dictionaries(ids, st.tuples(texts, texts, texts), min_size=1, max_size=30), st.booleans(), st.booleans(),
+       st.sampled_from(["\n", "\r\n"]), st.sampled_from([1, 3, 2 ** 64]))
+def test_every_document_is_found_and_no_other(content, packed, short, end, hashes):
+    """Also where hashes collide: all into one, into three, or as they are."""
+    lines = "".join("\t".join([key, values[2]] if short else [key, *values]) + end for key, values in content.items())
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        real = documents.hash_of
+        patched.setattr(documents, "hash_of", lambda name: np.uint64(int(real(name)) % hashes))
+        path = Path(folder) / "docs.tsv"
+        path.write_bytes(gzip.compress(lines.encode()) if packed else lines.encode())
+        found = open_(path, Path(folder) / "cache")
+        assert len(found) == len(content)
+        for key, (_, title, body) in content.items():
+            assert found.get(key) == (Document("", body) if short else Document(title, body))
+        assert found.get("none of them") is None and found.get("") is None
+
+
+def test_hashes_that_collide_do_not_hide_a_repeated_id(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "hash_of", lambda name: np.uint64(len(name)))
+    (tmp_path / "docs.tsv").write_text("A\tx\nB\tx\nAA\tx\nC\tx\nB\ty\nAA\tz\nB\tz\n")
+    with pytest.raises(UserError) as raised:
+        open_(tmp_path / "docs.tsv", tmp_path / "cache")
+    assert [re.search(r":(\d+): document '(\w+)' stands already in line (\d+)", line).groups()
+            for line in str(raised.value).splitlines()] == [("5", "B", "2"), ("7", "B", "2"), ("6", "AA", "3")]
+
+
+@pytest.fixture
+def docs(tmp_path) -> Path:
+    path = tmp_path / "docs.tsv"
+    path.write_text("".join(f"D{number}\tu\tt\tbody {number}\n" for number in range(1000)))
+    return path
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_cache_is_used_again_until_the_file_changes(docs, tmp_path, packed):
+    if packed:
+        docs.write_bytes(gzip.compress(docs.read_bytes()))
+    cache = tmp_path / "cache"
+    open_(docs, cache)
+    folder, = cache.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["documents.tsv"] * packed + ["hashes.npy", "offsets.npy"]
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert open_(docs, cache).get("D7") == Document("t", "body 7")
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+    docs.write_text("D7\tu\tt\tother\n")
+    assert open_(docs, cache).get("D7") == Document("t", "other") and len(list(cache.iterdir())) == 2
+    assert folder.is_dir()                                                      # nothing is ever deleted
+
+
+def test_memory_is_mapped_16_bytes_a_document(docs, tmp_path):
+    found = open_(docs, tmp_path / "cache")
+    assert isinstance(found.hashes, np.memmap) and isinstance(found.offsets, np.memmap)
+    assert found.hashes.nbytes + found.offsets.nbytes == 16 * 1000
+
+
+def test_a_damaged_index_is_told(docs, tmp_path):
+    open_(docs, tmp_path / "cache")
+    folder, = (tmp_path / "cache").iterdir()
+    whole = (folder / "offsets.npy").read_bytes()
+    for content in (b"", whole[:100], whole[:-8], b"x" * 200):
+        (folder / "offsets.npy").write_bytes(content)
+        with pytest.raises(UserError, match=r"the index of .*docs.tsv is damaged .*; remove this folder and start"):
+            open_(docs, tmp_path / "cache")
+    shutil.rmtree(folder)
+    assert open_(docs, tmp_path / "cache").get("D1")
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"A\tx\nB\t\xff\n", ":2: byte 3 of the line (0xff) is not UTF-8; convert the file first"),
+    (gzip.compress(b"A\tx\n" * 3)[:-9], "the gzip file is damaged or cut off here"),
+    (gzip.compress(b"A\tx\nB\t" + Random(1).randbytes(4000).hex().encode())[:-900], ":2: the gzip file is damaged"),
+    (b"\n", ":1: found 1 tab-separated columns"),
+    (b"{}\n" * 500, ":20: found 1 tab-separated columns"),
+])
+def test_bad_files_leave_nothing(tmp_path, content, message):
+    path = tmp_path / "docs.tsv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        open_(path, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir()) and len(str(raised.value).splitlines()) <= 20
+
+
+def test_two_jobs_that_build_at_once_share_one_folder(docs, tmp_path):
+    cache, found = tmp_path / "cache", []
+    threads = [threading.Thread(target=lambda: found.append(open_(docs, cache))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6 and len(list(cache.iterdir())) == 1
+    assert all(each.get("D999") == Document("t", "body 999") for each in found)
+
+
+def test_killed_half_way_leaves_no_index_that_could_be_taken_for_one(tmp_path):
+    """A job that is killed while a pipe keeps it reading: its folder has another name, the next job builds anew."""
+    docs, cache = tmp_path / "docs.tsv.gz", tmp_path / "cache"
+    docs.write_bytes(gzip.compress("".join(f"D{n}\tbody {n}\n" for n in range(200_000)).encode(), 1))
+    code = ("import sys, time; from pathlib import Path; from simplified_tinybert import documents, files\n"
+            "real = documents.hash_of\n"
+            "def slow(name):\n"
+            "    if name == b'D150000': print('half', flush=True); time.sleep(60)\n"
+            "    return real(name)\n"
+            "documents.hash_of = slow\n"
+            "documents.open_documents(Path(sys.argv[1]), Path(sys.argv[2]), files.Problems())")
+    job = subprocess.Popen([sys.executable, "-c", code, str(docs), str(cache)], cwd=ROOT, stdout=subprocess.PIPE,
+                           stderr=subprocess.DEVNULL)
+    assert job.stdout.readline() == b"half\n"
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    job.stdout.close()
+    left, = cache.iterdir()
+    assert left.name.startswith(".documents-")
+    start = time.time()
+    found = open_(docs, cache)
+    assert len(found) == 200_000 and found.get("D199999") == Document("", "body 199999")
+    assert left.is_dir() and max(path.stat().st_mtime for path in left.iterdir()) < start       # not touched, not used
+
+
+def test_interrupting_removes_what_was_begun(docs, tmp_path, monkeypatch):
+    def interrupt(name):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(documents, "hash_of", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        open_(docs, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
