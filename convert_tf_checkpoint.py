@@ -14,10 +14,10 @@ a general student, or the teacher of a general distillation.
 
 Every variable is used or a known leftover (Adam's adam_m and adam_v, global_step, the pre-training heads cls/...); if
 one is missing, unknown or of another shape than the configuration says, all of these are listed and nothing is
-written. "hidden_act": "gelu" means the exact function, as in Google's code of 2018 (and dl4marco-bert's); for a
-model trained with its later approximation by tanh, write "gelu_new" into bert_config.json first.
+written. "hidden_act": "gelu" means the exact function, as in dl4marco-bert's code and Google's until February 2019; for
+a model trained with Google's approximation by tanh of later, write "gelu_new" into its bert_config.json first.
 
-TensorFlow is needed here alone: pip install tensorflow-cpu
+TensorFlow is needed here alone: pip install tensorflow-cpu (on ARM or a Mac: tensorflow)
 """
 import argparse
 import glob
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.checkpoints import read_config_file, save_cross_encoder
+from simplified_tinybert.checkpoints import read_config, save_cross_encoder
 from simplified_tinybert.files import Problems, UserError, check_input_file, run_main, say
 from simplified_tinybert.modeling import CrossEncoder, describe
 from simplified_tinybert.preflight import check_output_dir
@@ -134,8 +134,7 @@ def open_checkpoint(prefix: Path) -> Any:
         import tensorflow
     except ImportError as error:
         raise UserError(f"TensorFlow, which alone reads such checkpoints, cannot be used here ({error}); pip install "
-                        f"tensorflow-cpu, in an environment of its own if you like: the converted model does without"
-                        ) from error
+                        f"tensorflow-cpu (on ARM or a Mac: tensorflow); the converted model does without") from error
     try:
         return tensorflow.train.load_checkpoint(str(prefix))
     except Exception as error:                          # a damaged file makes the library raise almost anything
@@ -200,7 +199,7 @@ def check_all(args: argparse.Namespace) -> tuple[Path, list[Path], BertConfig, V
         args.bert_config = args.bert_config or prefix.with_name("bert_config.json")
         args.vocab = args.vocab or prefix.with_name("vocab.txt")
     if args.bert_config and check_input_file(args.bert_config, problems, "configuration (--bert_config)"):
-        config = tried(problems, read_config_file, args.bert_config)
+        config = tried(problems, read_config, args.bert_config)
     if args.vocab and args.vocab.name != "vocab.txt":
         problems.add(f"--vocab {args.vocab}: expected a file named vocab.txt; copy it under that name")
     elif args.vocab and check_input_file(args.vocab, problems, "vocabulary (--vocab)"):
@@ -238,7 +237,7 @@ def main() -> None:
         say("note         no output_weights: pre-trained, not fine-tuned; it is written without a classifier")
     fingerprints = {str(path): sha256(path) for path in inputs}
     save_cross_encoder(model, args.output_dir, args.vocab.parent, vocabulary.lower_case,
-                       model_card(model, head, prefix.name), head)
+                       model_card(model, head, prefix.name), general=not head)
     record(args.output_dir / "run.json", args, inputs=fingerprints, not_used=leftovers)
     say(f"written      {args.output_dir}, {'lower-cased' if vocabulary.lower_case else 'cased'}")
 

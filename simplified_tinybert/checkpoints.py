@@ -29,15 +29,11 @@ PRETRAINING_HEADS = ("cls.", "qa_outputs.")
 
 
 def read_config(folder: Path) -> BertConfig:
-    """BERT configuration from config.json or bert_config.json. Raises UserError."""
-    path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
+    """BERT configuration from config.json or bert_config.json of a folder, or from such a file. Raises UserError."""
+    path = folder if folder.is_file() else next((folder / name for name in CONFIG_FILES if (folder / name).is_file()),
+                                                None)
     if path is None:
         raise UserError(f"{folder}: holds neither {' nor '.join(CONFIG_FILES)}; is it a model folder?")
-    return read_config_file(path)
-
-
-def read_config_file(path: Path) -> BertConfig:
-    """BERT configuration from a JSON file, whatever its name. Raises UserError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("model_type", "bert") != "bert":
@@ -226,14 +222,14 @@ def fit_projections(model: CrossEncoder, teacher_width: int, generator: torch.Ge
 
 
 def save_cross_encoder(model: CrossEncoder, folder: Path, tokenizer_folder: Path | None, lower_case: bool,
-                       card: str = "", head: bool = True) -> None:
+                       card: str = "", general: bool = False) -> None:
     """Write a Hugging Face folder: config.json, model.safetensors, tokenizer files, a model card, the projections.
 
-    Without `head` the classifier is left out, as in pre-trained models: a random one must not look like a trained one.
+    A `general` student has no classifier yet.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
-               if head or not name.startswith("classifier.")}
+               if not (general and name.startswith("classifier."))}
     projections = {name: tensors.pop(name) for name in list(tensors) if name.startswith("projections.")}
     if projections:
         name = "fit_dense." if len(model.projections) == 1 else "fit_denses.0."
@@ -242,10 +238,10 @@ def save_cross_encoder(model: CrossEncoder, folder: Path, tokenizer_folder: Path
         _save_tensors(renamed, folder / PROJECTION_FILE)
     else:
         (folder / PROJECTION_FILE).unlink(missing_ok=True)                  # of a model that was here before
-    config = model.config.to_dict() | {"architectures": ["BertForSequenceClassification" if head else "BertModel"],
-                                       "model_type": "bert",
+    architecture = "BertModel" if general else "BertForSequenceClassification"
+    config = model.config.to_dict() | {"architectures": [architecture], "model_type": "bert",
                                        "dtype": str(model.classifier.weight.dtype).removeprefix("torch.")}
-    if head and model.config.num_labels == 2:
+    if model.config.num_labels == 2 and not general:
         config |= {"id2label": {"0": "not relevant", "1": "relevant"}, "label2id": {"not relevant": 0, "relevant": 1}}
     _write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     if tokenizer_folder:

@@ -128,6 +128,8 @@ def test_an_environment_is_taken_only_if_it_has_what_is_pinned(tmp_path):
     assert answer(f"# comment\nnumpy=={numpy.__version__}\n") == "yes"
     assert answer("numpy==1.0.0\n") == "no"
     assert answer("no-such-package==1.0.0\n") == "no"
+    assert answer('numpy==1.0.0; python_version < "3"\n') == "yes"      # not for this environment
+    assert answer('numpy==1.0.0; python_version > "3"\n') == "no"
     (tmp_path / "more.txt").write_text("numpy==1.0.0\n")
     assert answer("-r more.txt\n") == "no"
 
@@ -135,7 +137,7 @@ def test_an_environment_is_taken_only_if_it_has_what_is_pinned(tmp_path):
 def test_requirements_are_pinned_and_shared_with_conda():
     for name in ("requirements.txt", "requirements-dev.txt"):
         for line in (ROOT / name).read_text().splitlines():
-            assert line.startswith(("#", "-r ")) or re.fullmatch(r"[A-Za-z0-9_-]+==[\w.]+", line), line
+            assert line.startswith(("#", "-r ")) or re.fullmatch(r"[A-Za-z0-9_-]+==[\w.]+(; .*)?", line), line
     assert "- -r requirements.txt" in (ROOT / "env.yaml").read_text()
 
 
