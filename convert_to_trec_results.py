@@ -44,7 +44,7 @@ from simplified_tinybert.files import (
     shorten,
     warn,
 )
-from simplified_tinybert.trec import float32_ties, parse_score, rank, sum_in_order
+from simplified_tinybert.trec import float32_ties, parse_score, rank, split_passage_id, sum_in_order
 
 
 class Aggregation(NamedTuple):
@@ -134,12 +134,6 @@ def read_scores(path: Path, problems: Problems) -> Iterator[Passage]:
                 problems.add(f"{where}: {what} {shorten(text_id)} is empty or has white space in it, "
                              f"which would break the columns of a TREC run")
         yield Passage(line, *ids, 0.0 if score is None else score)
-
-
-def split_passage_id(passage_id: str) -> tuple[str, str | None]:
-    """Document id and what follows its last "_"; the second is None if there is no "_"."""
-    document_id, underscore, suffix = passage_id.rpartition("_")
-    return (document_id, suffix) if underscore else (passage_id, None)
 
 
 def passage_number(suffix: str | None) -> int | None:

@@ -9,43 +9,51 @@ ranking, and a general student (a pre-trained small BERT). Models are folders or
 
     finetune      hard                                      no teacher: how a teacher is made; the baseline without KD
     standard      alpha · soft + (1 - alpha) · hard         standard KD
+    tinybert      attention + hidden, then soft             TinyBERT's task distillation, in two stages
     simplified    attention + hidden + soft + hard          Simplified TinyBERT: all of it in one stage
+
+--loss_weights hard=0 changes single weights, 0 leaves a term out. In tinybert attention and hidden belong to the first
+stage, soft and hard to the second, so that --loss_weights hard=1 gives two stages with hard labels.
 
 Out, in --output_student_dir: the finished student as a Hugging Face folder (config.json, model.safetensors, tokenizer,
 fit_dense.safetensors), train_loss.jsonl (a row every --train_loss_step steps: global_step, loss = cls_loss + att_loss +
 rep_loss, the unweighted soft_loss and hard_loss, learning_rate, examples_per_second), the same for TensorBoard, and
-checkpoint-<step>/ every --save_model_step steps (checkpoint-0: the student before the first), from which --resume goes
-on to the same student.
+checkpoint-<step>/ every --save_model_step steps and where a stage begins (checkpoint-0: the student before the first
+step), from which --resume goes on to the same student.
+
+With --dev_features_file (tokenize_to_features.py --set_name dev) and --dev_qrels_file the student re-ranks the dev
+pairs every --eval_step steps and at the end: dev.jsonl gets a row (global_step, nDCG@10, MRR@10; documents by their
+best passage), TensorBoard the same, and best/ the student with the best nDCG@10 so far.
 
 Several GPUs of a machine, or processes on its CPU, share every batch and end in the same student as one:
 
     torchrun --standalone --nproc_per_node=4 distill.py --features_file train.pkl ...
 """
 import argparse
-from collections.abc import Callable
+import math
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from simplified_tinybert import losses
+from simplified_tinybert import objectives
 from simplified_tinybert.checkpoints import (
     fit_projections,
     load_cross_encoder,
     save_cross_encoder,
     weights_fingerprint,
 )
-from simplified_tinybert.cpu_linear import pack_linear_layers
 from simplified_tinybert.description import describe_run, model_card
-from simplified_tinybert.distributed import WHOLE, Processes, Share, process_group
+from simplified_tinybert.distillation import SETTINGS, add_training_flags, check_apex, make_plan, make_student, train
+from simplified_tinybert.distributed import Processes, process_group
 from simplified_tinybert.feature_cache import map_examples
-from simplified_tinybert.features import Examples, FeatureSummary, summarise
-from simplified_tinybert.files import Problems, UserError, locked, process_count, run_main, say
-from simplified_tinybert.modeling import Batch, CrossEncoder
-from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay
-from simplified_tinybert.precision import ApexScaler, LossScaler, import_apex_amp, select_precision
+from simplified_tinybert.features import FeatureSummary, summarise
+from simplified_tinybert.files import Problems, UserError, process_count, run_main, say
+from simplified_tinybert.modeling import CrossEncoder
+from simplified_tinybert.objectives import Weights
+from simplified_tinybert.precision import select_precision
 from simplified_tinybert.preflight import (
+    check_dev_set,
     check_flags,
     check_length,
     check_model_fits,
@@ -54,10 +62,10 @@ from simplified_tinybert.preflight import (
     find_models,
     find_run,
 )
-from simplified_tinybert.runtime import keep_freed_memory, record, select_device
+from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.tokenization import has_vocabulary
-from simplified_tinybert.training import Plan, Training, remove_leftovers, step_of
-from simplified_tinybert.training_log import TrainingLog
+from simplified_tinybert.training import Plan
+from simplified_tinybert.validation import DevSet, find_dev_set
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,83 +74,41 @@ def parse_args() -> argparse.Namespace:
     add("--features_file", type=Path, nargs="+", required=True, help="feature file(s) of labelled pairs")
     add("--teacher_model", help="folder or hub id of the teacher; not needed with finetune")
     add("--general_student_model", required=True, help="folder or hub id of the student to start from")
-    add("--output_student_dir", type=Path, required=True, help="new or empty folder for the student")
-    add("--distill_model", choices=("finetune", "standard", "simplified"), default="simplified",
-        help="objective, see above (default: simplified)")
-    add("--cache_file_dir", type=Path, default=Path("cache"),
-        help="folder for memory-mapped features, in a subfolder of its own that later runs use again (default: cache)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
-    add("--no_cuda", action="store_true", help="compute on the CPU whatever --device says")
-    add("--max_seq_length", type=int, help="positions to pad to (default: as the features were made)")
-    add("--padding", choices=losses.PADDING_MODES, default="reference",
-        help="reference: pad to max_seq_length and let padding count in attention and hidden losses, as the original "
-             "does; masked: count real tokens only and batch pairs of similar length, faster (default: reference)")
-    add("--do_lower_case", action="store_true", help="refuse features that were not made lower-cased")
-    add("--train_batch_size", type=int, default=64,
-        help="examples of one forward pass, in all processes together (default: 64)")
-    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes of one optimizer step (default: 1)")
-    add("--num_train_epochs", type=float, default=2.0, help="passes over the data; fractions allowed (default: 2)")
-    add("--learning_rate", type=float, default=5e-5, help="peak learning rate (default: 5e-5)")
-    add("--warmup_proportion", type=float, default=0.1, help="share of steps in which it rises (default: 0.1)")
-    add("--weight_decay", "--wd", type=float, default=1e-2, help="decay of all but biases and norms (default: 0.01)")
+    add("--distill_model", choices=objectives.METHODS, default="simplified",
+        help="method, see above (default: simplified)")
+    add("--loss_weights", nargs="+", default=[], metavar="TERM=WEIGHT",
+        help="other weights of attention, hidden, soft, hard than the method's; 0 leaves a term out")
     add("--alpha", type=float, default=0.5, help="weight of the soft loss in standard (default: 0.5)")
     add("--temperature", type=float, default=1.0, help="softens teacher and student in the soft loss (default: 1)")
+    add("--intermediate_epochs", type=float,
+        help="passes over the data in the first stage of tinybert (default: --num_train_epochs)")
+    add("--intermediate_learning_rate", type=float,
+        help="peak learning rate of the first stage of tinybert (default: --learning_rate)")
     add("--pooled_relu", action="store_true",
         help="relu before the classifier, as the original did while distilling; stored in the student's configuration, "
              "which reranker.py obeys, but other tools do not know it")
-    add("--fp16", action="store_true", help="mixed precision in float16 with loss scaling (CUDA)")
-    add("--fp16_backend", choices=("torch", "apex"), default="torch", help="what --fp16 uses (default: torch)")
-    add("--fp16_opt_level", choices=("O0", "O1", "O2", "O3"), default="O1", help="apex level (default: O1)")
-    add("--bf16", action="store_true", help="mixed precision in bfloat16, no loss scaling")
-    add("--seed", type=int, default=42, help="of dropout, batch order and new parameters (default: 42)")
-    add("--train_loss_step", type=int, default=1000, help="steps between rows of the log (default: 1000)")
-    add("--save_model_step", type=int, default=3000, help="steps between checkpoints (default: 3000)")
-    add("--tensorboard_dir", type=Path, help="folder for TensorBoard (default: tensorboard in --output_student_dir)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --output_student_dir, if any")
-    return parser.parse_args()
+    add("--max_seq_length", type=int, help="positions to pad to (default: as the features were made)")
+    add("--do_lower_case", action="store_true", help="refuse features that were not made lower-cased")
+    add("--dev_features_file", type=Path, nargs="+", help="feature file(s) of pairs to validate on")
+    add("--dev_qrels_file", type=Path, help="judgements of the dev queries: query_id 0 document_id grade")
+    add("--eval_step", type=int, default=1000, help="steps between validations (default: 1000)")
+    add_training_flags(parser, batch_size=64, learning_rate=5e-5, epochs=2)
+    args = parser.parse_args()
+    if args.intermediate_epochs is None:
+        args.intermediate_epochs = args.num_train_epochs
+    if args.intermediate_learning_rate is None:
+        args.intermediate_learning_rate = args.learning_rate
+    return args
 
 
-def objective(student: CrossEncoder, teacher: CrossEncoder | None, batch: Batch, args: argparse.Namespace,
-              share: Share = WHOLE) -> dict[str, Tensor]:
-    """Loss terms of a batch; "loss" = cls_loss + att_loss + rep_loss is what the student minimizes.
-
-    Where the batch is a `share` of a larger one, its terms are what it contributes to the larger one's means.
-    """
-    if args.distill_model == "finetune":
-        hard = share.examples * losses.hard_loss(student(batch).logits, batch.labels)
-        return {"loss": hard, "cls_loss": hard, "hard_loss": hard}
-
-    mapped = None                                        # teacher layer that each student layer learns from
-    if args.distill_model == "simplified":
-        mapped = losses.layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-    with torch.inference_mode():
-        taught = teacher(batch, layers=mapped)
-    learnt = student(batch, layers=mapped and list(range(1, len(mapped) + 1)))
-    soft = share.examples * losses.soft_loss(learnt.logits, taught.logits, args.temperature)
-    hard = share.examples * losses.hard_loss(learnt.logits, batch.labels)
-    if args.distill_model == "standard":
-        loss = args.alpha * soft + (1 - args.alpha) * hard
-        return {"loss": loss, "cls_loss": loss, "soft_loss": soft, "hard_loss": hard}
-
-    masked = args.padding == "masked"                   # means over real tokens; otherwise examples weigh the same
-    attention = sum(losses.attention_loss(learnt.queries[layer], learnt.keys[layer], taught.queries[source],
-                                          taught.keys[source], batch.attention_mask, args.padding)
-                    for layer, source in enumerate(mapped, start=1)) * (share.pairs if masked else share.examples)
-    hidden = sum(losses.hidden_loss(student.project(layer, learnt.hidden_states[layer]), taught.hidden_states[source],
-                                    batch.attention_mask, args.padding)
-                 for layer, source in enumerate([0, *mapped])) * (share.tokens if masked else share.examples)
-    return {"loss": attention + hidden + soft + hard, "cls_loss": soft + hard, "att_loss": attention,
-            "rep_loss": hidden, "soft_loss": soft, "hard_loss": hard}
-
-
-def load_models(args: argparse.Namespace, models: dict, checkpoint: Path | None, device: torch.device) \
-        -> tuple[CrossEncoder, CrossEncoder | None]:
+def load_models(args: argparse.Namespace, stages: list[Weights], models: dict, checkpoint: Path | None,
+                device: torch.device) -> tuple[CrossEncoder, CrossEncoder | None]:
     """Student (from a checkpoint if given) and teacher on the device, with the head that --pooled_relu asks for."""
     generator = torch.Generator().manual_seed(args.seed)
     folder, config = models["general student"]
     student, notes = load_cross_encoder(checkpoint or folder, None if checkpoint else config, new_head=generator)
     teacher = None
-    if args.distill_model != "finetune":
+    if "teacher" in models:
         teacher, more = load_cross_encoder(*models["teacher"])
         teacher.requires_grad_(False)
         notes += more
@@ -152,39 +118,59 @@ def load_models(args: argparse.Namespace, models: dict, checkpoint: Path | None,
                             f"relevant, relevant)")
         if model:
             model.config.pooled_relu = args.pooled_relu or getattr(model.config, "pooled_relu", False)
-    if args.distill_model == "simplified":
+    if any("hidden" in weights for weights in stages):
         notes += fit_projections(student, teacher.config.hidden_size, generator)
-    student.projections.requires_grad_(args.distill_model == "simplified")
     for note in notes:
         say(f"note         {note}")
     return student.to(device), teacher and teacher.to(device)
 
 
-def settings(args: argparse.Namespace, models: dict, summary: FeatureSummary) -> dict:
+def settings(args: argparse.Namespace, stages: list[Weights], models: dict, summary: FeatureSummary,
+             dev_set: DevSet | None) -> dict:
     """What must not change when a run is resumed."""
-    names = ("distill_model", "max_seq_length", "padding", "train_batch_size", "gradient_accumulation_steps",
-             "num_train_epochs", "learning_rate", "warmup_proportion", "weight_decay", "alpha", "temperature",
-             "pooled_relu", "fp16", "fp16_backend", "bf16", "seed", "train_loss_step")
+    names = (*SETTINGS, "distill_model", "max_seq_length", "temperature", "pooled_relu", "intermediate_epochs",
+             "intermediate_learning_rate")
+    validation = [*dev_set.fingerprints(), args.eval_step] if dev_set else None
     inputs = {role: weights_fingerprint(folder) for role, (folder, _) in models.items()}
-    return {name: getattr(args, name) for name in names} | inputs | {"features": summary.fingerprint,
-                                                                     "processes": process_count()}
+    return {name: getattr(args, name) for name in names} | inputs | {
+        "loss_weights": stages, "features": summary.fingerprint, "validation": validation,
+        "processes": process_count()}
 
 
-def check_all(args: argparse.Namespace, problems: Problems) -> tuple[dict, FeatureSummary, int]:
-    """Models, features and padded length, once everything is known to fit. Raises UserError with all that does not."""
-    check_flags(args, problems)
-    if args.fp16 and args.fp16_backend == "apex":
-        try:
-            import_apex_amp()
-        except UserError as error:
-            problems.add(str(error))
-        if process_count() > 1:
-            problems.add("--fp16_backend apex works in one process only; --fp16_backend torch works in several")
+def find_stages(args: argparse.Namespace, problems: Problems) -> list[Weights]:
+    """Weights of the loss terms in each stage."""
+    try:
+        changed = objectives.parse_loss_weights(args.loss_weights)
+    except ValueError as error:
+        problems.add(str(error))
+        return []
+    stages = objectives.stage_weights(args.distill_model, args.alpha, changed)
+    for number, weights in enumerate(stages, start=1):
+        if not any(weights.values()):
+            problems.add(f"--loss_weights {' '.join(args.loss_weights)}: nothing is left to minimize in stage {number} "
+                         f"of {args.distill_model}; leave a weight above 0")
+    if any(map(objectives.uses_teacher, stages)) and not args.teacher_model:
+        problems.add(f"--distill_model {args.distill_model} needs --teacher_model")
+    return stages
+
+
+def check_all(args: argparse.Namespace, stages: list[Weights], problems: Problems) \
+        -> tuple[dict, FeatureSummary, int, DevSet | None]:
+    """Models, features, padded length, dev set, once everything is known to fit. Raises UserError otherwise."""
+    check_flags(args, problems, [
+        ("alpha", 0 <= args.alpha <= 1, "0 to 1"), ("eval_step", args.eval_step >= 1, "1 or more"),
+        ("temperature", 0 < args.temperature < math.inf, "more than 0"),
+        ("intermediate_epochs", 0 < args.intermediate_epochs < math.inf, "more than 0"),
+        ("intermediate_learning_rate", 0 <= args.intermediate_learning_rate < math.inf, "0 or more")])
+    check_apex(args, len(stages), problems)
     check_output_dir(args.output_student_dir, args.resume, problems)
     roles = {"general student": args.general_student_model}
-    if args.distill_model != "finetune":
+    if any(map(objectives.uses_teacher, stages)):
         roles["teacher"] = args.teacher_model
     models, summary, width = find_models(roles, problems), summarise(args.features_file, problems), 0
+    dev_set = find_dev_set(args.dev_features_file, args.dev_qrels_file, problems)
+    if dev_set and "general student" in models:
+        check_dev_set(dev_set.summary, summary, models["general student"][1], problems)
     if summary:
         width = check_length(args.max_seq_length, summary, problems)
         for role, (folder, config) in models.items():
@@ -194,73 +180,44 @@ def check_all(args: argparse.Namespace, problems: Problems) -> tuple[dict, Featu
                          f"training needs features made with --set_name train")
         if args.do_lower_case and not summary.header["lower_case"]:
             problems.add("--do_lower_case: the features are cased; tokenize again with --do_lower_case")
-    if args.distill_model == "simplified" and len(models) == 2:
+    if any(map(objectives.uses_layers, stages)) and len(models) == 2:
         check_pair(models["teacher"][1], models["general student"][1], problems)
     problems.raise_if_any()
-    return models, summary, width
+    return models, summary, width, dev_set
 
 
-def make_plan(args: argparse.Namespace, width: int) -> Plan:
-    # Only the layer losses of the reference padding see how far a batch is padded
-    fixed = args.distill_model == "simplified" and args.padding == "reference"
-    return Plan(args.train_batch_size, args.gradient_accumulation_steps, args.num_train_epochs, args.seed,
-                width if fixed else None, args.padding == "masked", args.train_loss_step, args.save_model_step)
-
-
-def train(args: argparse.Namespace, student: CrossEncoder, teacher: CrossEncoder | None, examples: Examples, plan: Plan,
-          dtype: torch.dtype | None, save_model: Callable[[Path], None], checkpoint: Path | None,
-          processes: Processes) -> None:
-    """Distill, from the checkpoint on if there is one."""
-    if teacher and not dtype:
-        pack_linear_layers(teacher)
-    device, total = student.classifier.weight.device, plan.total_steps(len(examples))
-    optimizer = BertAdam(decay_groups(student.named_parameters(), args.weight_decay), args.learning_rate,
-                         schedule=lambda step: linear_warmup_decay(step, total, args.warmup_proportion))
-    apex = args.fp16 and args.fp16_backend == "apex"
-    scaler = ApexScaler(student, optimizer, args.fp16_opt_level) if apex else LossScaler(device, dtype)
-    log = TrainingLog(args.output_student_dir / "train_loss.jsonl",
-                      args.tensorboard_dir or args.output_student_dir / "tensorboard", device, processes,
-                      finished_steps=step_of(checkpoint) if checkpoint else 0)
-    torch.manual_seed(args.seed + processes.rank)
-    training = Training(student, lambda batch, share: objective(student, teacher, batch, args, share), examples, plan,
-                        optimizer, scaler, log, device, None if apex else dtype, args.output_student_dir, save_model,
-                        processes)
-    training.run(checkpoint)
+def make_plans(args: argparse.Namespace, stages: list[Weights], width: int) -> list[Plan]:
+    first, last = ((args.intermediate_epochs, args.intermediate_learning_rate),
+                   (args.num_train_epochs, args.learning_rate))
+    return [make_plan(args, weights, width, *times)
+            for weights, times in zip(stages, [first, last][-len(stages):])]
 
 
 def distill(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
     problems = Problems()
     dtype = select_precision(args.fp16, args.bf16, device, problems)
-    models, summary, width = check_all(args, problems)
-    output, facts = args.output_student_dir, {"settings": settings(args, models, summary), "device": str(device)}
-    finished, checkpoint = find_run(output, facts["settings"])
+    stages = find_stages(args, problems)
+    models, summary, width, dev_set = check_all(args, stages, problems)
+    facts = {"settings": settings(args, stages, models, summary, dev_set), "device": str(device)}
+    finished, checkpoint = find_run(args.output_student_dir, facts["settings"])
     processes.check_agreement(facts["settings"] | {"checkpoint": checkpoint})
     if finished:
-        say(f"{output}: the student is finished already; remove the folder to distill it again")
+        say(f"{args.output_student_dir}: the student is finished already; remove the folder to distill it again")
         return
 
-    student, teacher = load_models(args, models, checkpoint, device)
+    student, teacher = load_models(args, stages, models, checkpoint, device)
     args.cache_file_dir.mkdir(parents=True, exist_ok=True)
     with processes.first_on_machine():
-        examples, plan = map_examples(args.features_file, summary, args.cache_file_dir), make_plan(args, width)
-    describe_run(args, student, teacher, examples, summary, plan, processes)
+        examples = map_examples(args.features_file, summary, args.cache_file_dir)
+    plans = make_plans(args, stages, width)
+    describe_run(args, student, teacher, examples, plans, processes)
     tokenizer_folder = next((folder for folder, _ in models.values() if has_vocabulary(folder)), None)
 
     def save_model(folder: Path) -> None:
         save_cross_encoder(student, folder, tokenizer_folder, summary.header["lower_case"], model_card(args, student))
 
-    run = partial(train, args, student, teacher, examples, plan, dtype, save_model, checkpoint, processes)
-    if not processes.first:
-        run()
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    with locked(output):
-        remove_leftovers(output)
-        record(output / "run.json", args, **facts, finished=False)
-        run()
-        save_model(output)
-        record(output / "run.json", args, **facts, finished=True)
-    say(f"student      {output}")
+    make_student(args, facts, processes, save_model, partial(
+        train, args, student, teacher, examples, plans, dtype, save_model, checkpoint, processes, dev_set))
 
 
 def main() -> None:

@@ -1,5 +1,4 @@
 """The benchmarks' only way to the code they measure: change this file when that code changes. Not a command."""
-import argparse
 import json
 import shutil
 import subprocess
@@ -12,7 +11,6 @@ import torch
 from tqdm import tqdm
 from transformers import BertConfig
 
-import distill
 import tokenize_to_features
 from benchmarks.common import ROOT
 from simplified_tinybert import scoring
@@ -20,6 +18,7 @@ from simplified_tinybert.checkpoints import fit_projections, initialise, load_cr
 from simplified_tinybert.cpu_linear import pack_linear_layers
 from simplified_tinybert.features import Examples
 from simplified_tinybert.modeling import Batch, CrossEncoder
+from simplified_tinybert.objectives import objective, stage_weights
 from simplified_tinybert.optimizer import BertAdam, decay_groups
 from simplified_tinybert.precision import autocast
 from simplified_tinybert.tokenization import PieceCutter, load_vocabulary
@@ -129,12 +128,12 @@ class Step:
         self.student, self.teacher, self.dtype = student, teacher.requires_grad_(False), dtype
         if not dtype:
             pack_linear_layers(teacher)
-        self.args = argparse.Namespace(distill_model="simplified", temperature=1.0, alpha=0.5, padding=padding)
+        self.weights, self.padding = stage_weights("simplified")[0], padding
         self.optimizer = BertAdam(decay_groups(student.named_parameters(), 0.01), rate, lambda step: 1.0)
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         with autocast(batch.input_ids.device, self.dtype):
-            return distill.objective(self.student, self.teacher, batch, self.args)
+            return objective(self.student, self.teacher, batch, self.weights, padding=self.padding)
 
     def __call__(self, batch: Batch) -> None:
         self.losses(batch)["loss"].backward()

@@ -139,21 +139,23 @@ class _Passes(nn.Module):
         super().__init__()
         self.weights, self.objective = nn.ParameterList(student.parameters()), objective
 
-    def forward(self, *inputs: object) -> dict[str, Tensor]:
+    def forward(self, *inputs: object, **more: object) -> dict[str, Tensor]:
         if not inputs:                                  # a pass over all parameters, last ones first on the way back
             return {"loss": 0.0 * sum(weight.sum() for weight in self.weights if weight.requires_grad)}
-        return self.objective(*inputs)
+        return self.objective(*inputs, **more)
 
 
 def data_parallel(student: nn.Module, objective: Callable[..., dict[str, Tensor]],
-                  processes: Processes) -> Callable[..., dict[str, Tensor]]:
+                  processes: Processes, all_learn: bool = True) -> Callable[..., dict[str, Tensor]]:
     """`objective`, after whose backward pass the student's gradients are means over all processes.
 
-    The student takes over the weights of the first process.
+    The student takes over the weights of the first process. Unless `all_learn`, the objective leaves some of its
+    parameters, the head for one, without a gradient.
     """
     if processes.count == 1:
         return objective
-    passes = DistributedDataParallel(_Passes(student, objective), gradient_as_bucket_view=True)
+    passes = DistributedDataParallel(_Passes(student, objective), gradient_as_bucket_view=True,
+                                     find_unused_parameters=not all_learn)
     # After its first backward pass DistributedDataParallel regroups the gradients, whose sums over three or more
     # processes are then rounded otherwise. That pass must not be a step, or resumed runs would end in other bits.
     passes()["loss"].backward()

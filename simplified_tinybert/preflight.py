@@ -17,8 +17,8 @@ from simplified_tinybert.tokenization import has_vocabulary, load_vocabulary
 from simplified_tinybert.training import newest_checkpoint
 
 
-def check_flags(args: argparse.Namespace, problems: Problems) -> None:
-    """Complain about numbers that distill.py cannot work with."""
+def check_flags(args: argparse.Namespace, problems: Problems, further: list[tuple[str, bool, str]]) -> None:
+    """Complain about numbers that no training can work with. `further` rules: (flag, whether it holds, expected)."""
     several = f" for each of {process_count()} processes" if process_count() > 1 else ""
     rules = [("train_batch_size", args.train_batch_size >= process_count(), f"1 or more{several}"),
              ("gradient_accumulation_steps", args.gradient_accumulation_steps >= 1, "1 or more"),
@@ -26,15 +26,11 @@ def check_flags(args: argparse.Namespace, problems: Problems) -> None:
              ("learning_rate", 0 <= args.learning_rate < math.inf, "0 or more"),
              ("warmup_proportion", 0 <= args.warmup_proportion < 1, "0 to less than 1"),
              ("weight_decay", 0 <= args.weight_decay < math.inf, "0 or more"),
-             ("alpha", 0 <= args.alpha <= 1, "0 to 1"),
-             ("temperature", 0 < args.temperature < math.inf, "more than 0"),
              ("train_loss_step", args.train_loss_step >= 1, "1 or more"),
-             ("save_model_step", args.save_model_step >= 1, "1 or more")]
+             ("save_model_step", args.save_model_step >= 1, "1 or more"), *further]
     for name, holds, expected in rules:
         if not holds:
             problems.add(f"--{name} {getattr(args, name)}: expected {expected}")
-    if args.distill_model != "finetune" and not args.teacher_model:
-        problems.add(f"--distill_model {args.distill_model} needs --teacher_model")
 
 
 def find_models(names: dict[str, str | None], problems: Problems) -> dict[str, tuple[Path, BertConfig]]:
@@ -89,6 +85,16 @@ def check_model_fits(role: str, folder: Path, config: BertConfig, summary: Featu
         names = {True: "lower-cased", False: "cased"}
         warn(f"{folder}: the {role}'s texts should be {names[vocabulary.lower_case]}, the features are "
              f"{names[header['lower_case']]}")
+
+
+def check_dev_set(dev: FeatureSummary, train: FeatureSummary | None, student: BertConfig, problems: Problems) -> None:
+    """Complain about dev features that the student of these training features cannot read."""
+    if train and any(dev.header[field] != train.header[field] for field in ("vocabulary", "lower_case")):
+        problems.add("--dev_features_file: was made with another vocabulary or casing than --features_file; tokenize "
+                     "both with the same settings")
+    if dev.header["max_seq_length"] > student.max_position_embeddings:
+        problems.add(f"--dev_features_file: was made with --max_seq_length {dev.header['max_seq_length']}, the student "
+                     f"has {student.max_position_embeddings} positions; tokenize again with fewer")
 
 
 def check_pair(teacher: BertConfig, student: BertConfig, problems: Problems) -> None:

@@ -61,11 +61,11 @@ def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarr
 
 
 def scored_chunks(model: CrossEncoder, paths: list[Path], done: int, total: int, batch_tokens: int,
-                  batch_size: int | None, device: torch.device, processes: Processes, quiet: bool = False) \
+                  batch_size: int | None, device: torch.device, processes: Processes, passing: bool = False) \
         -> Iterator[tuple[Examples, np.ndarray]]:
     """Yield the chunks of feature files with their logits (N, C), after the first `done` of `total` pairs.
 
-    Every process gets all logits, whoever computed them.
+    Every process gets all logits, whoever computed them. A `passing` progress bar leaves nothing on the terminal.
 
     Batches, which follow from the lengths alone, are dealt out in turn. The processes exchange their logits after as
     many chunks as there are processes, so that they seldom wait for each other.
@@ -74,8 +74,8 @@ def scored_chunks(model: CrossEncoder, paths: list[Path], done: int, total: int,
     seen, turns = 0, cycle(range(processes.count))
     while seen < done:
         seen += len(next(chunks))
-    disable = quiet or not processes.first
-    with tqdm(total=total, initial=done, desc="scoring", unit=" pairs", disable=disable) as progress:
+    with tqdm(total=total, initial=done, desc="scoring", unit=" pairs", leave=not passing,
+              disable=not processes.first) as progress:
         while window := list(islice(chunks, processes.count)):
             logits = []
             for chunk in window:

@@ -1,8 +1,9 @@
-"""The training loop: order of batches, gradient accumulation, checkpoints to go on from."""
+"""The training loop: order of batches, gradient accumulation, validation, checkpoints to go on from."""
 import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,22 @@ from simplified_tinybert.distributed import Processes, Share, data_parallel, exc
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import atomic_writer, sync_folder
 from simplified_tinybert.modeling import Batch, CrossEncoder
+from simplified_tinybert.objectives import Weights, uses_labels
 from simplified_tinybert.optimizer import BertAdam
 from simplified_tinybert.precision import ApexScaler, LossScaler, autocast
 from simplified_tinybert.training_log import TrainingLog
+from simplified_tinybert.validation import DevSet
 
-STATE_FILE = "training_state.pt"
+STATE_FILE, BEST = "training_state.pt", "best"
 POOL = 64          # batches from which examples of similar length are put together
 
 
 @dataclass
 class Plan:
-    """How the examples become optimizer steps. width: positions to pad to, None for the longest of the batch."""
+    """How the examples become the optimizer steps of a stage, and what these minimize.
+
+    width: positions to pad to, None for the longest of the batch.
+    """
     batch_size: int
     accumulation: int
     epochs: float
@@ -35,6 +41,9 @@ class Plan:
     bucket: bool
     log_every: int
     save_every: int
+    eval_every: int
+    weights: Weights
+    learning_rate: float
 
     def steps_per_epoch(self, examples: int) -> int:
         """Smaller last batches and groups of batches count: every example is used."""
@@ -51,6 +60,7 @@ class Training:
     objective: Callable[[Batch, Share], dict[str, Tensor]]
     examples: Examples
     plan: Plan
+    first_step: int                                     # steps that earlier stages have done
     optimizer: BertAdam
     scaler: LossScaler | ApexScaler
     log: TrainingLog
@@ -59,36 +69,40 @@ class Training:
     output_dir: Path
     save_model: Callable[[Path], None]
     processes: Processes
+    dev_set: DevSet | None = None
 
     def __post_init__(self):
-        self.terms = data_parallel(self.student, self.objective, self.processes)
+        self.terms = data_parallel(self.student, self.objective, self.processes,
+                                   all_learn=uses_labels(self.plan.weights))
 
     def run(self, checkpoint: Path | None = None) -> None:
-        """Train to the last step of the plan, from `checkpoint` on if there is one, else from a new checkpoint-0."""
-        step = self._restore(checkpoint) if checkpoint else 0
-        total = self.plan.total_steps(len(self.examples))
+        """Train to the last step of the plan, from `checkpoint` on if there is one, else from a new checkpoint."""
+        step = self._restore(checkpoint) if checkpoint else self.first_step
+        total = self.first_step + self.plan.total_steps(len(self.examples))
         if not checkpoint:
-            self._save_checkpoint(0)
+            self._save_checkpoint(step)
         self.student.train()
         with tqdm(total=total, initial=step, desc="distilling", unit=" steps",
                   disable=not self.processes.first) as progress:
+            shown = {}
             for group in self._groups(step, total):
                 self._step(group)
                 step += 1
                 progress.update()
                 if step % self.plan.log_every == 0 or step == total:
-                    row = self.log.write(step, self.optimizer.learning_rate)
-                    progress.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+                    shown["loss"] = f"{self.log.write(step, self.optimizer.learning_rate)['loss']:.4g}"
+                if self.dev_set and (step % self.plan.eval_every == 0 or step == total):
+                    shown |= {name: f"{value:.4f}" for name, value in self._validate(step).items()}
+                progress.set_postfix(shown, refresh=False)
                 if step % self.plan.save_every == 0 and step < total:
                     self._save_checkpoint(step)
-        self.log.close()
         self.student.eval()
 
     def _groups(self, first: int, total: int) -> Iterator[list[np.ndarray]]:
         """The batches of each optimizer step, from step `first` on."""
         per_epoch = self.plan.steps_per_epoch(len(self.examples))
-        for step in range(first, total):
-            if step == first or step % per_epoch == 0:
+        for step in range(first - self.first_step, total - self.first_step):
+            if step == first - self.first_step or step % per_epoch == 0:
                 batches = epoch_batches(self.examples.lengths, self.plan.batch_size, self.plan.seed, step // per_epoch,
                                         self.plan.bucket)
             start = step % per_epoch * self.plan.accumulation
@@ -103,7 +117,7 @@ class Training:
             weight = len(indices) / size
             with exchanging(self.terms, now=number == len(group)):
                 with autocast(self.device, self.dtype):
-                    terms = self.terms(batch, share)
+                    terms = self.terms(batch, share=share)
                 # Gradients become means over the processes, but their shares have to be added up
                 self.scaler.backward(terms["loss"] * (weight * self.processes.count))
             self.log.add(terms, weight)
@@ -111,11 +125,21 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.log.step(size)
 
+    def _validate(self, step: int) -> dict[str, float]:
+        """Measures on the dev set; the student that does best by the first of them is kept."""
+        start = time.perf_counter()
+        self.log.check(step)
+        measures = self.dev_set.measures(self.student, self.device, self.dtype, self.processes)
+        if self.log.write_dev(step, measures):
+            save_folder(self.output_dir / BEST, self.save_model)
+        self.log.leave_out(time.perf_counter() - start)
+        return measures
+
     def _save_checkpoint(self, step: int) -> None:
         self.log.check(step)
         state = self._state(step)
         if self.processes.first:
-            save_checkpoint(self.output_dir / f"checkpoint-{step}", self.save_model, state)
+            save_folder(self.output_dir / f"checkpoint-{step}", self.save_model, state)
 
     def _state(self, step: int) -> dict:
         own = {"random": torch.get_rng_state(), "log": self.log.state()}
@@ -160,14 +184,18 @@ def padding_share(lengths: np.ndarray, batches: list[np.ndarray], width: int | N
     return 1.0 - float(lengths.sum(dtype=np.int64)) / padded
 
 
-def save_checkpoint(folder: Path, save_model: Callable[[Path], None], state: dict) -> None:
-    """Write a model and its training state aside, then rename: a checkpoint folder is always whole."""
+def save_folder(folder: Path, save_model: Callable[[Path], None], state: dict | None = None) -> None:
+    """Write a model, and a training state if given, aside, then rename: the folder is always whole.
+
+    One that is there already gives way. If the run is killed just then, --resume comes by here again.
+    """
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         save_model(aside)
-        with atomic_writer(aside / STATE_FILE, "wb") as handle:
-            torch.save(state, handle)
-        if folder.is_dir():                              # left by a run that was resumed from an earlier checkpoint
+        if state:
+            with atomic_writer(aside / STATE_FILE, "wb") as handle:
+                torch.save(state, handle)
+        if folder.is_dir():
             shutil.rmtree(folder)
         os.rename(aside, folder)
     finally:
@@ -177,7 +205,7 @@ def save_checkpoint(folder: Path, save_model: Callable[[Path], None], state: dic
 
 def remove_leftovers(output_dir: Path) -> None:
     """Remove what a killed run had begun to write in its output folder."""
-    for path in [*output_dir.glob(".checkpoint-*"), *output_dir.glob(".*.tmp")]:
+    for path in [*output_dir.glob(".checkpoint-*"), *output_dir.glob(f".{BEST}.*"), *output_dir.glob(".*.tmp")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

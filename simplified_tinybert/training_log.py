@@ -1,4 +1,4 @@
-"""The log of a training: means of the loss terms over intervals of steps, as JSON lines and for TensorBoard."""
+"""The log of a training, as JSON lines and for TensorBoard: means of the loss terms over intervals, dev measures."""
 import json
 import math
 import time
@@ -14,22 +14,25 @@ TERMS = ("loss", "cls_loss", "att_loss", "rep_loss", "soft_loss", "hard_loss")
 
 
 class TrainingLog:
-    """Means of the loss terms over intervals of steps, to train_loss.jsonl and TensorBoard by the first process."""
+    """Means of the loss terms to train_loss.jsonl, dev measures to dev.jsonl, both to TensorBoard.
 
-    def __init__(self, path: Path, tensorboard_dir: Path, device: torch.device, processes: Processes,
+    The first process writes, in `folder`. Rows of steps after `finished_steps`, of a run that was resumed, are dropped.
+    """
+
+    def __init__(self, folder: Path, tensorboard_dir: Path | None, device: torch.device, processes: Processes,
                  finished_steps: int = 0):
-        self.path, self.processes, self.tensorboard = path, processes, None
+        self.losses, self.dev, self.best = folder / "train_loss.jsonl", folder / "dev.jsonl", -math.inf
+        self.processes, self.tensorboard = processes, None
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)            # of this process
         self.steps, self.examples, self.since = 0, 0, time.perf_counter()
         if not processes.first:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
 
-        self.tensorboard = SummaryWriter(str(tensorboard_dir), purge_step=finished_steps + 1)
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["global_step"] <= finished_steps] \
-            if path.is_file() else []
-        with atomic_writer(path) as handle:
-            handle.writelines(line + "\n" for line in kept)
+        self.tensorboard = SummaryWriter(str(tensorboard_dir or folder / "tensorboard"), purge_step=finished_steps + 1)
+        keep_rows(self.losses, finished_steps)
+        for row in keep_rows(self.dev, finished_steps):
+            self.best = max(self.best, first_measure(row))
 
     def add(self, terms: dict[str, Tensor], weight: float) -> None:
         """Count the terms of one batch with its share `weight` of the step's examples; asks nothing of the device."""
@@ -46,15 +49,31 @@ class TrainingLog:
         seconds = time.perf_counter() - self.since
         row = {"global_step": global_step, **{name: value / self.steps for name, value in zip(TERMS, sums)},
                "learning_rate": learning_rate, "examples_per_second": self.examples / seconds}
-        if self.processes.first:
-            with open(self.path, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(row) + "\n")
-            for name, value in list(row.items())[1:]:
-                self.tensorboard.add_scalar(name, value, global_step)
-            self.tensorboard.flush()
+        self._append(self.losses, row)
         self.sums.zero_()
         self.steps, self.examples, self.since = 0, 0, time.perf_counter()
         return row
+
+    def write_dev(self, global_step: int, measures: dict[str, float]) -> bool:
+        """Append a row of dev measures. True, in the first process, if the first of them is better than ever before."""
+        row = {"global_step": global_step, **measures}
+        self._append(self.dev, row, "dev/")
+        better = self.processes.first and first_measure(row) > self.best
+        self.best = max(self.best, first_measure(row))
+        return better
+
+    def _append(self, path: Path, row: dict[str, float], prefix: str = "") -> None:
+        if not self.processes.first:
+            return
+        with open(path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+        for name, value in list(row.items())[1:]:
+            self.tensorboard.add_scalar(prefix + name, value, row["global_step"])
+        self.tensorboard.flush()
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count time that was not spent on training."""
+        self.since += seconds
 
     def check(self, global_step: int) -> list[float]:
         """Sums of the terms since the last row, over all processes.
@@ -80,3 +99,19 @@ class TrainingLog:
     def close(self) -> None:
         if self.tensorboard:
             self.tensorboard.close()
+
+
+def keep_rows(path: Path, finished_steps: int) -> list[dict]:
+    """Cut the rows of steps after `finished_steps` off a log, and a torn last one. Returns the rest."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    kept = [row for row in map(json.loads, text.split("\n")[:-1]) if row["global_step"] <= finished_steps]
+    lines = "".join(json.dumps(row) + "\n" for row in kept)
+    if lines != text:
+        with atomic_writer(path) as handle:
+            handle.write(lines)
+    return kept
+
+
+def first_measure(row: dict[str, float]) -> float:
+    """Of a row of dev.jsonl: what decides which student is the best."""
+    return list(row.values())[1]

@@ -46,6 +46,12 @@ def sum_in_order(values: Iterable[float]) -> float:
     return reduce(add, values, 0.0)
 
 
+def split_passage_id(passage_id: str) -> tuple[str, str | None]:
+    """Document id and what follows its last "_"; the second is None if there is no "_"."""
+    document_id, underscore, suffix = passage_id.rpartition("_")
+    return (document_id, suffix) if underscore else (passage_id, None)
+
+
 def parse_score(text: str) -> float | None:
     """The finite number that `text` stands for, or None; unlike float(), 1_000 is none."""
     try:

@@ -18,6 +18,7 @@ import distill
 import reranker
 from simplified_tinybert.checkpoints import fit_projections
 from simplified_tinybert.modeling import Batch, CrossEncoder
+from simplified_tinybert.objectives import objective, stage_weights
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -25,8 +26,8 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 @pytest.mark.parametrize("number", CASES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_golden_losses_and_gradients(golden, golden_models, batch, number, dtype, tolerance):  # noqa: F811
-    case, student, teacher, args = load_case(golden, golden_models, number, dtype)
-    terms = distill.objective(student.cuda(), teacher.cuda(), batch.to(torch.device("cuda")), args)
+    case, student, teacher, settings = load_case(golden, golden_models, number, dtype)
+    terms = objective(student.cuda(), teacher.cuda(), batch.to(torch.device("cuda")), **settings)
     expected = {mine: case["losses"][theirs] for mine, theirs in TERMS.items() if theirs in case["losses"]}
     assert {name: terms[name].item() for name in expected} == pytest.approx(expected, rel=tolerance)
     terms["loss"].backward()
@@ -99,7 +100,6 @@ def test_peak_memory_of_a_training_step_is_linear_in_the_length(precision, layer
     student, teacher = bert(layers, width, 0.1).train(), bert(12, 768, 0.1).eval().requires_grad_(False)
     fit_projections(student, 768, torch.Generator().manual_seed(0))
     student.cuda()
-    args = type("Args", (), {"distill_model": "simplified", "temperature": 1.0, "padding": "reference"})
     peaks = []
     for length in (64, 128, 256, 512):                   # the first one warms up
         mask = (torch.arange(length) < torch.randint(length // 2, length, (32, 1))).long()
@@ -110,7 +110,7 @@ def test_peak_memory_of_a_training_step_is_linear_in_the_length(precision, layer
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with torch.autocast("cuda", dtype=precision, enabled=precision != torch.float32):
-            loss = distill.objective(student, teacher, data, args)["loss"]
+            loss = objective(student, teacher, data, stage_weights("simplified")[0])["loss"]
         loss.backward()
         peaks.append((torch.cuda.max_memory_allocated() - before) / 2 ** 20)
         del loss, data

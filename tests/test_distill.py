@@ -58,7 +58,7 @@ def test_what_is_printed_first(golden_models, tmp_path, run_main):
     for fact in ("4 layers, hidden width 48, 4 heads, 91,154 parameters", "2 layers, hidden width 24",
                  "0 ← 0 (embeddings), 1 ← 2, 2 ← 4", "1 × attention + 1 × hidden + 1 × soft + 1 × hard",
                  "soft cross-entropy weighs 0.5", "50, 50.0 % relevant", "positions are padding",
-                 "14 = 2 epochs × 7 steps of 8 × 1 examples; warm-up over 1"):
+                 "14 = 2 epochs × 7 steps of 8 × 1 examples", "warm-up over 1"):
         assert fact in printed
 
 
@@ -292,4 +292,4 @@ def test_batches_of_an_epoch_hold_every_example_once():
     (100, 10, 1, 2, 20), (101, 10, 1, 2, 22), (100, 10, 3, 1, 4), (100, 10, 1, 2.5, 25), (3, 10, 4, 1, 1),
     (100, 10, 1, 0.01, 1)])
 def test_number_of_steps(examples, batch, accumulation, epochs, steps):
-    assert Plan(batch, accumulation, epochs, 0, None, False, 1, 1).total_steps(examples) == steps
+    assert Plan(batch, accumulation, epochs, 0, None, False, 1, 1, 1, {}, 1e-3).total_steps(examples) == steps

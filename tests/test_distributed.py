@@ -1,5 +1,4 @@
 """Several processes: the same student and the same scores as one, resuming, mistakes; started by torchrun itself."""
-import argparse
 import json
 import os
 import subprocess
@@ -14,19 +13,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_distill import arguments, log_of, with_dropout
 from test_reranker import arguments as rerank_arguments
+from test_stages import dev_set
 
 import distill
 import reranker
-from simplified_tinybert import features, files
+from simplified_tinybert import distillation, features, files
 from simplified_tinybert.checkpoints import load_cross_encoder
 from simplified_tinybert.distributed import WHOLE, Processes, process_group
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import UserError
+from simplified_tinybert.objectives import METHODS, objective, stage_weights
 from simplified_tinybert.runtime import select_device
 
 OBJECTIVES = {"reference": ["--padding", "reference"], "masked": ["--padding", "masked"],
               "standard": ["--distill_model", "standard", "--temperature", 2],
-              "finetune": ["--distill_model", "finetune"]}
+              "finetune": ["--distill_model", "finetune"],
+              "tinybert": ["--distill_model", "tinybert", "--loss_weights", "hard=2"],
+              "attention": ["--loss_weights", "hidden=0", "soft=0", "hard=0"]}
 
 
 def torchrun(processes, script, *more):
@@ -70,6 +73,7 @@ def assert_same_bytes(folder, other):
     rows = [[{key: value for key, value in row.items() if key != "examples_per_second"} for row in log_of(run)]
             for run in (folder, other)]
     assert rows[0] == rows[1]
+    assert (folder / "dev.jsonl").read_bytes() == (other / "dev.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("processes, examples, batch, accumulation", [(2, 27, 8, 2), (3, 25, 8, 1)])
@@ -82,7 +86,7 @@ def test_the_student_is_that_of_one_process(golden_models, tmp_path, run_main, p
     runs = {name: arguments(file, golden_models, tmp_path / name, *more, *common) for name, more in OBJECTIVES.items()}
     cases = [{"argv": argv} for argv in runs.values()]
     random = golden_models | {"student_2x24": with_dropout(golden_models["student_2x24"], tmp_path / "dropout")}
-    more = ("--num_train_epochs", 4, "--save_model_step", 3, *common[:-1], 2)
+    more = ("--num_train_epochs", 4, "--save_model_step", 3, *common[:-1], 2, *dev_set(tmp_path), "--eval_step", 2)
     cases.append({"argv": arguments(file, random, tmp_path / "whole", *more)})
     cases.append({"argv": arguments(file, random, tmp_path / "halves", *more, "--resume"),
                   "rewind": [tmp_path / "whole", tmp_path / "halves", 3]})
@@ -110,7 +114,7 @@ def test_commands_as_a_user_types_them(golden_models, tmp_path, run_main):
     done = torchrun(2, "distill.py", *arguments(file, golden_models, tmp_path / "two", "--train_batch_size", 8))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("layer map") == done.stderr.count(f"student      {tmp_path / 'two'}") == 1
-    assert "processes    2, each computes its part of the 8 examples" in done.stderr
+    assert "processes    2, each computes its part of 8 examples" in done.stderr
     assert_same_student(tmp_path / "one", tmp_path / "two")
     contents = [sorted(path.name.split(".tfevents")[0] for path in (tmp_path / name).rglob("*"))
                 for name in ("one", "two")]
@@ -161,16 +165,16 @@ def test_shares_of_a_batch_add_up_to_it(golden_models, lengths, count, kind, see
                         random.integers(0, 2, len(lengths)).astype(np.int8))
     student, _ = load_cross_encoder(golden_models["student_2x24"], dtype=torch.float64)
     teacher, _ = load_cross_encoder(golden_models["teacher"], dtype=torch.float64)
-    args = argparse.Namespace(distill_model=kind if kind in ("standard", "finetune") else "simplified", alpha=0.3,
-                              temperature=1.5, padding="masked" if kind == "masked" else "reference")
-    width = 20 if kind == "reference" else None
+    weights = stage_weights(kind if kind in METHODS else "simplified", alpha=0.3)[0]
+    padding = "masked" if kind == "masked" else "reference"
+    width = 20 if padding == "reference" else None
     indices = random.permutation(len(lengths))
 
     def terms_and_gradients(parts):
         student.zero_grad()
         total = {}
         for mine, share in parts:
-            terms = distill.objective(student, teacher, examples.batch(mine, width), args, share)
+            terms = objective(student, teacher, examples.batch(mine, width), weights, 1.5, padding, share)
             terms["loss"].backward()
             total = {name: total.get(name, 0.0) + value.item() for name, value in terms.items()}
         return total, {name: weight.grad.clone() for name, weight in student.named_parameters()
@@ -257,6 +261,6 @@ def test_half_an_environment_is_called_out(monkeypatch):
 
 def test_apex_works_in_one_process_only(golden_models, tmp_path, run_main, monkeypatch):
     file = write_features(tmp_path / "train.pkl", random_rows(8))
-    monkeypatch.setattr(distill, "process_count", lambda: 2)
-    with pytest.raises(UserError, match="apex works in one process only"):
+    monkeypatch.setattr(distillation, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="apex works in one process and one stage only"):
         run_main(distill, *arguments(file, golden_models, tmp_path / "out", "--fp16", "--fp16_backend", "apex"))

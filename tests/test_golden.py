@@ -1,14 +1,12 @@
 """The original implementation's figures: losses, gradients, six optimizer steps, re-ranking probabilities."""
-import argparse
-
 import numpy as np
 import pytest
 import torch
 
-from distill import objective
 from simplified_tinybert.checkpoints import load_cross_encoder
 from simplified_tinybert.losses import attention_loss, hidden_loss, layer_map
 from simplified_tinybert.modeling import Batch
+from simplified_tinybert.objectives import objective, stage_weights
 from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay
 from simplified_tinybert.scoring import relevance
 
@@ -30,9 +28,8 @@ def load_case(golden, golden_models, number, dtype=torch.float64):
     teacher, _ = load_cross_encoder(golden_models["teacher"], dtype=dtype)
     for model in (student, teacher):
         model.config.pooled_relu = case["head"] == "tinybert"
-    args = argparse.Namespace(distill_model=case["distill_model"], temperature=case["temperature"],
-                              alpha=case["alpha"], padding="reference")
-    return case, student, teacher, args
+    weights, = stage_weights(case["distill_model"], case["alpha"])
+    return case, student, teacher, {"weights": weights, "temperature": case["temperature"], "padding": "reference"}
 
 
 def golden_name(name):
@@ -42,8 +39,8 @@ def golden_name(name):
 @pytest.mark.parametrize("number", CASES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_losses(golden, golden_models, batch, number, dtype, tolerance):
-    case, student, teacher, args = load_case(golden, golden_models, number, dtype)
-    terms = objective(student, teacher, batch, args)
+    case, student, teacher, settings = load_case(golden, golden_models, number, dtype)
+    terms = objective(student, teacher, batch, **settings)
     expected = {mine: case["losses"][theirs] for mine, theirs in TERMS.items() if theirs in case["losses"]}
     assert {name: terms[name].item() for name in expected} == pytest.approx(expected, rel=tolerance)
     assert terms["loss"].item() == pytest.approx(
@@ -66,8 +63,8 @@ def test_losses_of_each_layer(golden, golden_models, batch, number):
 
 @pytest.mark.parametrize("number", CASES)
 def test_gradients(golden, golden_models, batch, number):
-    case, student, teacher, args = load_case(golden, golden_models, number)
-    objective(student, teacher, batch, args)["loss"].backward()
+    case, student, teacher, settings = load_case(golden, golden_models, number)
+    objective(student, teacher, batch, **settings)["loss"].backward()
     found = {golden_name(name): parameter.grad for name, parameter in student.named_parameters()}
     assert found.keys() == case["grad_norm"].keys()
     for name, expected in case["grad_norm"].items():
@@ -80,12 +77,12 @@ def test_gradients(golden, golden_models, batch, number):
 
 @pytest.mark.parametrize("number", CASES)
 def test_six_optimizer_steps(golden, golden_models, batch, number):
-    case, student, teacher, args = load_case(golden, golden_models, number)
+    case, student, teacher, settings = load_case(golden, golden_models, number)
     training, losses = case["training"], []
     optimizer = BertAdam(decay_groups(student.named_parameters(), training["weight_decay"]), training["learning_rate"],
                          lambda step: linear_warmup_decay(step, training["t_total"], training["warmup_proportion"]))
     for _ in range(6):
-        loss = objective(student, teacher, batch, args)["loss"]
+        loss = objective(student, teacher, batch, **settings)["loss"]
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

@@ -3,7 +3,6 @@
 A process of its own takes one step each at 128, 256 and 512 positions and reads its peak memory from the system after
 each. Before that, a step at 64 positions makes everything that does not depend on the length.
 """
-import argparse
 import json
 import resource
 import subprocess
@@ -42,13 +41,12 @@ def step(student, teacher, length: int) -> int:
     """Peak memory in bytes that a forward and backward pass adds to what was there before."""
     import torch
 
-    from distill import objective
     from simplified_tinybert.modeling import Batch
+    from simplified_tinybert.objectives import objective, stage_weights
     mask = (torch.arange(length) < torch.full((8, 1), length - 7)).long()
     batch = Batch(torch.randint(100, (8, length)), torch.zeros(8, length, dtype=torch.long), mask, torch.arange(8) % 2)
-    args = argparse.Namespace(distill_model="simplified", temperature=1.0, padding="reference")
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    objective(student, teacher, batch, args)["loss"].backward()
+    objective(student, teacher, batch, stage_weights("simplified")[0])["loss"].backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages * resource.getpagesize()
 
 

@@ -59,7 +59,7 @@ def test_several_processes_by_a_variable(own_data):
     models = {"TEACHER_MODEL": "my models/teacher", "STUDENT_MODEL": "my models/student_2x24", "DEVICE": "cpu"}
     done = bash("distill.sh", cwd=own_data, TRAIN_EXAMPLES="train.tsv", MAX_SEQ_LENGTH="32", PROCESSES="2",
                 OUTPUT_STUDENT_DIR="out put", **models)
-    assert done.returncode == 0 and "processes    2, each computes its part of the 64" in done.stderr, done.stderr
+    assert done.returncode == 0 and "processes    2, each computes its part of 64" in done.stderr, done.stderr
     for processes in "21":
         done = bash("reranker.sh", cwd=own_data, MODEL_DIR="out put", TEST_PAIRS="pairs.tsv", OUTPUT_DIR=processes,
                     MAX_SEQ_LENGTH="32", DEVICE="cpu", PROCESSES=processes)
