@@ -36,7 +36,13 @@ def pins(path):
         if line.startswith("-r "):
             yield from pins(path.parent / line[3:].strip())
         elif "==" in line and not line.startswith("#"):
-            yield line.strip().split("==")
+            pin, _, marker = line.partition(";")
+            if not marker or applies(marker):
+                yield pin.strip().split("==")
+
+def applies(marker):
+    from packaging.markers import Marker    # transformers needs it too: without it, FILE is not satisfied anyway
+    return Marker(marker).evaluate()
 
 assert sys.version_info >= (3, 11)
 for name, version in pins(pathlib.Path(sys.argv[1])):

@@ -107,13 +107,14 @@ def check_pair(teacher: BertConfig, student: BertConfig, problems: Problems) -> 
                      f"with as many")
 
 
-def check_output_dir(folder: Path, resume: bool, problems: Problems) -> None:
-    """An output folder is new or empty, or holds a run that --resume may go on with."""
+def check_output_dir(folder: Path, resume: bool | None, problems: Problems) -> None:
+    """An output folder is new or empty, or holds a run that --resume may go on with (None: there is no such flag)."""
     if folder.exists() and not folder.is_dir():
         problems.add(f"{folder}: is a file; name a folder")
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         if not resume:
-            problems.add(f"{folder}: is not empty; name a new folder, or go on with the run in it by --resume")
+            way_out = "" if resume is None else ", or go on with the run in it by --resume"
+            problems.add(f"{folder}: is not empty; name a new folder{way_out}")
         elif not (folder / "run.json").is_file():
             problems.add(f"{folder}: is not empty and holds no run to --resume (no run.json); name another folder")
 

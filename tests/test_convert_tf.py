@@ -1,0 +1,336 @@
+"""convert_tf_checkpoint.py on checkpoints that TensorFlow itself writes, against a forward pass in TensorFlow."""
+import hashlib
+import json
+import os
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_rows, run_script, tiny_vocabulary, write_features
+from safetensors.torch import load_file
+
+import convert_tf_checkpoint
+import reranker
+from simplified_tinybert.checkpoints import load_cross_encoder
+from simplified_tinybert.files import UserError
+from simplified_tinybert.modeling import Batch
+
+LAYERS, WIDTH, HEADS, INNER, WORDS, POSITIONS = 2, 24, 3, 40, 200, 32
+CONFIG = {"attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": WIDTH,
+          "initializer_range": 0.02, "intermediate_size": INNER, "max_position_embeddings": POSITIONS,
+          "num_attention_heads": HEADS, "num_hidden_layers": LAYERS, "type_vocab_size": 2, "vocab_size": WORDS}
+
+
+@pytest.fixture(scope="module")
+def tf():
+    os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
+    return pytest.importorskip("tensorflow", reason="needs TensorFlow: pip install tensorflow-cpu")
+
+
+def bert_variables(seed=0):
+    """Random values under the names that Google's code gives its variables."""
+    random, found = np.random.default_rng(seed), {}
+
+    def add(name, *shape, around=0.0):
+        found[name] = (around + random.normal(scale=0.3, size=shape)).astype(np.float32)
+
+    def add_dense(scope, inputs, outputs):
+        add(f"{scope}/kernel", inputs, outputs)
+        add(f"{scope}/bias", outputs)
+
+    def add_norm(scope):
+        add(f"{scope}/LayerNorm/gamma", WIDTH, around=1.0)
+        add(f"{scope}/LayerNorm/beta", WIDTH)
+
+    for name, rows in (("word", WORDS), ("token_type", 2), ("position", POSITIONS)):
+        add(f"bert/embeddings/{name}_embeddings", rows, WIDTH)
+    add_norm("bert/embeddings")
+    for layer in (f"bert/encoder/layer_{number}" for number in range(LAYERS)):
+        for name in ("query", "key", "value"):
+            add_dense(f"{layer}/attention/self/{name}", WIDTH, WIDTH)
+        add_dense(f"{layer}/attention/output/dense", WIDTH, WIDTH)
+        add_norm(f"{layer}/attention/output")
+        add_dense(f"{layer}/intermediate/dense", WIDTH, INNER)
+        add_dense(f"{layer}/output/dense", INNER, WIDTH)
+        add_norm(f"{layer}/output")
+    add_dense("bert/pooler/dense", WIDTH, WIDTH)
+    add("output_weights", 2, WIDTH)
+    add("output_bias", 2)
+    return found
+
+
+def leftovers(variables):
+    """What else stands in a checkpoint that training wrote."""
+    slots = {f"{name}/adam_{slot}": np.ones_like(value) for name, value in variables.items() for slot in "mv"}
+    return slots | {"global_step": np.int64(400_000), "cls/predictions/output_bias": np.ones(WORDS, np.float32),
+                    "cls/seq_relationship/output_weights": np.ones((2, WIDTH), np.float32)}
+
+
+def save_checkpoint(tf, folder, variables, step=400_000, config=CONFIG):
+    """The folder as dl4marco-bert's training leaves it."""
+    folder.mkdir(exist_ok=True)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        for name, value in variables.items():
+            tf.compat.v1.get_variable(name, initializer=tf.constant(value))
+        session.run(tf.compat.v1.global_variables_initializer())
+        tf.compat.v1.train.Saver(max_to_keep=None).save(session, str(folder / "model.ckpt"), global_step=step)
+    (folder / "bert_config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("\n".join(tiny_vocabulary()) + "\n")
+    return folder
+
+
+def tensorflow_logits(tf, checkpoint, tokens, segments, lengths):
+    """Google's BERT of 2018 with dl4marco-bert's head, on a checkpoint that TensorFlow restores by its names."""
+    tf1 = tf.compat.v1
+    with tf.Graph().as_default(), tf1.Session() as session:
+        def variable(name):
+            with tf1.variable_scope("", reuse=tf1.AUTO_REUSE):
+                return tf1.get_variable(name, shape=shapes[name])
+
+        def dense(x, scope):
+            return tf.einsum("...i,io->...o", x, variable(f"{scope}/kernel")) + variable(f"{scope}/bias")
+
+        def norm(x, scope):
+            mean, variance = tf.nn.moments(x, axes=[-1], keepdims=True)
+            return tf.nn.batch_normalization(x, mean, variance, variable(f"{scope}/LayerNorm/beta"),
+                                             variable(f"{scope}/LayerNorm/gamma"), 1e-12)
+
+        def heads(x):
+            return tf.transpose(tf.reshape(x, [*x.shape[:2], HEADS, WIDTH // HEADS]), [0, 2, 1, 3])
+
+        shapes = dict(tf.train.list_variables(str(checkpoint)))
+        mask = tf.cast(tf.sequence_mask(lengths, tokens.shape[1]), tf.float32)[:, None, None, :]
+        x = tf.gather(variable("bert/embeddings/word_embeddings"), tokens)
+        x += tf.gather(variable("bert/embeddings/token_type_embeddings"), segments)
+        x = norm(x + variable("bert/embeddings/position_embeddings")[:tokens.shape[1]], "bert/embeddings")
+        for layer in (f"bert/encoder/layer_{number}" for number in range(LAYERS)):
+            query, key, value = (heads(dense(x, f"{layer}/attention/self/{name}"))
+                                 for name in ("query", "key", "value"))
+            scores = tf.matmul(query, key, transpose_b=True) / np.sqrt(WIDTH / HEADS) + (1 - mask) * -10000.0
+            context = tf.transpose(tf.matmul(tf.nn.softmax(scores), value), [0, 2, 1, 3])
+            context = dense(tf.reshape(context, x.shape), f"{layer}/attention/output/dense")
+            x = norm(x + context, f"{layer}/attention/output")
+            inner = dense(x, f"{layer}/intermediate/dense")
+            inner *= 0.5 * (1.0 + tf.math.erf(inner / np.sqrt(2.0)))
+            x = norm(x + dense(inner, f"{layer}/output/dense"), f"{layer}/output")
+        pooled = tf.tanh(dense(x[:, 0], "bert/pooler/dense"))
+        logits = tf.matmul(pooled, variable("output_weights"), transpose_b=True) + variable("output_bias")
+        tf1.train.Saver().restore(session, str(checkpoint))
+        return session.run(logits)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tf, tmp_path_factory):
+    """Folder of a fine-tuned ranker's checkpoint."""
+    variables = bert_variables()
+    return save_checkpoint(tf, tmp_path_factory.mktemp("tf") / "trained", variables | leftovers(variables))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return random_rows(40, POSITIONS)
+
+
+@pytest.fixture(scope="module")
+def padded(rows):
+    """The rows as tensors: tokens, segments, lengths."""
+    tokens, segments = np.zeros((2, len(rows), POSITIONS), np.int64)
+    for number, (_, row, query_length, _) in enumerate(rows):
+        tokens[number, :len(row)], segments[number, query_length:len(row)] = row, 1
+    return tokens, segments, np.array([len(row) for _, row, *_ in rows])
+
+
+@pytest.fixture(scope="module")
+def logits(tf, checkpoint, padded):
+    return tensorflow_logits(tf, checkpoint / "model.ckpt-400000", *padded)
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoint, tmp_path_factory):
+    """Model folder that the script makes, in a process of its own, and what it says."""
+    output = tmp_path_factory.mktemp("converted") / "teacher"
+    done = run_script("convert_tf_checkpoint.py", "--tf_checkpoint", checkpoint / "model.ckpt-400000", "--bert_config",
+                      checkpoint / "bert_config.json", "--vocab", checkpoint / "vocab.txt", "--output_dir", output)
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout + done.stderr
+
+
+def test_logits_are_those_of_tensorflow(converted, padded, logits):
+    tokens, segments, lengths = (torch.from_numpy(array) for array in padded)
+    mask = (torch.arange(POSITIONS) < lengths[:, None]).long()
+    model, notes = load_cross_encoder(converted[0])
+    with torch.inference_mode():
+        ours = model(Batch(tokens, segments, mask)).logits.numpy()
+    assert notes == [] and logits.std() > 0.3
+    np.testing.assert_allclose(ours, logits, rtol=0, atol=2e-5)
+
+
+def test_logits_of_transformers_are_those_of_tensorflow(converted, padded, logits):
+    from transformers import AutoModelForSequenceClassification
+    tokens, segments, lengths = (torch.from_numpy(array) for array in padded)
+    model, report = AutoModelForSequenceClassification.from_pretrained(converted[0], output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    with torch.inference_mode():
+        theirs = model.eval()(input_ids=tokens, token_type_ids=segments,
+                              attention_mask=(torch.arange(POSITIONS) < lengths[:, None]).long()).logits.numpy()
+    np.testing.assert_allclose(theirs, logits, rtol=0, atol=2e-5)
+
+
+def test_scores_of_the_reranker_are_those_of_tensorflow(converted, rows, logits, tmp_path, run_main):
+    file = write_features(tmp_path / "test.pkl", rows, set_name="test")
+    run_main(reranker, "--model_dir", converted[0], "--features_file", file, "--output_scores_file",
+             tmp_path / "scores.tsv", "--device", "cpu")
+    scores = [float(line.split("\t")[2]) for line in (tmp_path / "scores.tsv").read_text().splitlines()]
+    wide = logits.astype(np.float64)
+    np.testing.assert_allclose(scores, 1 / (1 + np.exp(wide[:, 0] - wide[:, 1])), rtol=0, atol=1e-5)
+
+
+def test_the_record_names_the_inputs_and_all_that_was_left_out(converted, checkpoint):
+    output, told = converted
+    record = json.loads((output / "run.json").read_text())
+    assert record["not_used"] == {"Adam's slots": 2 * len(bert_variables()), "global_step": 1, "pre-training heads": 2}
+    assert sorted(os.path.basename(path) for path in record["inputs"]) == [
+        "bert_config.json", "model.ckpt-400000.data-00000-of-00001", "model.ckpt-400000.index", "vocab.txt"]
+    for path, digest in record["inputs"].items():
+        assert digest == hashlib.sha256((checkpoint / os.path.basename(path)).read_bytes()).hexdigest()
+    assert [line.split()[0] for line in told.splitlines()] == ["model", "not", "written"]       # TensorFlow is silent
+    assert f"{2 * len(bert_variables())} of Adam's slots" in told and "2 classes" in told
+    assert (output / "vocab.txt").read_bytes() == (checkpoint / "vocab.txt").read_bytes()
+    assert json.loads((output / "tokenizer_config.json").read_text())["do_lower_case"] is True
+    assert "re-ranker" in (output / "README.md").read_text()
+
+
+def convert(run_main, folder, output, *more):
+    return run_main(convert_tf_checkpoint, "--tf_checkpoint", folder, "--output_dir", output, *more)
+
+
+def test_a_folder_is_enough_and_its_newest_checkpoint_is_taken(tf, tmp_path, run_main):
+    folder = save_checkpoint(tf, tmp_path / "tf", bert_variables(1), step=1)
+    save_checkpoint(tf, folder, bert_variables(2), step=2)
+    convert(run_main, folder, tmp_path / "out", "--no-do_lower_case")
+    bias = load_file(tmp_path / "out" / "model.safetensors")["classifier.bias"]
+    np.testing.assert_array_equal(bias.numpy(), bert_variables(2)["output_bias"])
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["do_lower_case"] is False
+    (folder / "checkpoint").unlink()
+    with pytest.raises(UserError, match=r"holds 2 checkpoints \(model.ckpt-1, model.ckpt-2\).*--tf_checkpoint"):
+        convert(run_main, folder, tmp_path / "another")
+    convert(run_main, folder / "model.ckpt-1.index", tmp_path / "another")
+    for path in folder.glob("model.ckpt-1.*"):
+        path.unlink()
+    convert(run_main, folder, tmp_path / "the only one left")
+
+
+def test_a_pre_trained_model_is_written_without_a_classifier(tf, tmp_path, run_main):
+    variables = {name: value for name, value in bert_variables().items() if not name.startswith("output_")}
+    folder = save_checkpoint(tf, tmp_path / "tf", variables | leftovers(variables))
+    assert "without a classifier" in convert(run_main, folder, tmp_path / "out")
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(names) == len(variables) and not any(name.startswith("classifier") for name in names)
+    with pytest.raises(UserError, match="lack classifier.weight; the model was not fine-tuned for ranking"):
+        load_cross_encoder(tmp_path / "out")
+    _, notes = load_cross_encoder(tmp_path / "out", new_head=torch.Generator())      # as distill.py takes it
+    assert notes == ["newly initialised: classifier.bias, classifier.weight"]
+    from transformers import AutoModel
+    model, report = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert "pipeline_tag" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_half_precision_checkpoints_are_widened(tf, tmp_path, run_main):
+    variables = bert_variables() | {"output_bias": tf.cast([0.5, -1.5], tf.bfloat16).numpy()}
+    convert(run_main, save_checkpoint(tf, tmp_path / "tf", variables), tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert weights["classifier.bias"].tolist() == [0.5, -1.5] and weights["classifier.bias"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("change, config, complaints", [
+    ({"output_bias": None}, {}, ["lacks output_bias"]),
+    ({"bert/pooler/dense/kernel": None, "output_weights": np.zeros((2, 12), np.float32)}, {},
+     ["lacks bert/pooler/dense/kernel", "output_weights has shape [2, 12]; expected [2, 24]"]),
+    ({"bert/encoder/layer_0/intermediate/dense/kernel": np.zeros((INNER, WIDTH), np.float32)}, {},
+     ["layer_0/intermediate/dense/kernel has shape [40, 24]; expected [24, 40]"]),
+    ({"rank/output_weights": np.zeros(2, np.float32)}, {}, ["holds rank/output_weights, which has no place"]),
+    ({"model/layer/.ATTRIBUTES/VARIABLE_VALUE": np.zeros(2, np.float32)}, {}, ["TensorFlow 2 object checkpoint"]),
+    ({"output_bias": np.array([1, 2])}, {}, ["output_bias holds int64; expected floating-point"]),
+    ({"output_bias": np.array([1, np.nan], np.float32)}, {}, ["output_bias holds infinities or NaN"]),
+    ({}, {"num_hidden_layers": 1}, ["holds bert/encoder/layer_1/attention/output/LayerNorm/beta, which has no place"]),
+    ({}, {"num_hidden_layers": 3}, ["lacks bert/encoder/layer_2/attention/output/LayerNorm/beta"]),
+    ({}, {"max_position_embeddings": 512}, ["position_embeddings has shape [32, 24]; expected [512, 24]"]),
+    ({}, {"hidden_size": 48}, ["word_embeddings has shape [200, 24]; expected [200, 48]", "more problems"]),
+])
+def test_what_does_not_fit_is_listed_and_nothing_is_written(tf, tmp_path, run_main, change, config, complaints):
+    variables = {name: value for name, value in (bert_variables() | change).items() if value is not None}
+    folder = save_checkpoint(tf, tmp_path / "tf", variables, config=CONFIG | config)
+    with pytest.raises(UserError) as error:
+        convert(run_main, folder, tmp_path / "out")
+    assert all(complaint in str(error.value) for complaint in complaints), error.value
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file, damage, complaint", [
+    ("data-00000-of-00001", "cut", "cannot be read: its data file is damaged or cut off"),
+    ("data-00000-of-00001", "flip", "cannot be read: its data file is damaged or cut off"),
+    ("index", "cut", "is damaged or no TensorFlow checkpoint"),
+    ("index", "flip", "is damaged or no TensorFlow checkpoint"),
+])
+def test_damaged_files_are_noticed(tf, tmp_path, run_main, file, damage, complaint):
+    folder = save_checkpoint(tf, tmp_path / "tf", bert_variables())
+    path = folder / f"model.ckpt-400000.{file}"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xff
+    path.write_bytes(content[:len(content) // 2] if damage == "cut" else content)
+    with pytest.raises(UserError, match=complaint):
+        convert(run_main, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def unread(tmp_path):
+    """A folder that looks right as long as nobody asks TensorFlow."""
+    folder = tmp_path / "tf"
+    folder.mkdir()
+    for name in ("model.ckpt-1.index", "model.ckpt-1.data-00000-of-00002", "model.ckpt-1.data-00001-of-00002"):
+        (folder / name).write_bytes(b"")
+    (folder / "bert_config.json").write_text(json.dumps(CONFIG))
+    (folder / "vocab.txt").write_text("\n".join(tiny_vocabulary()) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("name, content, complaint", [
+    ("bert_config.json", None, "cannot read the configuration .--bert_config"),
+    ("bert_config.json", "{", "is not a valid BERT configuration"),
+    ("vocab.txt", None, "cannot read the vocabulary .--vocab"),
+    ("vocab.txt", "a\nb\n", "lacks .UNK., .CLS., .SEP."),
+    ("vocab.txt", "\n".join([*tiny_vocabulary(), "more"]), "has 201 word pieces, .* says 200"),
+    ("model.ckpt-1.index", None, "holds no checkpoint; expected NAME.index"),
+    ("model.ckpt-1.data-00001-of-00002", None, "1 of its data files are there, expected 2"),
+    (".", None, "no such checkpoint; expected a file tf.index"),
+    ("../out", "", "out: is a file; name a folder"),
+    ("../out/model.safetensors", "", "out: is not empty; name a new folder$"),
+])
+def test_cheap_mistakes_are_told_without_tensorflow(unread, run_main, monkeypatch, name, content, complaint):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)            # its import fails
+    path = unread / name
+    if name == ".":
+        shutil.rmtree(unread)
+    elif content is None:
+        path.unlink()
+    else:
+        path.resolve().parent.mkdir(exist_ok=True)
+        path.resolve().write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        convert(run_main, unread, unread.parent / "out")
+
+
+def test_without_tensorflow_the_message_says_what_to_install(unread, run_main, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(UserError, match="pip install tensorflow-cpu"):
+        convert(run_main, unread, unread.parent / "out")
+    assert not (unread.parent / "out").exists()
+
+
+def test_the_vocabulary_must_have_its_name(unread, run_main):
+    with pytest.raises(UserError, match="expected a file named vocab.txt; copy it under that name"):
+        convert(run_main, unread, unread.parent / "out", "--vocab", unread / "bert_config.json")
