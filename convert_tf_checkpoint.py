@@ -36,7 +36,7 @@ from simplified_tinybert.checkpoints import read_config, save_cross_encoder
 from simplified_tinybert.files import Problems, UserError, check_input_file, run_main, say
 from simplified_tinybert.modeling import CrossEncoder, describe
 from simplified_tinybert.preflight import check_output_dir
-from simplified_tinybert.runtime import record
+from simplified_tinybert.records import record
 from simplified_tinybert.tokenization import Vocabulary, load_vocabulary
 
 LEFTOVERS = {"Adam's slots": re.compile(r"(.*/)?adam_[mv]"), "global_step": re.compile("global_step"),
