@@ -51,21 +51,15 @@ read -ra MEASURES <<< "$MEASURES"
 
 # file NAME: its path in the collection, plain or .gz
 file() {
-    local path
-    for path in "$COLLECTION/$1" "$COLLECTION/$1.gz"; do
-        if [ -r "$path" ]; then
-            echo "$path"
-            return
-        fi
-    done
-    fail "$COLLECTION/$1: no such file, nor $1.gz; see bash collection.sh --help for the files of a collection"
+    if [ -r "$COLLECTION/$1" ]; then echo "$COLLECTION/$1"; else echo "$COLLECTION/$1.gz"; fi
 }
-DOCS="$(file docs.tsv)"
-for split in train dev test; do                    # all of them, before hours are spent
-    for name in "queries.$split.tsv" "qrels.$split.txt" "bm25.$split.txt"; do
-        file "$name" >/dev/null
-    done
+missing=()                                         # all that is, before hours are spent
+for name in docs.tsv {queries.{train,dev,test}.tsv,{qrels,bm25}.{train,dev,test}.txt}; do
+    [ -r "$(file "$name")" ] || missing+=("$name")
 done
+[ "${#missing[@]}" = 0 ] || fail "$COLLECTION: has none of ${missing[*]}, plain or .gz; bash collection.sh --help tells \
+what these files hold"
+DOCS="$(file docs.tsv)"
 
 # step FILE COMMAND ...: run the command unless FILE, which it writes as its last, is there
 step() {
@@ -95,6 +89,13 @@ rerank() {
 use_python requirements.txt
 mkdir -p "$OUT"
 VOCABULARY="${TEACHER_MODEL:-$BERT_MODEL}"
+PYTHONPATH="$ROOT" "$PYTHON" -c '
+import sys
+from simplified_tinybert.files import run_main
+from simplified_tinybert.hub import find_model
+from simplified_tinybert.tokenization import load_vocabulary
+run_main(lambda: [load_vocabulary(find_model(name)) for name in sys.argv[1:]])' \
+    "$VOCABULARY" "${STUDENT_MODEL:-$BERT_MODEL}"         # fails now if they cannot be had, not after hours
 
 step "$OUT/train.tsv" run prepare_examples.py train --docs "$DOCS" --queries "$(file queries.train.tsv)" \
     --qrels "$(file qrels.train.txt)" --candidates "$(file bm25.train.txt)" --output "$OUT/train.tsv" --title \

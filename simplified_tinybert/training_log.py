@@ -1,7 +1,9 @@
 """The log of a training, as JSON lines and for TensorBoard: means of the loss terms over intervals, dev measures."""
 import json
 import math
+import sys
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -27,6 +29,8 @@ class TrainingLog:
         self.steps, self.examples, self.since = 0, 0, time.perf_counter()
         if not processes.first:
             return
+        # TensorBoard looks for this name; with it, it does without TensorFlow, which takes seconds and talks much
+        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
 
         self.tensorboard = SummaryWriter(str(tensorboard_dir or folder / "tensorboard"), purge_step=finished_steps + 1)

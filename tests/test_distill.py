@@ -1,11 +1,14 @@
 """distill.py as a user runs it: golden losses from the command line, accumulation, resuming, refusals."""
+import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_rows, run_script, write_features
+from conftest import ROOT, random_rows, run_script, write_features
 from safetensors.torch import load_file
 
 import distill
@@ -293,3 +296,14 @@ def test_batches_of_an_epoch_hold_every_example_once():
     (100, 10, 1, 0.01, 1)])
 def test_number_of_steps(examples, batch, accumulation, epochs, steps):
     assert Plan(batch, accumulation, epochs, 0, None, False, 1, 1, 1, {}, 1e-3).total_steps(examples) == steps
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow, to see it left alone")
+def test_tensorboard_does_without_tensorflow(tmp_path):
+    code = ("import sys, torch; from pathlib import Path; from simplified_tinybert.distributed import Processes; "
+            "from simplified_tinybert.training_log import TrainingLog; "
+            "TrainingLog(Path(sys.argv[1]), None, torch.device('cpu'), Processes()).close(); "
+            "print('tensorflow' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n" and done.stderr == ""
+    assert list((tmp_path / "tensorboard").iterdir())
