@@ -16,7 +16,8 @@ Out, in the order of the candidates' queries:
     train       index <tab> query <tab> passage <tab> label        label 1: relevant, 0: not
     test        query_id#document_id_n <tab> query <tab> passage   n = 0, 1, 2 ... within the document
 OUTPUT.run.json tells what it was made of. What could not be used (a missing document, one without text, a query without
-candidates ...) is counted on stderr and listed in OUTPUT.left_out.tsv: kind <tab> query_id <tab> document_id.
+candidates ...) is counted on stderr and listed in OUTPUT.left_out.tsv: kind <tab> query_id <tab> document_id; of the
+candidates that training draws from, those that were looked up.
 
 Passages are windows over the words of the body, from word 0, stride, 2 * stride ... until one reaches the end.
 test:  all passages of the candidates.
