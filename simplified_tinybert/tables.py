@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 
 LATEX = str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-                       "–": "--", "−": "$-$", "×": r"$\times$", "†": r"$^{\dagger}$", "*": "$^{*}$",
+                       "–": "--", "×": r"$\times$", "†": r"$^{\dagger}$", "‡": r"$^{\ddagger}$", "<": "$<$", ">": "$>$",
                        **{sign: "\\" + sign for sign in "&%$#_{}"}})
 
 
@@ -17,8 +17,14 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def number(value: float) -> str:
+    """Three significant digits, thousands with commas."""
+    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    return f"{value:,.{digits}f}"
+
+
 def escape_latex(text: str) -> str:
-    """Text as LaTeX prints it, whatever signs it holds; * and † become marks above the line."""
+    """Text as LaTeX prints it, whatever signs it holds; † and ‡ become marks above the line."""
     return text.translate(LATEX)
 
 

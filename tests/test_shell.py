@@ -10,7 +10,8 @@ from conftest import ROOT, random_rows, words
 from torch.distributed.run import get_args_parser as torchrun_options
 
 SCRIPTS = ("distill.sh", "reranker.sh", "test.sh")
-COMMANDS = ("tokenize_to_features.py", "distill.py", "reranker.py", "convert_to_trec_results.py", "msmarco_mrr_eval.py")
+COMMANDS = ("tokenize_to_features.py", "distill.py", "reranker.py", "convert_to_trec_results.py", "msmarco_mrr_eval.py",
+            "report.py")
 
 
 def bash(script, *arguments, cwd, **environment):
