@@ -64,7 +64,8 @@ def effectiveness_figure(points: list[Point], measure: str, title: str) -> Any:
     figure = new_figure(1, width=6.4, height=4.2)
     axes, = figure.axes
     placed, lines = [point for point in points if point.speed], [point for point in points if not point.speed]
-    low, high = min(point.speed for point in placed) / 2, max(point.speed for point in placed) * 2
+    slowest, fastest = (choose(point.speed for point in placed) for choose in (min, max))
+    low, high = slowest / 2, fastest * max(2.0, (fastest / slowest) ** 0.45)                # room for the names
     axes.set_xscale("log")
     axes.set_xticks(*plain_ticks(low, high))
     axes.minorticks_off()
