@@ -156,9 +156,9 @@ def cells(systems: list[System], teacher: System, measures: list[str], compared:
     for measure in measures:
         headings += [measure, "% of teacher"]
         for system, row in zip(systems, rows):
-            best, average = teacher.averages[measure], system.averages[measure]
-            row += [f"{average:.4f}{marks(system.name, measure, compared, test)}",
-                    f"{100 * average / best:.1f}" if best > 0 else NONE]
+            average, share = system.averages[measure], system.retained(teacher, measure)
+            row += [NONE if average is None else f"{average:.4f}{marks(system.name, measure, compared, test)}",
+                    NONE if share is None else f"{100 * share:.1f}"]
     return headings, rows
 
 
@@ -220,9 +220,9 @@ def write_report(args: argparse.Namespace, systems: list[System], measures: list
                        ("report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")):
         with atomic_writer(args.output_dir / name) as handle:
             handle.write(text)
-    if any(system.rates for system in systems):
-        points = [Point(system.name, system.averages[measures[0]], system.speed(), system is teacher)
-                  for system in systems]
+    points = [Point(system.name, system.averages[measures[0]], system.speed(), system is teacher)
+              for system in systems if system.averages[measures[0]] is not None]
+    if any(point.speed for point in points):
         save(effectiveness_figure(points, measures[0], f"{measures[0]} over {len(queries)} queries"), picture)
     else:
         picture.unlink(missing_ok=True)                 # of another report
@@ -237,8 +237,7 @@ def as_json(system: System, teacher: System, measures: list[str]) -> dict:
             "parameters": system.parameters, "pairs_per_second": system.speed(), "rounds": system.rates,
             "speed_of": system.where, "speed_up": system.speed_up(teacher),
             "averages": {measure: system.averages[measure] for measure in measures},
-            "retained": {measure: system.averages[measure] / teacher.averages[measure]
-                         if teacher.averages[measure] > 0 else None for measure in measures},
+            "retained": {measure: system.retained(teacher, measure) for measure in measures},
             "values": {measure: system.values[measure] for measure in measures}, "record": system.record or None}
 
 

@@ -31,7 +31,7 @@ class System:
     where: str = ""                                     # device and precision of the rates
     record: dict = field(default_factory=dict)          # reranker.py's
     values: dict[str, PerQuery] = field(default_factory=dict)               # measure → query → value
-    averages: dict[str, float] = field(default_factory=dict)
+    averages: dict[str, float | None] = field(default_factory=dict)         # None: defined for no query
 
     def speed(self) -> float | None:
         return median(self.rates) if self.rates else None
@@ -41,6 +41,11 @@ class System:
         if not (self.rates and other.rates and self.where == other.where):
             return None
         return median(mine / theirs for mine, theirs in zip(self.rates, other.rates))
+
+    def retained(self, teacher: "System", measure: str) -> float | None:
+        """Share of the teacher's average; None where one of the two is not defined, or the teacher's is 0."""
+        mine, theirs = self.averages[measure], teacher.averages[measure]
+        return mine / theirs if mine is not None and theirs else None
 
 
 def find_systems(rows: list[list[str]], problems: Problems) -> list[System]:
@@ -110,7 +115,7 @@ def evaluate_systems(systems: list[System], qrels: Qrels, runs: dict[Path, Run],
             say(f"{system.run}: {len(missing)} judged queries are missing, {how}: {first_ten(missing)}")
         found = evaluate(judged, runs[system.run], measures, level, complete)
         system.values = {name: values for name, values, _ in found.results}
-        system.averages = {name: average for name, _, average in found.results}
+        system.averages = {name: average if values else None for name, values, average in found.results}
         for name, values in system.values.items():
             if len(values) < len(queries):
                 say(f"{system.run}: {name} is defined for {len(values)} of the queries only; its average is over these")

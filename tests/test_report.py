@@ -120,6 +120,17 @@ def test_a_teacher_that_finds_nothing(made, folder):
     assert facts["systems"][1]["retained"] == {"RR": None}
 
 
+def test_a_measure_that_is_defined_for_no_query_of_a_system(made, folder):
+    """Accuracy needs a relevant document among those of the run (and one that is not)."""
+    (folder / "teacher.trec").write_text(run_text({"q1": 2, "q2": 2, "q3": 2}))
+    (folder / "student.trec").write_text("".join(f"q{number} Q0 bad 1 1 t\n" for number in range(1, 5)))
+    rows, facts, told = made("--teacher", "the teacher", "--measures", "Accuracy", "RR")
+    assert rows["student_1"][4:] == ["–", "–", "0.0000†", "0.0"]           # t is infinite: 1/2 less in each
+    assert "student_1" not in facts["comparisons"]["teacher"]["Accuracy"]
+    assert facts["systems"][2]["averages"]["Accuracy"] is None
+    assert "student.trec: Accuracy is defined for 0 of the queries only" in told
+
+
 # ---- models and speeds
 
 @pytest.fixture
