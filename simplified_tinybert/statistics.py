@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+TESTS = ("t-test", "randomization")
 EXACT_QUERIES = 16          # differing queries up to which all 2^n assignments of signs are gone through
 PERMUTATIONS = 100_000
 LEVEL = 0.05                # below which a corrected p is marked as significant
@@ -25,9 +26,6 @@ class Comparison:
     losses: int
     p: dict[str, float | None]                          # test → p
     holm: dict[str, float | None]
-
-
-TESTS = ("t-test", "randomization")
 
 
 def compare(first: dict[str, float], second: dict[str, float], permutations: int = PERMUTATIONS,

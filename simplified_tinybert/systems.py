@@ -28,7 +28,7 @@ class System:
     config: BertConfig | None = None
     parameters: int | None = None
     rates: list[float] = field(default_factory=list)
-    where: str = ""                                     # device and precision of the rates
+    where: str = ""                                     # device, precision, processes of the rates
     record: dict = field(default_factory=dict)          # reranker.py's
     values: dict[str, PerQuery] = field(default_factory=dict)               # measure → query → value
     averages: dict[str, float | None] = field(default_factory=dict)         # None: defined for no query
@@ -83,8 +83,10 @@ def _take_record(system: System) -> None:
     settings, rate = system.record["settings"], system.record.get("pairs_per_second")
     system.parameters = system.record.get("parameters", system.parameters)
     if rate:                                            # 0 or missing: the run was interrupted
-        precision = [flag for flag in ("fp16", "bf16", "int8") if settings.get(flag)]
-        system.rates, system.where = [rate], ", ".join([system.record.get("device", "unknown device"), *precision])
+        processes, device = system.record.get("processes", 1), system.record.get("device", "unknown device")
+        how = [flag for flag in ("fp16", "bf16", "int8") if settings.get(flag)]
+        how += [f"{processes} processes"] if processes > 1 else []
+        system.rates, system.where = [rate], ", ".join([device, *how])
     if system.folder and "weights" in settings and settings["weights"] != weights_fingerprint(system.folder):
         warn(f"{system.run}: was scored with other weights than those of {system.folder} ({path}); if the model was "
              f"not merely converted, re-rank again")

@@ -191,11 +191,11 @@ def test_parameters_without_weights(made, golden_models, folder):
 
 
 def test_speeds_of_different_devices_are_not_divided(made, folder):
-    write_record(folder / "student.tsv.run.json", pairs_per_second=250.0, parameters=2345, device="cuda:0",
+    write_record(folder / "student.tsv.run.json", pairs_per_second=250.0, parameters=2345, device="cuda:0", processes=2,
                  settings=SETTINGS | {"bf16": True})
     rows, facts, _ = made("--teacher", "the teacher")
     assert rows["student_1"][2:4] == ["250", "–"]
-    assert "(the teacher: cpu; student_1: cuda:0, bf16)" in facts["notes"][-1]
+    assert "(the teacher: cpu; student_1: cuda:0, bf16, 2 processes)" in facts["notes"][-1]
 
 
 def test_an_interrupted_reranking_has_no_speed(made, folder):
