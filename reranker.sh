@@ -2,7 +2,8 @@
 # Re-rank and evaluate: bash reranker.sh [more arguments of reranker.py, such as --bf16]
 #
 # With nothing set this re-ranks the test queries of the embedded example with the student of `bash distill.sh`, with
-# the same student before distillation and with the teacher, and prints a table; files are in example_run/results.
+# the same student before distillation and with the teacher, and prints a table; files are in example_run/results,
+# table and picture in example_run/results/report.
 # For a model and data of your own:
 #   MODEL_DIR=student FEATURES_FILE=test.pkl OUTPUT_DIR=results QRELS_FILE=qrels.txt bash reranker.sh --bf16
 #
@@ -78,6 +79,9 @@ tokenize "$EXAMPLE_DIR/collection/test.pairs.tsv" "$EXAMPLE_DIR/test.pkl" "$MODE
 rerank "$TEACHER_MODEL" "$EXAMPLE_DIR/test.pkl" "$RESULTS/teacher.tsv" "$RESULTS/teacher.trec" "$@"
 rerank "$MODEL_DIR/checkpoint-0" "$EXAMPLE_DIR/test.pkl" "$RESULTS/student-before.tsv" "$RESULTS/student-before.trec" "$@"
 rerank "$MODEL_DIR" "$EXAMPLE_DIR/test.pkl" "$RESULTS/student.tsv" "$RESULTS/student.trec" "$@"
-"$PYTHON" "$ROOT/examples/compare.py" --qrels "$EXAMPLE_DIR/collection/qrels.test.txt" --output_table "$RESULTS/table.md" \
-    --runs "BM25=$EXAMPLE_DIR/collection/bm25.test.txt" "teacher=$RESULTS/teacher.trec" \
-    "student before distillation=$RESULTS/student-before.trec" "student after distillation=$RESULTS/student.trec"
+"$PYTHON" "$ROOT/report.py" --qrels "$EXAMPLE_DIR/collection/qrels.test.txt" --complete --measures MRR@10 nDCG@10 \
+    --device "$DEVICE" --teacher teacher --baseline BM25 --output_dir "$RESULTS/report" \
+    --system BM25 "$EXAMPLE_DIR/collection/bm25.test.txt" \
+    --system teacher "$RESULTS/teacher.trec" "$TEACHER_MODEL" \
+    --system "student before distillation" "$RESULTS/student-before.trec" "$MODEL_DIR/checkpoint-0" \
+    --system "student after distillation" "$RESULTS/student.trec" "$MODEL_DIR"

@@ -1,19 +1,14 @@
-"""What the benchmarks share: the machine's description and speed, timing, tables and pictures. Not a command.
+"""What the benchmarks share: their flags, ways in turn, the machine's speed, their results. Not a command.
 
 Times are wall-clock seconds. Ways that are compared run in turn (A B C A B C ...), so that whatever else the machine
 does meets all of them; a ratio is the median over the rounds of the ratio within a round (smallest – largest).
 """
 import argparse
 import ctypes
-import datetime
 import json
-import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -23,6 +18,8 @@ from transformers import BertConfig
 from simplified_tinybert.files import atomic_writer, say
 from simplified_tinybert.records import plain
 from simplified_tinybert.runtime import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
+from simplified_tinybert.speed import seconds
+from simplified_tinybert.tables import number
 
 ROOT = Path(__file__).resolve().parent.parent
 M_MMAP_THRESHOLD = -3       # of glibc's malloc.h
@@ -41,42 +38,6 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help="tiny sizes, to see that the command works; the figures mean nothing")
 
 
-def machine(device: torch.device) -> dict[str, str]:
-    """What a reader must know to judge a figure."""
-    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    facts = {"CPU": names[0] if names else platform.processor() or platform.machine(),
-             "instructions": torch.backends.cpu.get_cpu_capability(),
-             "cores": f"{os.cpu_count()}, threads used: {torch.get_num_threads()}",
-             "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2 ** 30:.0f} GiB",
-             "huge pages": " ".join(_lines("/sys/kernel/mm/transparent_hugepage/enabled")) or "unknown",
-             "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else "none used",
-             "system": platform.platform(), "python": platform.python_version()}
-    for package in ("torch", "transformers", "tokenizers", "sentence-transformers"):
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = "not installed"
-    facts["load before"] = ", ".join(f"{load:.1f}" for load in os.getloadavg())
-    return facts | {"date": datetime.date.today().isoformat()}
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).is_file() else []
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    synchronise(device)
-    start = time.perf_counter()
-    run()
-    synchronise(device)
-    return time.perf_counter() - start
-
-
 def set_memory(way: str, device: torch.device) -> None:
     """The C library's handling of freed memory as each way has it: ours keeps it, others leave everything as usual."""
     if way.startswith("ours"):
@@ -92,11 +53,11 @@ def set_memory(way: str, device: torch.device) -> None:
 def interleave(ways: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each way in each round; the ways of a round run one after the other."""
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds):
+    for turn in range(rounds):
         for name, run in ways.items():
             set_memory(name, device)
             times[name].append(seconds(run, device))
-        say(f"  round {number + 1}: " + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in times.items()))
+        say(f"  round {turn + 1}: " + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in times.items()))
     return times
 
 
@@ -110,12 +71,6 @@ def spread(values: list[float], unit: str = "") -> str:
     """Median and range, with three significant digits."""
     low, high = (number(value) for value in (min(values), max(values)))
     return f"{number(statistics.median(values))} {unit}({low} – {high})"
-
-
-def number(value: float) -> str:
-    """Three significant digits, thousands with commas."""
-    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-    return f"{value:,.{digits}f}"
 
 
 def matrix_rates(device: torch.device, dtype: torch.dtype, width: int, quick: bool) -> dict[str, float]:
@@ -176,17 +131,6 @@ def step_flops(student: BertConfig, teacher: BertConfig, lengths: Iterable[int])
     projections = 2 * (student.num_hidden_layers + 1) * student.hidden_size * teacher.hidden_size * sum(lengths)
     return (forward_flops(teacher, lengths, cls_only=False)
             + 3 * (forward_flops(student, lengths, cls_only=False) + projections))
-
-
-def table(headings: list[str], rows: list[list[object]]) -> str:
-    """A Markdown table; the first column is text, the others are aligned to the right."""
-    cells = [headings, *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
-    lines = ["| " + " | ".join(cell.rjust(width) if column else cell.ljust(width)
-                               for column, (cell, width) in enumerate(zip(row, widths))) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + (":" if column else "-")
-                                   for column, width in enumerate(widths)) + "|")
-    return "\n".join(lines)
 
 
 def write_results(folder: Path, name: str, title: str, facts: dict[str, str], sections: list[str],

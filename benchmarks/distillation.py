@@ -41,6 +41,8 @@ from simplified_tinybert.features import Examples  # noqa: E402
 from simplified_tinybert.files import run_main, say  # noqa: E402
 from simplified_tinybert.modeling import Batch  # noqa: E402
 from simplified_tinybert.runtime import select_device  # noqa: E402
+from simplified_tinybert.speed import machine, seconds  # noqa: E402
+from simplified_tinybert.tables import markdown  # noqa: E402
 
 BATCH = {"cpu": {384: 32, 768: 16}, "cuda": {384: 64, 768: 64}}
 WIDTH, LENGTHS = 256, (128, 256, 512)
@@ -129,7 +131,7 @@ def measure_steps(args: argparse.Namespace, name: str, student: Path, teacher: P
         for way, step in steps.items():
             batches = snug if MASKED in way else fixed
             common.set_memory(way, device)
-            spent = [common.seconds(lambda: step(batch), device) for batch in batches]  # noqa: B023
+            spent = [seconds(lambda: step(batch), device) for batch in batches]  # noqa: B023
             times[way].append(statistics.mean(spent) / size)
         say(f"  masked {' and '.join(str(batch.input_ids.shape[1]) for batch in snug)} positions, ms per example: "
             + ", ".join(f"{way} {1000 * spent[-1]:.0f}" for way, spent in times.items()))
@@ -153,7 +155,7 @@ def steps_table(name: str, teacher: str, found: dict) -> str:
             f"{', '.join(map(str, found['widths']))} positions wide, all others {WIDTH}. Relative difference "
             f"of the losses (reference padding, no dropout): {found['loss_difference']:.1e}. Matrix products on this "
             f"machine at the teacher's width: {common.describe_rates(found['rates'])}.\n\n"
-            + common.table(["way", "ms per example", "× original", "GFLOP/s", "of the rate"], rows))
+            + markdown(["way", "ms per example", "× original", "GFLOP/s", "of the rate"], rows))
 
 
 def measure_memory(args: argparse.Namespace, student: Path, teacher: Path,
@@ -178,7 +180,7 @@ def memory_table(name: str, found: dict[str, dict[int, float]], size: int) -> st
                if way != ORIGINAL)] for length in found[ORIGINAL]]
     return (f"## Most memory that a step adds, MiB: student {name}, {size} pairs\n\n"
             "Weights and the optimizer's moments, there before the step, are not counted; gradients are.\n\n"
-            + common.table(["positions", *found, *(f"{way} / original" for way in found if way != ORIGINAL)], rows))
+            + markdown(["positions", *found, *(f"{way} / original" for way in found if way != ORIGINAL)], rows))
 
 
 def draw(path: Path, measured: dict[str, dict], memory: dict[str, dict[int, float]], title: str) -> None:
@@ -198,7 +200,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = select_device(args.device)
-    facts, sections, measured, memory = common.machine(device), [], {}, {}
+    facts, sections, measured, memory = machine(device), [], {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = ours.vocabulary_folder(Path(scratch) / "vocabulary", args.vocab_file)
         sizes = {name: list(map(int, name.split("x"))) for name in [args.teacher, *args.students]}

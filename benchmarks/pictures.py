@@ -2,12 +2,11 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from simplified_tinybert.files import atomic_writer
+from simplified_tinybert.plots import FAINT, INK, new_figure, plain_ticks, save, style
 
 COLOURS = {"original": "#8c8c8c", "sentence-transformers": "#d9822b", "sentence-transformers, bf16": "#e8b27a",
            "ours": "#1f6fb4", "ours, int8": "#b4457a", "ours, from texts": "#6ba3d6", "ours, bf16": "#2a9d6f",
            "ours, masked": "#6a4fb0", "ours, masked, bf16": "#a58fd8"}
-INK, FAINT = "#333333", "#dddddd"
 
 
 @dataclass
@@ -22,18 +21,11 @@ class Panel:
 
 def draw(path: Path, panels: list[Panel]) -> None:
     """Panels side by side as a PNG that is legible at the width of a README."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.0 * len(panels), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    figure = new_figure(len(panels))
+    for axes, panel in zip(figure.axes, panels):
         _bars(axes, panel) if panel.bars else _lines(axes, panel)
-        axes.set_title(panel.title, fontsize=10.5, loc="left", color=INK)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=INK, labelsize=9)
-    with atomic_writer(path, "wb") as handle:
-        figure.savefig(handle, format="png", dpi=110)
+        style(axes, panel.title)
+    save(figure, path)
 
 
 def _lines(axes: object, panel: Panel) -> None:
@@ -45,21 +37,15 @@ def _lines(axes: object, panel: Panel) -> None:
     axes.set_yscale("log")
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
     axes.minorticks_off()
-    _plain_log_ticks(axes, [y for points in panel.lines.values() for y in points.values()])
+    ys = [y for points in panel.lines.values() for y in points.values()]
+    low, high = min(ys) / 1.25, max(ys) * 1.25
+    axes.set_yticks(*plain_ticks(low, high))
+    axes.set_ylim(low, high)
     axes.set_xlim(xs[0] * 0.88, xs[-1] * max(xs[-1] / xs[0], 2.0) ** 0.65)       # room for the names
     _label_ends(axes, panel.lines)
     axes.set_xlabel(panel.x_label, fontsize=9.5, color=INK)
     axes.set_ylabel(panel.y_label, fontsize=9.5, color=INK)
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
-
-
-def _plain_log_ticks(axes: object, values: list[float]) -> None:
-    """1, 2, 5, 10, 20, ... as they are usually written."""
-    ticks = [digit * 10.0 ** power for power in range(-6, 9) for digit in (1, 2, 5)]
-    low, high = min(values) / 1.25, max(values) * 1.25
-    ticks = [tick for tick in ticks if low <= tick <= high]
-    axes.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
-    axes.set_ylim(low, high)
 
 
 def _label_ends(axes: object, lines: dict[str, dict[float, float]]) -> None:

@@ -46,6 +46,8 @@ from benchmarks.ways import (  # noqa: E402
 from simplified_tinybert.checkpoints import read_config  # noqa: E402
 from simplified_tinybert.files import run_main, say  # noqa: E402
 from simplified_tinybert.runtime import select_device  # noqa: E402
+from simplified_tinybert.speed import machine  # noqa: E402
+from simplified_tinybert.tables import markdown, number  # noqa: E402
 
 PAIRS = {"cpu": {"3x384": 200, "6x768": 32, "12x768": 24}, "cuda": {"3x384": 8192, "6x768": 4096, "12x768": 4096}}
 ALL = (ORIGINAL, PEER, PEER_BF16, OURS, OURS_TEXTS, OURS_BF16, OURS_INT8)
@@ -112,7 +114,7 @@ def ways_table(name: str, found: dict) -> str:
              f"Matrix products on this machine at this width: {common.describe_rates(found['rates'])}. A pair needs "
              f"{found['flops'] / found['pairs'] / 1e9:.2f} GFLOP. Standard deviation of the scores: "
              f"{found['scores_spread']:.2f}.\n\n")
-    return title + common.table(["way", "pairs/s", "× original", "× sentence-transformers", "GFLOP/s", "of the rate",
+    return title + markdown(["way", "pairs/s", "× original", "× sentence-transformers", "GFLOP/s", "of the rate",
                                  "largest score difference"], rows)
 
 
@@ -128,10 +130,10 @@ def teacher_table(measured: dict[str, dict]) -> str:
     for way in (ORIGINAL, PEER, OURS, OURS_BF16):
         if way in measured[teacher]["times"]:
             base = medians(measured[teacher])[way]
-            rows.append([way, common.number(base), *(f"{medians(measured[student])[way] / base:.1f} ×"
+            rows.append([way, number(base), *(f"{medians(measured[student])[way] / base:.1f} ×"
                                                      for student in students)])
     rows.append(["the paper", "–", *("15 ×" if student == "3x384" else "–" for student in students)])
-    return f"## Students against the teacher {teacher}\n\n" + common.table(
+    return f"## Students against the teacher {teacher}\n\n" + markdown(
         ["way", "teacher, pairs/s", *(f"{student} is faster by" for student in students)], rows)
 
 
@@ -151,9 +153,9 @@ def measure_lengths(args: argparse.Namespace, folder: Path, pairs: Sample,
 
 def lengths_table(name: str, found: dict[str, dict[int, float]]) -> str:
     lengths = list(next(iter(found.values())))
-    return f"## {name}: pairs per second at equal lengths\n\n" + common.table(
+    return f"## {name}: pairs per second at equal lengths\n\n" + markdown(
         ["word pieces", *map(str, lengths)],
-        [[way, *(common.number(rate) for rate in rates.values())] for way, rates in found.items()])
+        [[way, *(number(rate) for rate in rates.values())] for way, rates in found.items()])
 
 
 def measure_start(args: argparse.Namespace, folder: Path, pairs: Sample, device: torch.device,
@@ -182,7 +184,7 @@ def start_table(name: str, found: dict[str, list[float]]) -> str:
             ("Python itself, checks, the rest", "rest"), ("**whole command**", "whole"),
             ("for comparison: `python -c \"import torch\"`", "torch"),
             ("for comparison: sentence-transformers, all of it", "peer")]
-    return f"## reranker.py from start to end, 10 pairs, {name}\n\n" + common.table(
+    return f"## reranker.py from start to end, 10 pairs, {name}\n\n" + markdown(
         ["part", "seconds"], [[title, common.spread(found[part])] for title, part in rows])
 
 
@@ -205,7 +207,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = select_device(args.device)
-    facts = common.machine(device)
+    facts = machine(device)
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = ours.vocabulary_folder(Path(scratch) / "vocabulary", args.vocab_file)
         pairs = real_sample(args.raw_data_file, vocabulary, max(pairs_of(args, name, device) for name in args.models))

@@ -28,6 +28,8 @@ from benchmarks import common, ours, pictures, samples  # noqa: E402
 from simplified_tinybert.features import read_chunks  # noqa: E402
 from simplified_tinybert.files import UserError, run_main, say  # noqa: E402
 from simplified_tinybert.runtime import select_device  # noqa: E402
+from simplified_tinybert.speed import machine  # noqa: E402
+from simplified_tinybert.tables import markdown  # noqa: E402
 
 FEW = 10                # pairs of a run that is all start-up
 WAYS = ("original", "ours")
@@ -147,13 +149,13 @@ def kind_table(kind: str, found: dict, args: argparse.Namespace) -> str:
     return (f"## {kind} pairs\n\n{found['mean_length']:.0f} word pieces on average of at most {args.max_seq_length}; "
             f"{found['input_bytes'] / ways['ours']['pairs']:,.0f} bytes of text each.{shared} Pairs of the original's "
             f"sample with other tokens here: {found['different']}.\n\n"
-            + common.table(["way", "pairs", "pairs/s, whole command", "pairs/s without start", "× original",
+            + markdown(["way", "pairs", "pairs/s, whole command", "pairs/s without start", "× original",
                             "start, s", "peak memory of a process, MiB", "bytes per pair"], rows))
 
 
 def main() -> None:
     args = parse_args()
-    facts = common.machine(select_device("cpu"))
+    facts = machine(select_device("cpu"))
     kinds = [args.set_name] if args.raw_data_file else args.kinds
     with tempfile.TemporaryDirectory() as scratch:
         measured = {kind: measure(args, kind, Path(scratch)) for kind in kinds}

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import common, ours, samples
+from benchmarks import ours, samples
 from benchmarks.original import RERANK_BATCH, RERANK_WIDTH, OriginalBert, original_scores
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import say
+from simplified_tinybert.speed import seconds
 
 ORIGINAL, PEER, PEER_BF16 = "original", "sentence-transformers", "sentence-transformers, bf16"
 OURS, OURS_TEXTS, OURS_BF16, OURS_INT8 = "ours", "ours, from texts", "ours, bf16", "ours, int8"
@@ -89,7 +90,7 @@ def peers(folder: Path, sample: Sample, device: torch.device,
     def predict(name: str, size: int) -> np.ndarray:
         return models[name].predict(texts, batch_size=size, apply_softmax=True, show_progress_bar=False)[:, 1]
     sizes = [size for size in batch_sizes if size <= len(texts)] or batch_sizes[:1]
-    times = {size: common.seconds(lambda: predict(PEER, size), device) for size in sizes}  # noqa: B023
+    times = {size: seconds(lambda: predict(PEER, size), device) for size in sizes}  # noqa: B023
     best = min(times, key=times.get)
     say("  sentence-transformers, batch size: " + ", ".join(f"{size} {spent:.2f} s" for size, spent in times.items()))
     return {name: lambda name=name: predict(name, best) for name in models}

@@ -1,16 +1,60 @@
 """Measures of a ranking, for each query: reciprocal ranks computed here, all others by ir_measures."""
 import difflib
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from simplified_tinybert.files import Problems, UserError, say
-from simplified_tinybert.trec import sum_in_order
+from simplified_tinybert.files import Problems, UserError
+from simplified_tinybert.trec import float32_ties, rank, sum_in_order
 
 MRR_CUTOFFS = {"MRR": None, "MRR@10": 10, "MRR@100": 100}  # documents of a ranking that are looked at; None: all
 
 PerQuery = dict[str, float]  # query id → value
 Rankings = dict[str, list[str]]  # query id → document ids, best first
 Qrels = dict[str, dict[str, int]]  # query id → document id → grade
+Run = dict[str, dict[str, float]]  # query id → document id → score
+
+
+@dataclass
+class Evaluation:
+    """A run's measures, and the queries they were averaged over."""
+    queries: list[str]
+    missing: list[str]          # judged, but not in the run
+    not_judged: list[str]
+    float32_ties: int           # pairs of scores that trec_eval, in single precision, would take for equal
+    results: list[tuple[str, PerQuery, float]]          # (measure, value of each query, average)
+
+
+def evaluate(qrels: Qrels, run: Run, measures: list[Any], level: int, complete: bool) -> Evaluation:
+    """MRR and its cutoffs, then `measures` (of `parse_measures`), over the judged queries of the run.
+
+    With `complete` over all judged queries, those that are missing from the run as 0.
+    """
+    missing = [query_id for query_id in qrels if query_id not in run]
+    not_judged = [query_id for query_id in run if query_id not in qrels]
+    rankings = {query_id: rank(scores) for query_id, scores in run.items() if query_id in qrels}
+    ties = sum(float32_ties(run[query_id].values()) for query_id in rankings)
+    if complete:
+        rankings |= {query_id: [] for query_id in missing}
+    results = [*reciprocal_ranks(qrels, rankings, level), *other_measures(measures, qrels, rankings)]
+    return Evaluation(list(rankings), missing, not_judged, ties, results)
+
+
+def check_common_queries(qrels_path: Path, qrels: Qrels, runs: dict[Path, Run], problems: Problems) -> None:
+    """Complain about judgements without lines, and about runs none of whose queries is judged."""
+    for path, content in ((qrels_path, qrels), *runs.items()):
+        if not content:
+            problems.add(f"{path}: is empty; there is nothing to evaluate")
+    for path, run in runs.items():
+        if qrels and run and not qrels.keys() & run.keys():
+            problems.add(f"{path}: none of its queries ({first_ten(run)}) is judged in {qrels_path} "
+                         f"({first_ten(qrels)}); do the two belong together?")
+
+
+def first_ten(ids: Collection[str]) -> str:
+    shown = ", ".join(list(ids)[:10])
+    return f"{shown}, ..." if len(ids) > 10 else shown
 
 
 def reciprocal_rank(ranking: Sequence[str], relevant: Collection[str], cutoff: int | None = None) -> float:
@@ -69,7 +113,12 @@ def parse_measures(names: list[str], level: int, problems: Problems) -> list[Any
 
 
 def other_measures(measures: list[Any], qrels: Qrels, rankings: Rankings) -> Iterator[tuple[str, PerQuery, float]]:
-    """(name, value of each query, average) for ir_measures' measures, all of them on our order of the documents."""
+    """(name, value of each query, average) for ir_measures' measures, all of them on our order of the documents.
+
+    A measure may be undefined for a query, which then has no value.
+    """
+    if not measures:
+        return
     import ir_measures
     # Each provider of ir_measures sorts anew and has a tie rule of its own. Scores that count down from the number of
     # documents leave it no ties to break; they are whole numbers, which single precision holds exactly.
@@ -82,8 +131,6 @@ def other_measures(measures: list[Any], qrels: Qrels, rankings: Rankings) -> Ite
         except Exception as error:  # providers run programs of their own and raise what these make them raise
             raise UserError(f"--measures {measure}: ir_measures could not compute it: {error}") from error
         values = {query_id: calculated[query_id] for query_id in rankings if query_id in calculated}
-        if len(values) < len(rankings):
-            say(f"{measure} is defined for {len(values)} of the queries only; its average is over these")
         aggregator = measure.aggregator()  # a mean for nearly all, a sum for counts such as NumRel
         for value in values.values():
             aggregator.add(value)

@@ -120,9 +120,8 @@ def test_pairs_repeat_passages_as_often_as_asked(texts):
     assert len(set(passages)) > 990
 
 
-def test_spread_and_table():
+def test_spread():
     assert common.ratio([4.0, 6.0, 9.0], [2.0, 2.0, 2.0]) == "3.00 × (2.00 – 4.50)"
-    assert common.table(["a", "b"], [["x", 1]]) == "| a | b |\n|---|--:|\n| x | 1 |"
 
 
 @pytest.mark.slow

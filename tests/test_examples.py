@@ -1,4 +1,4 @@
-"""The embedded example: its collection, its committed models, its table."""
+"""The embedded example: its collection, its committed models."""
 import json
 import subprocess
 import sys
@@ -133,19 +133,3 @@ def test_pretraining_learns_and_writes_a_general_student(collection, tmp_path):
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["model_type"] == "bert" and config["hidden_size"] == 32
     assert load_vocabulary(tmp_path / "model").lower_case
-
-
-def test_the_table(tmp_path):
-    """Two judged queries, one of them missing from the run: by hand, MRR@10 = (1/2 + 0) / 2."""
-    (tmp_path / "qrels.txt").write_text("1 0 a 1\n2 0 b 1\n")
-    (tmp_path / "run.trec").write_text("1 Q0 x 1 2.0 t\n1 Q0 a 2 1.0 t\n")
-    (tmp_path / "run.tsv.run.json").write_text(json.dumps({"pairs_per_second": 1234.5, "parameters": 56789}))
-    done = run_script("examples/compare.py", "--qrels", tmp_path / "qrels.txt", "--output_table", tmp_path / "table.md",
-                      "--runs", f"one={tmp_path / 'run.trec'}")
-    assert done.returncode == 0, done.stderr
-    ndcg = 1 / np.log2(3) / 2
-    assert f"| one | 0.2500 |  {ndcg:.4f} |   1,234 |     56,789 |" in done.stdout
-    assert done.stdout.endswith((tmp_path / "table.md").read_text())
-    done = run_script("examples/compare.py", "--qrels", tmp_path / "qrels.txt", "--output_table", tmp_path / "table.md",
-                      "--runs", "one=none.trec")
-    assert done.returncode == 2 and "no such file" in done.stderr
