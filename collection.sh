@@ -18,7 +18,8 @@
 #   METHODS          default "finetune standard tinybert simplified"
 #   MEASURES         default "nDCG@10 RR@10 AP"
 #   MAX_SEQ_LENGTH   word pieces of a pair (default 256)
-#   PREPARE_FLAGS    more arguments of prepare_examples.py train, such as "--negatives 4 --max_queries 500"
+#   PASSAGE_FLAGS    how documents are cut (default "--title --window 150 --stride 75")
+#   SAMPLE_FLAGS     more arguments of prepare_examples.py train, such as "--negatives 4 --max_queries 500"
 #   DEPTH            candidates of a query that are re-ranked (default 100)
 #   TRAIN_FLAGS      more arguments of distill.py for teacher and students, such as "--bf16 --train_batch_size 16"
 #   TEACHER_FLAGS    for the teacher alone, after TRAIN_FLAGS     GENERAL_FLAGS   more arguments of general_distill.py
@@ -42,7 +43,8 @@ MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-256}"
 DEPTH="${DEPTH:-100}"
 EVAL_STEP="${EVAL_STEP:-1000}"
 DEVICE="${DEVICE:-auto}"
-read -ra PREPARE_FLAGS <<< "${PREPARE_FLAGS:-}"
+read -ra PASSAGE_FLAGS <<< "${PASSAGE_FLAGS:---title --window 150 --stride 75}"
+read -ra SAMPLE_FLAGS <<< "${SAMPLE_FLAGS:-}"
 read -ra TRAIN_FLAGS <<< "${TRAIN_FLAGS:-}"
 read -ra TEACHER_FLAGS <<< "${TEACHER_FLAGS:-}"
 read -ra GENERAL_FLAGS <<< "${GENERAL_FLAGS:-}"
@@ -98,13 +100,14 @@ run_main(lambda: [load_vocabulary(find_model(name)) for name in sys.argv[1:]])' 
     "$VOCABULARY" "${STUDENT_MODEL:-$BERT_MODEL}"         # fails now if they cannot be had, not after hours
 
 step "$OUT/train.tsv" run prepare_examples.py train --docs "$DOCS" --queries "$(file queries.train.tsv)" \
-    --qrels "$(file qrels.train.txt)" --candidates "$(file bm25.train.txt)" --output "$OUT/train.tsv" --title \
-    --cache_file_dir "$OUT/cache" ${TEACHER_MODEL:+--filter_model "$TEACHER_MODEL" --device "$DEVICE"} \
-    "${PREPARE_FLAGS[@]}"
+    --qrels "$(file qrels.train.txt)" --candidates "$(file bm25.train.txt)" --output "$OUT/train.tsv" \
+    --cache_file_dir "$OUT/cache" ${TEACHER_MODEL:+--filter_model "$TEACHER_MODEL"} \
+    ${TEACHER_MODEL:+--device "$DEVICE" --max_seq_length "$MAX_SEQ_LENGTH"} \
+    "${PASSAGE_FLAGS[@]}" "${SAMPLE_FLAGS[@]}"
 for split in dev test; do
     step "$OUT/$split.tsv" run prepare_examples.py test --docs "$DOCS" --queries "$(file "queries.$split.tsv")" \
-        --candidates "$(file "bm25.$split.txt")" --output "$OUT/$split.tsv" --title --depth "$DEPTH" \
-        --cache_file_dir "$OUT/cache"
+        --candidates "$(file "bm25.$split.txt")" --output "$OUT/$split.tsv" --depth "$DEPTH" \
+        --cache_file_dir "$OUT/cache" "${PASSAGE_FLAGS[@]}"
 done
 for split in train dev test; do
     step "$OUT/$split.pkl" run tokenize_to_features.py --set_name $split --raw_data_file "$OUT/$split.tsv" \

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, words
 
 SETTINGS = {"STUDENT_LAYERS": "2", "MAX_SEQ_LENGTH": "32", "EVAL_STEP": "4", "DEPTH": "5", "DEVICE": "cpu",
-            "PREPARE_FLAGS": "--window 12 --stride 6 --negatives 1", "TEACHER_FLAGS": "--num_train_epochs 2",
+            "PASSAGE_FLAGS": "--title --window 12 --stride 6", "SAMPLE_FLAGS": "--negatives 1",
+            "TEACHER_FLAGS": "--num_train_epochs 2",
             "TRAIN_FLAGS": "--train_batch_size 8 --num_train_epochs 1 --learning_rate 1e-3",
             "GENERAL_FLAGS": "--num_train_epochs 1 --train_batch_size 16 --max_seq_length 32", "OMP_NUM_THREADS": "1",
             "MEASURES": "nDCG@10 RR@10"}
