@@ -11,7 +11,7 @@ TESTS = ("t-test", "randomization")
 EXACT_QUERIES = 16          # differing queries up to which all 2^n assignments of signs are gone through
 PERMUTATIONS = 100_000
 LEVEL = 0.05                # below which a corrected p is marked as significant
-ROUNDING = 1e-12            # relative: differences of measures closer than this differ by rounding only
+ROUNDING = 1e-12            # relative: values, or sums of differences, closer than this differ by rounding only
 CHUNK = 2 ** 21             # signs that are drawn at a time, 8 bytes each
 
 
@@ -30,10 +30,14 @@ class Comparison:
 
 def compare(first: dict[str, float], second: dict[str, float], permutations: int = PERMUTATIONS,
             seed: int = 42) -> Comparison:
-    """Compare values by query. The queries are those that both hold; there has to be one."""
+    """Compare values by query. The queries are those that both hold; there has to be one.
+
+    Equal values need not be equal to the last bit: AP's sums 1/2 + 2/3 and 1 + 2/12 are not. That is a tie.
+    """
     queries = sorted(first.keys() & second.keys())      # so that lines in another order draw no other signs
     values = np.array([[first[query_id], second[query_id]] for query_id in queries], dtype=np.float64)
     differences = values[:, 0] - values[:, 1]
+    differences[np.abs(differences) <= ROUNDING * np.abs(values).max(axis=1)] = 0.0
     tests = {"t-test": paired_t_test(differences), "randomization": randomization_test(differences, permutations, seed)}
     means = values.mean(axis=0)
     return Comparison(len(queries), (float(means[0]), float(means[1])), float(differences.mean()),

@@ -60,6 +60,16 @@ def test_a_comparison_by_hand():
     assert found.p == {"t-test": 1.0, "randomization": 1.0} and found.holm == {}
 
 
+def test_values_that_differ_by_rounding_only_are_ties():
+    first, second = by_query([(1 / 2 + 2 / 3) / 2, 0.3, 1e-9]), by_query([(1 + 2 / 12) / 2, 0.1 + 0.2, 0.0])
+    assert first["q0"] != second["q0"] and first["q1"] != second["q1"]
+    found = statistics.compare(first, second)
+    assert (found.wins, found.ties, found.losses) == (1, 2, 0)
+    del first["q2"], second["q2"]
+    found = statistics.compare(first, second)
+    assert found.difference == 0 and found.p == {"t-test": 1.0, "randomization": 1.0}
+
+
 def test_families_are_corrected_by_test():
     first, others = by_query([0.1, 0.2, 0.3, 0.4, 0.5]), [[0.2, 0.3, 0.4, 0.5, 0.7], [0.2, 0.1, 0.2, 0.6, 0.7]]
     family = [statistics.compare(first, by_query(other)) for other in others]
