@@ -34,6 +34,15 @@ def read_record(path: Path) -> dict:
     raise UserError(f"{path}: is not the record of a run of this tool, or damaged; remove it to start again")
 
 
+def script_of(path: Path) -> str | None:
+    """Name of the script whose run left a record; None if the file does not tell."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return content.get("script") if isinstance(content, dict) else None
+
+
 def plain(value: object) -> object:
     """Paths, alone or in lists, as strings, so that JSON can hold them."""
     if isinstance(value, list):

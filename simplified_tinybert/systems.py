@@ -13,7 +13,7 @@ from simplified_tinybert.files import Problems, UserError, say, warn
 from simplified_tinybert.measures import MRR_CUTOFFS, PerQuery, Qrels, Run, evaluate, first_ten, parse_measures
 from simplified_tinybert.modeling import CrossEncoder, count_parameters
 from simplified_tinybert.preflight import find_models
-from simplified_tinybert.records import read_record
+from simplified_tinybert.records import read_record, script_of
 from simplified_tinybert.scoring import prepare
 from simplified_tinybert.speed import measure
 
@@ -52,7 +52,7 @@ def find_systems(rows: list[list[str]], problems: Problems) -> list[System]:
     """Systems of (name, run[, model]) as words; models are looked up and records read, no weights are loaded."""
     systems = []
     for words in rows:
-        if not 2 <= len(words) <= 3 or not words[0].strip() or not words[0].isprintable():
+        if not 2 <= len(words) <= 3 or not words[0].strip() or not words[0].isprintable() or not Path(words[1]).name:
             problems.add(f"--system {' '.join(map(repr, words))}: expected a name, a run and at most one model; quote "
                          f"names with blanks")
         elif words[0] in [system.name for system in systems]:
@@ -75,7 +75,8 @@ def _take_record(system: System) -> None:
         with torch.device("meta"):                      # counts without weights
             system.parameters = count_parameters(CrossEncoder(system.config))
     names = [system.run.with_suffix(".tsv.run.json").name, *["scores.tsv.run.json"] * (system.run.name == "run.trec")]
-    path = next((system.run.with_name(name) for name in names if system.run.with_name(name).is_file()), None)
+    paths = [path for name in names if (path := system.run.with_name(name)).is_file()]
+    path = next((path for path in paths if script_of(path) != "prepare_examples.py"), None)     # which tells of pairs
     if path is None:
         return
     date = datetime.datetime.fromtimestamp(path.stat().st_mtime).isoformat(timespec="seconds")

@@ -203,6 +203,13 @@ def test_an_interrupted_reranking_has_no_speed(made, folder):
     assert made("--teacher", "the teacher")[0]["student_1"][:4] == ["–", "–", "–", "–"]
 
 
+def test_the_record_of_the_pairs_beside_a_run_is_not_its_own(made, folder):
+    """bm25.txt re-ranked as the pairs bm25.tsv: prepare_examples.py leaves its record under the name that is looked for."""
+    (folder / "bm25.tsv.run.json").write_text(json.dumps({"script": "prepare_examples.py", "counts": {"lines": 4}}))
+    rows, facts, _ = made("--teacher", "the teacher")
+    assert rows["BM25"][:4] == ["–"] * 4 and facts["systems"][1]["record"] is None
+
+
 @pytest.mark.parametrize("count", [1, 7, 40, 100])
 def test_pairs_at_equal_distances(tmp_path, monkeypatch, count):
     monkeypatch.setattr("simplified_tinybert.features.CHUNK_EXAMPLES", 9)
@@ -260,6 +267,8 @@ def test_all_problems_at_once(folder, golden_models, run_main):
     ([], "no system has a model, so none can be taken for the teacher; name it: --teacher NAME"),
     (["--teacher", "BM25", "--baseline", "BM25"], "--baseline 'BM25': is the teacher"),
     (["--teacher", "nobody"], "--teacher 'nobody': is none of the systems (the teacher, BM25, student_1)"),
+    (["--system", "x", ""], "--system 'x' '': expected a name, a run and at most one model"),
+    (["--system", "x", "/"], "--system 'x' '/': expected a name, a run and at most one model"),
     (["--teacher", "BM25", "--features_file", "test.pkl"], "--features_file: no system has a model"),
     (["--teacher", "BM25", "--system", "x", "x.trec"], "no judged query is in all of the runs"),
     (["--teacher", "BM25", "--system", "y", "y.trec"], "y.trec: none of its queries (z) is judged in qrels.txt"),
