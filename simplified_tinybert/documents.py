@@ -79,15 +79,16 @@ def open_documents(path: Path, cache_dir: Path, problems: Problems) -> DocumentF
     folder = cache_dir / f"documents-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}"
     if not folder.is_dir() and not _build(path, folder, problems):
         return None
-    text = folder / "documents.tsv" if (folder / "documents.tsv").is_file() else path
+    with open_binary(path) as source:
+        text = folder / "documents.tsv" if isinstance(source, gzip.GzipFile) else path
     try:
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("hashes", "offsets")]
         if arrays[0].dtype != np.uint64 or arrays[1].dtype != np.int64 or arrays[0].shape != arrays[1].shape:
             raise ValueError("its arrays do not go together")
+        return DocumentFile(text, *arrays)
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{folder}: the index of {path} is damaged ({error}); remove this folder and start "
                         f"again") from error
-    return DocumentFile(text, *arrays)
 
 
 def _build(path: Path, folder: Path, problems: Problems) -> bool:

@@ -100,6 +100,17 @@ def test_a_damaged_index_is_told(docs, tmp_path):
     assert open_(docs, tmp_path / "cache").get("D1")
 
 
+def test_unpacked_documents_that_were_removed_are_told(tmp_path):
+    """Else every document of the .gz file would count as missing."""
+    path = tmp_path / "docs.tsv.gz"
+    path.write_bytes(gzip.compress(b"A\tx\n"))
+    open_(path, tmp_path / "cache")
+    folder, = (tmp_path / "cache").iterdir()
+    (folder / "documents.tsv").unlink()
+    with pytest.raises(UserError, match=r"docs.tsv.gz is damaged .*documents.tsv.*; remove this folder"):
+        open_(path, tmp_path / "cache")
+
+
 @pytest.mark.parametrize(("content", "message"), [
     (b"A\tx\nB\t\xff\n", ":2: byte 3 of the line (0xff) is not UTF-8; convert the file first"),
     (gzip.compress(b"A\tx\n" * 3)[:-9], "the gzip file is damaged or cut off here"),
