@@ -204,7 +204,7 @@ def test_an_interrupted_reranking_has_no_speed(made, folder):
 
 
 def test_the_record_of_the_pairs_beside_a_run_is_not_its_own(made, folder):
-    """bm25.txt re-ranked as the pairs bm25.tsv: prepare_examples.py leaves its record under the name that is looked for."""
+    """The pairs of the candidates bm25.txt may be called bm25.tsv: their record has the name that is looked for."""
     (folder / "bm25.tsv.run.json").write_text(json.dumps({"script": "prepare_examples.py", "counts": {"lines": 4}}))
     rows, facts, _ = made("--teacher", "the teacher")
     assert rows["BM25"][:4] == ["–"] * 4 and facts["systems"][1]["record"] is None
