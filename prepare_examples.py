@@ -66,7 +66,7 @@ from simplified_tinybert.sampling import (
 if TYPE_CHECKING:
     from simplified_tinybert.passage_filter import PassageFilter
 
-INPUTS = ("docs", "queries", "qrels", "candidates")
+INPUTS = {"docs": "documents", "queries": "queries", "qrels": "judgements", "candidates": "candidates"}
 TRAIN_ONLY = {"qrels": None, "relevance_level": 1, "negatives": 1.0, "max_queries": None, "positive_passages": None,
               "seed": 42, "filter_model": None, "filter_threshold": None, "max_seq_length": 256, "device": "auto",
               "bf16": False}
@@ -130,9 +130,9 @@ def check_args(args: argparse.Namespace, problems: Problems) -> None:
     for name, holds, expected in rules:
         if not holds:
             problems.add(f"--{name} {getattr(args, name)}: expected {expected}")
-    paths = [getattr(args, name) for name in INPUTS if getattr(args, name)]
-    for path in paths:
-        check_input_file(path, problems, "input", read_twice=True)
+    paths = {path: what for name, what in INPUTS.items() if (path := getattr(args, name))}
+    for path, what in paths.items():
+        check_input_file(path, problems, what, read_twice=True)
     check_output_file(args.output, problems, inputs=paths)
     if args.cache_file_dir.exists() and not args.cache_file_dir.is_dir():
         problems.add(f"--cache_file_dir {args.cache_file_dir}: is a file; name a folder")

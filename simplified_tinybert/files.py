@@ -125,15 +125,20 @@ def warn(message: str) -> None:
 
 
 def check_input_file(path: Path, problems: Problems, what: str, read_twice: bool = False) -> bool:
-    """True if `path` is a file that can be opened; otherwise the reason is added to `problems`."""
+    """True if `path` is a file that can be opened; otherwise the reason is added to `problems`.
+
+    A pipe is not opened: that waits for whoever writes to it, and closing it again would end that one.
+    """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        if read_twice:
+            problems.add(f"{path}: is not a plain file, but the {what} have to be read twice; write them to a file "
+                         f"first")
+        return not read_twice
     try:
         with open(path, "rb"):
             pass
     except OSError as error:
         problems.add(f"{path}: cannot read the {what}: {error.strerror}")
-        return False
-    if read_twice and not path.is_file():
-        problems.add(f"{path}: is not a plain file, but the {what} have to be read twice; write them to a file first")
         return False
     return True
 
@@ -171,6 +176,7 @@ def atomic_writer(path: Path | str, mode: str = "w") -> Iterator[IO]:
     except BaseException as error:
         aside.unlink(missing_ok=True)
         if isinstance(error, OSError) and not error.filename:      # a full disk does not say where
+            error.strerror = error.strerror or f"{error}; is the disk full?"
             error.filename = str(path)
         raise
     sync_folder(path.parent)

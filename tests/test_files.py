@@ -262,6 +262,19 @@ def test_devices_and_pipes_are_no_output_files(tmp_path):
         assert "is a device or a pipe" in problems.messages[0]
 
 
+def test_checking_a_pipe_neither_waits_nor_disturbs_its_writer(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    problems = Problems()
+    check = [sys.executable, "-c", "import sys; from pathlib import Path\nfrom simplified_tinybert.files import *\n"
+             "problems = Problems()\nchecked = check_input_file(Path(sys.argv[1]), problems, 'run')\n"
+             "print(checked, problems.messages)"]
+    done = subprocess.run([*check, str(pipe)], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.stdout == "True []\n"
+    assert not check_input_file(pipe, problems, "pairs", read_twice=True)
+    assert "is not a plain file, but the pairs have to be read twice" in problems.messages[0]
+
+
 def test_atomic_writer_follows_a_link(tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -270,13 +283,17 @@ def test_atomic_writer_follows_a_link(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
 
 
-def test_a_full_disk_is_told_with_its_file(tmp_path):
+@pytest.mark.parametrize(("write", "told"), [
+    ("handle.write(b'x' * 5000)", "File too large"),
+    ("numpy.save(handle, numpy.zeros(5000))", "requested and"),
+])
+def test_a_full_disk_is_told_with_its_file(tmp_path, write, told):
     script = ("import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
               "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-              "from simplified_tinybert.files import atomic_writer, run_main\n"
-              "def main():\n    with atomic_writer(sys.argv[1]) as handle:\n        handle.write('x' * 5000)\n"
+              "import numpy\nfrom simplified_tinybert.files import atomic_writer, run_main\n"
+              f"def main():\n    with atomic_writer(sys.argv[1], 'wb') as handle:\n        {write}\n"
               "run_main(main)")
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "big.txt")], cwd=ROOT, capture_output=True,
                           text=True)
-    assert done.returncode == 2 and f"{tmp_path}/big.txt: File too large" in done.stderr
+    assert done.returncode == 2 and re.search(f"{tmp_path}/big.txt: .*{told}", done.stderr)
     assert not list(tmp_path.iterdir())

@@ -434,7 +434,7 @@ def test_problems_of_all_files_are_told_together(files):
      ["--window 0: expected 1 word", "--negatives -1.0: expected", "--depth 0", "--relevance_level 0", "--max_qu"]),
     (["test", "--stride", 151], ["--stride 151: expected 1 to the window, else words would be lost"]),
     (["train", "--bf16", "--max_seq_length", 32], ["--bf16: is for --filter_model", "--max_seq_length: is for --fil"]),
-    (["test", "--docs", "none.tsv"], ["none.tsv: cannot read the input: No such file"]),
+    (["test", "--docs", "none.tsv"], ["none.tsv: cannot read the documents: No such file"]),
 ])
 def test_flags_that_cannot_work(tmp_path, flags, messages):
     done = run_script("prepare_examples.py", *flags, "--output", tmp_path / "out.tsv")
