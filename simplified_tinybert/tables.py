@@ -3,7 +3,8 @@ from collections.abc import Sequence
 
 LATEX = str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
                        "–": "--", "×": r"$\times$", "†": r"$^{\dagger}$", "‡": r"$^{\ddagger}$", "<": "$<$", ">": "$>$",
-                       **{sign: "\\" + sign for sign in "&%$#_{}"}})
+                       **{sign: "\\" + sign for sign in "&%$#_{}"},
+                       "[": "{[}", "*": "{*}", "|": r"\textbar{}"})      # \\ takes [ and * after it for its own
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -36,6 +36,13 @@ def test_latex_by_hand():
 """.lstrip()
 
 
+def test_names_that_the_line_end_before_them_would_swallow():
+    text = tables.latex(["x", "y"], [["[BM25]", 1], ["*starred", 2], ["a|b", 3]], "c")
+    rows = text[text.index(r"\midrule"):]
+    assert not re.search(r"(\\\\|\\midrule)\s*[\[*]", rows)
+    assert "{[}BM25] & 1" in rows and "{*}starred & 2" in rows and r"a\textbar{}b & 3" in rows
+
+
 @given(st.lists(st.lists(st.text("ab\\&%$#_{}~^†‡<>×–é ", max_size=8), min_size=3, max_size=3), min_size=1, max_size=4))
 def test_latex_is_whole_whatever_the_names(rows):
     lines = tables.latex(["x", "y", "z"], rows, "caption").splitlines()
