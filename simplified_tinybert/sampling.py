@@ -77,9 +77,10 @@ def positives(group: list[Question], sampling: Sampling, scores_of: Scores | Non
     pairs = [(question.text, passage) for question in group for _, found in question.relevant for passage in found]
     scores, position = scores_of(pairs) if scores_of and pairs else None, 0
     for question in group:
-        kept, random = [], random_for(sampling.seed, "positives", question.query_id)
+        kept = []
         for document_id, found in question.relevant:
             if scores is None:
+                random = random_for(sampling.seed, "positives", question.query_id, document_id)
                 most = sampling.positive_passages
                 best = found if most is None else shuffled(found, random)[:most]
             else:
@@ -104,9 +105,9 @@ def negatives(question: Question, kept: int, sampling: Sampling, look_up: LookUp
     return draw_passages(question.others, wanted, not_relevant, random), wanted
 
 
-def random_for(seed: int, purpose: str, query_id: str) -> Random:
-    """Random numbers of one query: they depend on nothing else, neither on other queries nor on any order."""
-    return Random(f"{seed}\t{purpose}\t{query_id}")
+def random_for(seed: int, purpose: str, *ids: str) -> Random:
+    """Random numbers of one query, or of one of its documents: they depend on nothing else, nor on any order."""
+    return Random("\t".join((str(seed), purpose, *ids)))
 
 
 def shuffled(items: Iterable[Item], random: Random) -> list[Item]:

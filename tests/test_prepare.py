@@ -277,6 +277,16 @@ def test_positive_passages_of_each_document(large, run_main):
     assert starts == {"0", "2", "4", "6"}                                       # any of them, not the first
 
 
+def test_positive_passages_do_not_depend_on_the_order_of_the_judgements(large, run_main):
+    def outcome():
+        run_main(prepare_examples, "train", *large.flags(True), *SMALL, "--positive_passages", 1)
+        return sorted(row[1:] for row in large.rows())
+    first = outcome()
+    lines = (large.folder / "qrels.txt").read_text().splitlines(keepends=True)
+    large.write("qrels.txt", "".join(lines[::-1]))
+    assert outcome() == first
+
+
 def test_the_seed_and_nothing_else_decides(large, run_main):
     def outcome(*flags):
         run_main(prepare_examples, "train", *large.flags(True), *SMALL, *flags)
