@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from simplified_tinybert import features
 from simplified_tinybert.features import Examples, FeatureWriter
@@ -22,6 +23,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"                     # no test may reach out
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"                     # tiny models: more threads would only wait for each other
 torch.set_num_threads(1)
+settings.register_profile("patient", deadline=None)     # on a busy machine any example may take long
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
