@@ -34,7 +34,7 @@ import transformers
 
 from simplified_tinybert import statistics
 from simplified_tinybert.features import Examples, FeatureSummary, summarise
-from simplified_tinybert.files import Problems, atomic_writer, check_input_file, run_main, say
+from simplified_tinybert.files import Problems, atomic_writer, check_input_file, check_output_file, run_main, say
 from simplified_tinybert.measures import Qrels, Run, check_common_queries
 from simplified_tinybert.plots import Point, effectiveness_figure, save
 from simplified_tinybert.precision import select_precision
@@ -49,6 +49,7 @@ from simplified_tinybert.trec import read_qrels, read_run
 
 SPEED_PAIRS = {"cpu": 256, "cuda": 16384}
 NONE = "–"
+OUTPUTS = ("table.md", "table.tex", "effectiveness.png", "report.json")
 MARKS = {"teacher": "†", "baseline": "‡"}
 TEST_NAMES = {"t-test": "paired t-test", "randomization": "paired randomization test"}
 
@@ -100,6 +101,9 @@ def check_flags(args: argparse.Namespace, systems: list[System], device: torch.d
         problems.add(f"--baseline {args.baseline!r}: is the teacher; name another system, or leave it out")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         problems.add(f"{args.output_dir}: is a file; name a folder")
+    elif args.output_dir.is_dir():
+        for name in OUTPUTS:
+            check_output_file(args.output_dir / name, problems)
 
 
 def read_inputs(args: argparse.Namespace, systems: list[System], problems: Problems) \
@@ -215,7 +219,6 @@ def write_report(args: argparse.Namespace, systems: list[System], measures: list
                "systems": [as_json(system, teacher, measures) for system in systems],
                "comparisons": {role: {measure: {name: asdict(found) for name, found in family.items()}
                                       for measure, family in families.items()} for role, families in compared.items()}}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     picture = args.output_dir / "effectiveness.png"
     for name, text in (("table.md", table), ("table.tex", latex(headings, rows, "Effectiveness and cost.", under)),
                        ("report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")):
@@ -254,6 +257,7 @@ def main() -> None:
     problems.raise_if_any()
 
     queries = evaluate_systems(systems, qrels, runs, others, args.relevance_level, args.complete)
+    args.output_dir.mkdir(parents=True, exist_ok=True)          # fails now if at all, not after minutes
     compared, pairs, facts = compare_systems(args, systems, measures), None, machine(device)
     if summary:
         pairs = sample_pairs(args.features_file, summary.examples, args.speed_pairs or SPEED_PAIRS[device.type])

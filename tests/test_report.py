@@ -282,6 +282,18 @@ def test_refusals(made, folder, options, message):
     assert not (folder / "out").exists()
 
 
+def test_what_cannot_be_written_is_told_before_speeds_are_measured(ranked, made, folder, monkeypatch):
+    monkeypatch.setattr(report, "measure_systems", lambda *_: pytest.fail("measured"))
+    options = ("--features_file", "test.pkl", "--teacher", "T")
+    (folder / "out").write_text("")
+    with pytest.raises(OSError, match="out"):
+        made(*options, systems=ranked[0])
+    (folder / "out").unlink()
+    (folder / "out" / "report" / "table.tex").mkdir(parents=True)
+    with pytest.raises(UserError, match="table.tex: is a folder; name a file to write"):
+        made(*options, systems=ranked[0])
+
+
 def test_a_model_that_does_not_fit_the_features(ranked, made, folder):
     write_features(folder / "long.pkl", random_rows(5, 80), max_seq_length=80, set_name="test")
     with pytest.raises(UserError, match="the T has 64 positions, 80 are asked for"):
