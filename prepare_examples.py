@@ -44,7 +44,7 @@ from simplified_tinybert.files import (
     UserError,
     atomic_writer,
     check_input_file,
-    check_output_file,
+    check_output_files,
     run_main,
     say,
 )
@@ -106,6 +106,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def beside(output: Path) -> tuple[Path, Path]:
+    """The list of what was left out, and the record."""
+    return output.with_name(output.name + ".left_out.tsv"), output.with_name(output.name + ".run.json")
+
+
 def check_args(args: argparse.Namespace, problems: Problems) -> None:
     """Complain of flags and files that cannot work, and fill in the defaults of training."""
     given = [name for name in TRAIN_ONLY if getattr(args, name) is not None]
@@ -133,7 +138,7 @@ def check_args(args: argparse.Namespace, problems: Problems) -> None:
     paths = {path: what for name, what in INPUTS.items() if (path := getattr(args, name))}
     for path, what in paths.items():
         check_input_file(path, problems, what, read_twice=True)
-    check_output_file(args.output, problems, inputs=paths)
+    check_output_files([args.output, *beside(args.output)], problems, inputs=paths)
     if args.cache_file_dir.exists() and not args.cache_file_dir.is_dir():
         problems.add(f"--cache_file_dir {args.cache_file_dir}: is a file; name a folder")
 
@@ -227,13 +232,14 @@ def main() -> None:
     sizes = count_candidates(collection, problems)
     problems.raise_if_any()
 
+    list_path, record_path = beside(args.output)
     with ExitStack() as stack:
-        left_out = LeftOut(args.output.with_name(args.output.name + ".left_out.tsv"), stack)
+        left_out = LeftOut(list_path, stack)
         counts = write_lines(args, collection, sizes, ranker, left_out)
     left_out.finish()
     files = {name: input_facts(path) for name in INPUTS if (path := getattr(args, name))}
-    record(args.output.with_name(args.output.name + ".run.json"), args, inputs=files, counts=counts,
-           left_out=left_out.counts, filter_weights=ranker.fingerprint() if ranker else None)
+    record(record_path, args, inputs=files, counts=counts, left_out=left_out.counts,
+           filter_weights=ranker.fingerprint() if ranker else None)
     if counts["queries short of label 0"]:
         say(f"{counts['queries short of label 0']:,} queries have fewer passages of label 0 than asked for: their "
             f"candidates have no more")

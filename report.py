@@ -34,7 +34,7 @@ import transformers
 
 from simplified_tinybert import statistics
 from simplified_tinybert.features import Examples, FeatureSummary, summarise
-from simplified_tinybert.files import Problems, atomic_writer, check_input_file, check_output_file, run_main, say
+from simplified_tinybert.files import Problems, atomic_writer, check_input_file, check_output_files, run_main, say
 from simplified_tinybert.measures import Qrels, Run, check_common_queries
 from simplified_tinybert.plots import Point, effectiveness_figure, save
 from simplified_tinybert.precision import select_precision
@@ -102,8 +102,7 @@ def check_flags(args: argparse.Namespace, systems: list[System], device: torch.d
     if args.output_dir.exists() and not args.output_dir.is_dir():
         problems.add(f"{args.output_dir}: is a file; name a folder")
     elif args.output_dir.is_dir():
-        for name in OUTPUTS:
-            check_output_file(args.output_dir / name, problems)
+        check_output_files([args.output_dir / name for name in OUTPUTS], problems)
 
 
 def read_inputs(args: argparse.Namespace, systems: list[System], problems: Problems) \

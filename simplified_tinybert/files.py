@@ -158,6 +158,14 @@ def check_output_file(path: Path, problems: Problems, inputs: Collection[Path] =
         problems.add(f"{path}: is an input as well; name another output")
 
 
+def check_output_files(paths: Collection[Path], problems: Problems, inputs: Collection[Path] = ()) -> None:
+    """The same for several files of a folder, up to the first complaint: most are about the folder."""
+    before = problems.count
+    for path in paths:
+        if problems.count == before:
+            check_output_file(path, problems, inputs)
+
+
 @contextmanager
 def atomic_writer(path: Path | str, mode: str = "w") -> Iterator[IO]:
     """Open a file that appears under its name only when it is complete: write aside, sync, rename.

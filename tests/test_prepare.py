@@ -455,6 +455,14 @@ def test_flags_that_cannot_work(tmp_path, flags, messages):
 def test_an_output_that_is_an_input_is_refused(files, run_main):
     with pytest.raises(UserError, match="run.txt: is an input as well"):
         run_main(prepare_examples, "test", *files.flags(output="run.txt"))
+    (files.folder / "run.txt").rename(files.folder / "out.tsv.left_out.tsv")
+    (files.folder / "out.tsv.run.json").mkdir()
+    flags = [str(flag).replace("run.txt", "out.tsv.left_out.tsv") for flag in files.flags()]
+    with pytest.raises(UserError, match="left_out.tsv: is an input as well"):
+        run_main(prepare_examples, "test", *flags)
+    (files.folder / "out.tsv.left_out.tsv").rename(files.folder / "run.txt")
+    with pytest.raises(UserError, match="out.tsv.run.json: is a folder"):
+        run_main(prepare_examples, "test", *files.flags())
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 8)), unique=True, min_size=1), st.integers(1, 4))
