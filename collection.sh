@@ -2,7 +2,7 @@
 # From a collection of your own to the paper's table: bash collection.sh COLLECTION OUTPUT_DIR
 #
 # COLLECTION is a folder in the form of MS MARCO's document ranking, each file plain or .gz (then named so):
-#   docs.tsv                 document_id <tab> url <tab> title <tab> body
+#   docs.tsv                 document_id <tab> url <tab> title <tab> body, or document_id <tab> text
 #   queries.{train,dev,test}.tsv   query_id <tab> query        qrels.{train,dev,test}.txt   query_id 0 document_id grade
 #   bm25.{train,dev,test}.txt      the candidates: TREC runs of any first ranking
 # The steps, each a command that can be run alone: prepare, tokenize, a teacher, a general student, a student by each
@@ -72,7 +72,10 @@ step() {
 }
 run() { "$PYTHON" "$ROOT/$1" "${@:2}"; }
 run_on_device() { launch "$ROOT/$1" --device "$DEVICE" "${@:2}"; }
-texts() { gzip -cdf "$DOCS" | cut -f3- | tr '\t' ' ' > "$OUT/texts.txt.part" && mv "$OUT/texts.txt.part" "$OUT/texts.txt"; }
+texts() {
+    gzip -cdf "$DOCS" | awk -F '\t' 'NF == 2 { print $2; next } { print $3, $4 }' > "$OUT/texts.txt.part"
+    mv "$OUT/texts.txt.part" "$OUT/texts.txt"
+}
 
 # train OUTPUT STUDENT [more arguments of distill.py]
 train() {

@@ -78,6 +78,18 @@ def test_a_teacher_and_a_student_of_ones_own(golden_models, tmp_path):
     assert "| standard" in (out / "report" / "table.md").read_text()
 
 
+def test_documents_of_two_columns(golden_models, tmp_path):
+    write_collection(tmp_path / "raw")
+    with gzip.open(tmp_path / "raw" / "docs.tsv.gz", "rt") as handle:
+        rows = [line.rstrip("\n").split("\t") for line in handle]
+    (tmp_path / "raw" / "docs.tsv.gz").unlink()
+    (tmp_path / "raw" / "docs.tsv").write_text("".join(f"{row[0]}\t{row[3]}\n" for row in rows))
+    model = str(golden_models["teacher"])
+    done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=model, TEACHER_MODEL=model, METHODS="standard")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "texts.txt").read_text().splitlines() == [row[3] for row in rows]
+
+
 @pytest.mark.parametrize("missing", [["docs.tsv.gz"], ["queries.dev.tsv", "bm25.test.txt"]])
 def test_what_a_collection_lacks_is_told_at_once(tmp_path, missing):
     write_collection(tmp_path / "raw")
