@@ -127,7 +127,7 @@ def warn(message: str) -> None:
 def check_input_file(path: Path, problems: Problems, what: str, read_twice: bool = False) -> bool:
     """True if `path` is a file that can be opened; otherwise the reason is added to `problems`.
 
-    A pipe is not opened: that waits for whoever writes to it, and closing it again would end that one.
+    A pipe is not opened: that waits for whoever writes to it, and closing it again may end that one.
     """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         if read_twice:
