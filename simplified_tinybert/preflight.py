@@ -26,7 +26,8 @@ def check_flags(args: argparse.Namespace, problems: Problems, further: list[tupl
              ("warmup_proportion", 0 <= args.warmup_proportion < 1, "0 to less than 1"),
              ("weight_decay", 0 <= args.weight_decay < math.inf, "0 or more"),
              ("train_loss_step", args.train_loss_step >= 1, "1 or more"),
-             ("save_model_step", args.save_model_step >= 1, "1 or more"), *further]
+             ("save_model_step", args.save_model_step >= 1, "1 or more"),
+             ("seed", 0 <= args.seed < 2 ** 62, "0 or more, below 2^62"), *further]
     for name, holds, expected in rules:
         if not holds:
             problems.add(f"--{name} {getattr(args, name)}: expected {expected}")

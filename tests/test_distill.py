@@ -265,9 +265,12 @@ def test_two_runs_do_not_share_an_output_folder(golden_models, tmp_path, run_mai
 
 def test_the_model_card_names_a_teacher_only_if_there_was_one(golden_models, tmp_path, run_main):
     features = write_features(tmp_path / "train.pkl", random_rows(8))
-    for kind, named in (("finetune", False), ("standard", True)):
-        run_main(distill, *arguments(features, golden_models, tmp_path / kind, "--distill_model", kind))
-        assert ("the teacher" in (tmp_path / kind / "README.md").read_text()) == named
+    for number, (kind, weights, named) in enumerate([
+            ("finetune", [], False), ("standard", [], True), ("finetune", ["--loss_weights", "soft=1"], True),
+            ("simplified", ["--loss_weights", "attention=0", "hidden=0", "soft=0"], False)]):
+        out = tmp_path / str(number)
+        run_main(distill, *arguments(features, golden_models, out, "--distill_model", kind, *weights))
+        assert ("the teacher" in (out / "README.md").read_text()) == named
 
 
 def test_bfloat16_stays_near_float32(golden_models, tmp_path, run_main):
