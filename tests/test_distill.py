@@ -267,7 +267,7 @@ def test_the_model_card_names_a_teacher_only_if_there_was_one(golden_models, tmp
     features = write_features(tmp_path / "train.pkl", random_rows(8))
     for number, (kind, weights, named) in enumerate([
             ("finetune", [], False), ("standard", [], True), ("finetune", ["--loss_weights", "soft=1"], True),
-            ("simplified", ["--loss_weights", "attention=0", "hidden=0", "soft=0"], False)]):
+            ("simplified", ["--loss_weights", *(f"{term}=0" for term in ("attention", "hidden", "soft"))], False)]):
         out = tmp_path / str(number)
         run_main(distill, *arguments(features, golden_models, out, "--distill_model", kind, *weights))
         assert ("the teacher" in (out / "README.md").read_text()) == named
