@@ -196,7 +196,8 @@ def test_all_problems_at_once(golden_models, corpus, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for complaint in ("none.txt: cannot read the corpus", "4 layers cannot be mapped evenly to a student of 3",
                       "4 attention heads, the student 3", "vocab_size is 100, the teacher's 200",
-                      "--max_seq_length 65: the student has 64 positions", "--learning_rate -1.0: expected", "--seed -1: expected 0 or more",
+                      "--max_seq_length 65: the student has 64 positions", "--learning_rate -1.0: expected",
+                      "--seed -1: expected 0 or more",
                       "--init_from_teacher: the student is not shaped as the teacher (hidden_size is 24, not 48"):
         assert complaint in done.stderr, complaint
     assert not (tmp_path / "out").exists()
