@@ -178,7 +178,7 @@ def test_two_processes_make_the_same_student(golden_models, corpus, tmp_path):
     for processes, name in ((1, "one"), (2, "two")):
         more = arguments(corpus, golden_models, name, "--num_train_epochs", 1)
         done = torchrun(2, "general_distill.py", *more) if processes == 2 else run_script("general_distill.py", *more)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=1e-6)
