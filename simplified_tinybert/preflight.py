@@ -21,7 +21,7 @@ from simplified_tinybert.training import newest_checkpoint
 
 
 def check_flags(args: argparse.Namespace, problems: Problems, further: list[tuple[str, bool, str]]) -> None:
-    """Complain about numbers that no training can work with. `further` rules: (flag, whether it holds, expected)."""
+    """Complain about flags that no training can work with. `further` rules: (flag, whether it holds, expected)."""
     several = f" for each of {process_count()} processes" if process_count() > 1 else ""
     rules = [("train_batch_size", args.train_batch_size >= process_count(), f"1 or more{several}"),
              ("gradient_accumulation_steps", args.gradient_accumulation_steps >= 1, "1 or more"),
@@ -34,6 +34,9 @@ def check_flags(args: argparse.Namespace, problems: Problems, further: list[tupl
     for name, holds, expected in rules:
         if not holds:
             problems.add(f"--{name} {getattr(args, name)}: expected {expected}")
+    for folder in filter(None, (args.cache_file_dir, args.tensorboard_dir)):
+        if folder.exists() and not folder.is_dir():
+            problems.add(f"{folder}: is a file; name a folder")
 
 
 def find_models(names: dict[str, str | None], problems: Problems) -> dict[str, tuple[Path, BertConfig]]:
