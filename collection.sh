@@ -55,6 +55,7 @@ read -ra MEASURES <<< "$MEASURES"
 file() {
     if [ -r "$COLLECTION/$1" ]; then echo "$COLLECTION/$1"; else echo "$COLLECTION/$1.gz"; fi
 }
+[[ "$STUDENT_LAYERS" =~ ^[1-9][0-9]*$ ]] || fail "STUDENT_LAYERS=$STUDENT_LAYERS: expected a number of layers, 1 or more"
 missing=()                                         # all that is, before hours are spent
 for name in docs.tsv {queries.{train,dev,test}.tsv,{qrels,bm25}.{train,dev,test}.txt}; do
     [ -r "$(file "$name")" ] || missing+=("$name")
@@ -73,7 +74,7 @@ step() {
 run() { "$PYTHON" "$ROOT/$1" "${@:2}"; }
 run_on_device() { launch "$ROOT/$1" --device "$DEVICE" "${@:2}"; }
 texts() {
-    gzip -cdf "$DOCS" | awk -F '\t' 'NF == 2 { print $2; next } { print $3, $4 }' > "$OUT/texts.txt.part"
+    gzip -cdf "$DOCS" | awk -F '\t' '{ print (NF > 2 ? $3 " " $4 : $2) }' > "$OUT/texts.txt.part"
     mv "$OUT/texts.txt.part" "$OUT/texts.txt"
 }
 
@@ -92,15 +93,17 @@ rerank() {
 }
 
 use_python requirements.txt
-mkdir -p "$OUT"
+NEW_LAYERS="$STUDENT_LAYERS"
+[ -z "$STUDENT_MODEL" ] || NEW_LAYERS=0
 VOCABULARY="${TEACHER_MODEL:-$BERT_MODEL}"
 PYTHONPATH="$ROOT" "$PYTHON" -c '
 import sys
 from simplified_tinybert.files import run_main
-from simplified_tinybert.hub import find_model
-from simplified_tinybert.tokenization import load_vocabulary
-run_main(lambda: [load_vocabulary(find_model(name)) for name in sys.argv[1:]])' \
-    "$VOCABULARY" "${STUDENT_MODEL:-$BERT_MODEL}"         # fails now if they cannot be had, not after hours
+from simplified_tinybert.preflight import check_chain
+run_main(lambda: check_chain(*sys.argv[1:3], int(sys.argv[3]), sys.argv[4].split(), sys.argv[5].split()))' \
+    "$VOCABULARY" "${STUDENT_MODEL:-$BERT_MODEL}" "$NEW_LAYERS" "${METHODS[*]}" \
+    "${MEASURES[*]}"                      # fails now, not after hours
+mkdir -p "$OUT"
 
 step "$OUT/train.tsv" run prepare_examples.py train --docs "$DOCS" --queries "$(file queries.train.tsv)" \
     --qrels "$(file qrels.train.txt)" --candidates "$(file bm25.train.txt)" --output "$OUT/train.tsv" \

@@ -23,7 +23,8 @@ step), from which --resume goes on to the same student.
 
 With --dev_features_file (tokenize_to_features.py --set_name dev) and --dev_qrels_file the student re-ranks the dev
 pairs every --eval_step steps and at the end: dev.jsonl gets a row (global_step, nDCG@10, MRR@10; documents by their
-best passage), TensorBoard the same, and best/ the student with the best nDCG@10 so far.
+best passage), TensorBoard the same, and best/ the student with the best nDCG@10 so far; in tinybert only in the second
+stage, before which the head has learnt nothing.
 
 Several GPUs of a machine, or processes on its CPU, share every batch and end in the same student as one:
 
@@ -170,6 +171,9 @@ def check_all(args: argparse.Namespace, stages: list[Weights], problems: Problem
         roles["teacher"] = args.teacher_model
     models, summary, width = find_models(roles, problems), summarise(args.features_file, problems), 0
     dev_set = find_dev_set(args.dev_features_file, args.dev_qrels_file, problems)
+    if dev_set and stages and not any(map(objectives.uses_labels, stages)):
+        problems.add(f"--dev_features_file: --loss_weights {' '.join(args.loss_weights)} leaves the head untrained, so "
+                     f"that the student ranks at random; leave the flag out")
     if dev_set and "general student" in models:
         check_dev_set(dev_set.summary, summary, models["general student"][1], problems)
     if summary:
@@ -215,7 +219,8 @@ def distill(args: argparse.Namespace, device: torch.device, processes: Processes
     tokenizer_folder = next((folder for folder, _ in models.values() if has_vocabulary(folder)), None)
 
     def save_model(folder: Path) -> None:
-        save_cross_encoder(student, folder, tokenizer_folder, summary.header["lower_case"], model_card(args, student))
+        save_cross_encoder(student, folder, tokenizer_folder, summary.header["lower_case"],
+                           model_card(args, student, teacher is not None))
 
     make_student(args, facts, processes, save_model, partial(
         train, args, student, teacher, examples, plans, dtype, save_model, checkpoint, processes, dev_set))

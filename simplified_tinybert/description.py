@@ -51,8 +51,9 @@ def general_card(args: argparse.Namespace, student: CrossEncoder) -> str:
                       f"run.json.", "It is not fine-tuned: `distill.py --general_student_model` takes it.", ""])
 
 
-def model_card(args: argparse.Namespace, student: CrossEncoder) -> str:
-    teacher = f" and the teacher `{args.teacher_model}`" if args.distill_model != "finetune" else ""
+def model_card(args: argparse.Namespace, student: CrossEncoder, taught: bool) -> str:
+    """The README.md of a student; `taught`: whether its objective looks at the teacher."""
+    teacher = f" and the teacher `{args.teacher_model}`" if taught else ""
     lines = ["---", "pipeline_tag: text-ranking", "library_name: transformers", "---",
              f"# BERT re-ranker: {describe(student)}", "",
              f"Made with `distill.py --distill_model {args.distill_model}` from the student "

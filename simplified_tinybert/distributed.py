@@ -159,10 +159,12 @@ def data_parallel(student: nn.Module, objective: Callable[..., dict[str, Tensor]
         return objective
     passes = DistributedDataParallel(_Passes(student, objective), gradient_as_bucket_view=True,
                                      find_unused_parameters=not all_learn)
-    # After its first backward pass DistributedDataParallel regroups the gradients, whose sums over three or more
-    # processes are then rounded otherwise. That pass must not be a step, or resumed runs would end in other bits.
-    passes()["loss"].backward()
-    student.zero_grad(set_to_none=True)
+    if all_learn:
+        # After its first backward pass DistributedDataParallel regroups the gradients, whose sums over three or more
+        # processes are then rounded otherwise. That pass must not be a step, or resumed runs would end in other bits.
+        # Where it looks for unused parameters it never regroups, and warns if the first pass has none.
+        passes()["loss"].backward()
+        student.zero_grad(set_to_none=True)
     return passes
 
 

@@ -3,6 +3,7 @@
 The functions add what is wrong to a `Problems` list, each with the way out, so that one run shows all of it.
 """
 import argparse
+import copy
 import math
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from simplified_tinybert.checkpoints import read_config
 from simplified_tinybert.features import FeatureSummary
 from simplified_tinybert.files import Problems, UserError, process_count, warn
 from simplified_tinybert.hub import find_model
+from simplified_tinybert.measures import parse_measures
+from simplified_tinybert.objectives import METHODS, stage_weights, uses_layers
 from simplified_tinybert.records import read_record
 from simplified_tinybert.tokenization import has_vocabulary, load_vocabulary
 from simplified_tinybert.training import newest_checkpoint
 
 
 def check_flags(args: argparse.Namespace, problems: Problems, further: list[tuple[str, bool, str]]) -> None:
-    """Complain about numbers that no training can work with. `further` rules: (flag, whether it holds, expected)."""
+    """Complain about flags that no training can work with. `further` rules: (flag, whether it holds, expected)."""
     several = f" for each of {process_count()} processes" if process_count() > 1 else ""
     rules = [("train_batch_size", args.train_batch_size >= process_count(), f"1 or more{several}"),
              ("gradient_accumulation_steps", args.gradient_accumulation_steps >= 1, "1 or more"),
@@ -26,10 +29,14 @@ def check_flags(args: argparse.Namespace, problems: Problems, further: list[tupl
              ("warmup_proportion", 0 <= args.warmup_proportion < 1, "0 to less than 1"),
              ("weight_decay", 0 <= args.weight_decay < math.inf, "0 or more"),
              ("train_loss_step", args.train_loss_step >= 1, "1 or more"),
-             ("save_model_step", args.save_model_step >= 1, "1 or more"), *further]
+             ("save_model_step", args.save_model_step >= 1, "1 or more"),
+             ("seed", 0 <= args.seed < 2 ** 62, "0 or more, below 2^62"), *further]
     for name, holds, expected in rules:
         if not holds:
             problems.add(f"--{name} {getattr(args, name)}: expected {expected}")
+    for folder in filter(None, (args.cache_file_dir, args.tensorboard_dir)):
+        if folder.exists() and not folder.is_dir():
+            problems.add(f"{folder}: is a file; name a folder")
 
 
 def find_models(names: dict[str, str | None], problems: Problems) -> dict[str, tuple[Path, BertConfig]]:
@@ -105,6 +112,32 @@ def check_pair(teacher: BertConfig, student: BertConfig, problems: Problems) -> 
         problems.add(f"the teacher has {teacher.num_attention_heads} attention heads, the student "
                      f"{student.num_attention_heads}; the attention loss compares head with head, choose a student "
                      f"with as many")
+
+
+def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: list[str], measures: list[str]) -> None:
+    """Raise UserError if the steps of collection.sh do not go together: better now than when their turn comes.
+
+    The student is a general one, or, where `new_layers` is not 0, will be made with so many layers of this model.
+    """
+    problems = Problems()
+    for method in methods:
+        if method not in METHODS:
+            problems.add(f"METHODS: there is no {method}; expected some of {' '.join(METHODS)}")
+    parse_measures(measures, 1, problems)
+    models = find_models({"teacher": teacher_name, "student": student_name}, problems)
+    problems.raise_if_any()
+    (folder, teacher), (other, student) = models["teacher"], models["student"]
+    if load_vocabulary(folder).fingerprint() != load_vocabulary(other).fingerprint():
+        problems.add(f"{student_name}: has another vocabulary than {teacher_name}; teacher and students read the same "
+                     f"features, name models of one vocabulary")
+    if new_layers:
+        shallow = copy.copy(student)
+        shallow.num_hidden_layers = new_layers
+        check_pair(student, shallow, problems)
+        student = shallow
+    if folder != other and any(map(uses_layers, (stage for method in methods for stage in stage_weights(method)))):
+        check_pair(teacher, student, problems)
+    problems.raise_if_any()
 
 
 def check_output_dir(folder: Path, resume: bool | None, problems: Problems) -> None:

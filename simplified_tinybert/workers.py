@@ -48,7 +48,7 @@ def map_in_order(make: Callable[[], Callable], parts: Iterable, workers: int) ->
             yield busy.popleft().recv()
     except (EOFError, ConnectionError) as error:
         raise UserError("a process that tokenizes ended too early, perhaps for want of memory; fewer need less: "
-                        "--num_workers 1") from error
+                        "--num_workers 1 of tokenize_to_features.py, or taskset -c 0 before the command") from error
     finally:
         for connection in connections:      # at the end of its connection a process ends
             connection.close()

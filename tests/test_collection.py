@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -105,4 +106,28 @@ def test_wrong_calls(golden_models, tmp_path):
     write_collection(tmp_path / "raw")
     done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(tmp_path / "none"))
     assert done.returncode == 2 and "none" in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "out" / "train.tsv").exists()
+    for setting, complaint in (({"METHODS": "finetune tinybrt"}, "there is no tinybrt; expected some of finetune"),
+                               ({"MEASURES": "nDCG@10 XY"}, "XY"), ({"STUDENT_LAYERS": "two"}, "STUDENT_LAYERS=two"),
+                               ({"STUDENT_LAYERS": "3"}, "a teacher of 4 layers cannot be mapped evenly"),
+                               ({"STUDENT_MODEL": str(other_words(golden_models["student_2x24"], tmp_path / "other"))},
+                                "has another vocabulary")):
+        done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(golden_models["teacher"]), **setting)
+        assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def other_words(model, folder):
+    shutil.copytree(model, folder)
+    (folder / "vocab.txt").write_text((folder / "vocab.txt").read_text().replace("w100", "v100"))
+    return folder
+
+
+def test_documents_of_two_columns(golden_models, tmp_path):
+    write_collection(tmp_path / "raw")
+    rows = [line.split("\t") for line in gzip.open(tmp_path / "raw" / "docs.tsv.gz", "rt").read().splitlines()]
+    (tmp_path / "raw" / "docs.tsv.gz").unlink()
+    (tmp_path / "raw" / "docs.tsv").write_text("".join(f"{row[0]}\t{row[3]}\n" for row in rows))
+    done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(golden_models["teacher"]), METHODS="simplified",
+                 PASSAGE_FLAGS="--window 12 --stride 6")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "texts.txt").read_text().splitlines() == [row[3] for row in rows]

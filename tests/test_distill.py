@@ -263,11 +263,22 @@ def test_two_runs_do_not_share_an_output_folder(golden_models, tmp_path, run_mai
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
+def test_folders_that_are_files_are_told_before_anything_is_written(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(8))
+    for flag in ("--tensorboard_dir", "--cache_file_dir"):
+        with pytest.raises(UserError, match="train.pkl: is a file; name a folder"):
+            run_main(distill, *arguments(features, golden_models, tmp_path / "out", flag, features))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_model_card_names_a_teacher_only_if_there_was_one(golden_models, tmp_path, run_main):
     features = write_features(tmp_path / "train.pkl", random_rows(8))
-    for kind, named in (("finetune", False), ("standard", True)):
-        run_main(distill, *arguments(features, golden_models, tmp_path / kind, "--distill_model", kind))
-        assert ("the teacher" in (tmp_path / kind / "README.md").read_text()) == named
+    for number, (kind, weights, named) in enumerate([
+            ("finetune", [], False), ("standard", [], True), ("finetune", ["--loss_weights", "soft=1"], True),
+            ("simplified", ["--loss_weights", *(f"{term}=0" for term in ("attention", "hidden", "soft"))], False)]):
+        out = tmp_path / str(number)
+        run_main(distill, *arguments(features, golden_models, out, "--distill_model", kind, *weights))
+        assert ("the teacher" in (out / "README.md").read_text()) == named
 
 
 def test_bfloat16_stays_near_float32(golden_models, tmp_path, run_main):

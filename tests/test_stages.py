@@ -222,6 +222,8 @@ def test_refused_dev_sets(golden_models, train_features, tmp_path, run_main):
                             (["--dev_features_file", dev, "--dev_qrels_file", tmp_path / "other.txt"], "judges none"),
                             (["--dev_features_file", dev, "--dev_qrels_file", tmp_path / "no"], "cannot read the dev"),
                             (["--dev_features_file", long, "--dev_qrels_file", qrels], "positions; tokenize again"),
+                            (["--dev_features_file", dev, "--dev_qrels_file", qrels, "--loss_weights", "soft=0",
+                              "hard=0"], "leaves the head untrained"),
                             (["--eval_step", 0], "--eval_step 0: expected 1 or more")):
         with pytest.raises(UserError, match=complaint):
             run_main(distill, *arguments(train_features, golden_models, tmp_path / "out", *more))

@@ -98,7 +98,7 @@ def test_results_of_several_processes_come_in_order(workers):
 
 
 def test_a_lost_process_is_told_of():
-    with pytest.raises(UserError, match="ended too early"):
+    with pytest.raises(UserError, match="ended too early.*--num_workers 1 of tokenize_to_features.py"):
         list(map_in_order(dying, range(5), 2))
 
 
