@@ -18,6 +18,8 @@ from typing import IO
 
 import numpy as np
 
+from simplified_tinybert.signals import Terminated, raise_on_sigterm
+
 PATIENCE = 5            # seconds
 BUFFER = 2 ** 17        # bytes; Python's own 8 KiB make a system call of every few lines
 BLOCK = 2 ** 18         # bytes
@@ -53,6 +55,7 @@ def run_main(main: Callable[[], None], several: bool = False) -> None:
     wait one after the other: who met the same mistake before has told it, and torchrun ends them. Who is not ended by
     then was alone with it, and speaks.
     """
+    raise_on_sigterm()
     try:
         rank = process_number("RANK") if several else 0
     except UserError as error:
@@ -80,6 +83,9 @@ def _exit_code(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
+    except Terminated:
+        say("terminated")
+        return 143
     except SystemExit as ended:                         # of argparse, after its message
         return ended.code
     return 0
