@@ -50,7 +50,7 @@ from simplified_tinybert.files import (
 )
 from simplified_tinybert.left_out import LeftOut
 from simplified_tinybert.passages import Cutting, passages_of
-from simplified_tinybert.records import input_facts, record
+from simplified_tinybert.records import record_file
 from simplified_tinybert.sampling import (
     LookUp,
     Sampling,
@@ -231,9 +231,8 @@ def main() -> None:
         left_out = LeftOut(args.output.with_name(args.output.name + ".left_out.tsv"), stack)
         counts = write_lines(args, collection, sizes, ranker, left_out)
     left_out.finish()
-    files = {name: input_facts(path) for name in INPUTS if (path := getattr(args, name))}
-    record(args.output.with_name(args.output.name + ".run.json"), args, inputs=files, counts=counts,
-           left_out=left_out.counts, filter_weights=ranker.fingerprint() if ranker else None)
+    record_file(args.output, args, [path for name in INPUTS if (path := getattr(args, name))], counts=counts,
+                left_out=left_out.counts, filter_weights=ranker.fingerprint() if ranker else None)
     if counts["queries short of label 0"]:
         say(f"{counts['queries short of label 0']:,} queries have fewer passages of label 0 than asked for: their "
             f"candidates have no more")
