@@ -34,6 +34,7 @@ from simplified_tinybert.files import (
     UserError,
     check_output_file,
     locked,
+    naming,
     process_number,
     run_main,
     say,
@@ -135,7 +136,7 @@ def load_model(args: argparse.Namespace, folder: Path, config: BertConfig, devic
 
 def write_scores(scored: Iterator[tuple[Examples, np.ndarray]], score: str, path: Path) -> None:
     """Append the scores of all chunks to `path`, a chunk at a time."""
-    with open(path, "a", encoding="utf-8", newline="\n") as handle:
+    with naming(path), open(path, "a", encoding="utf-8", newline="\n") as handle:
         for chunk, logits in scored:
             handle.write(score_lines(chunk.ids, relevance(logits, score)))
             handle.flush()

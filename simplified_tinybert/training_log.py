@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simplified_tinybert.distributed import Processes
-from simplified_tinybert.files import atomic_writer
+from simplified_tinybert.files import atomic_writer, naming
 
 TERMS = ("loss", "cls_loss", "att_loss", "rep_loss", "soft_loss", "hard_loss")
 
@@ -73,7 +73,7 @@ class TrainingLog:
     def _append(self, path: Path, row: dict[str, float], prefix: str = "") -> None:
         if not self.processes.first:
             return
-        with open(path, "a", encoding="utf-8") as handle:
+        with naming(path), open(path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
         for name, value in list(row.items())[1:]:
             self.tensorboard.add_scalar(prefix + name, value, row["global_step"])

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"                     # no test may reach out
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"                     # tiny models: more threads would only wait for each other
 torch.set_num_threads(1)
+
+
+FIGURES = Counter()
+
+
+@pytest.fixture
+def figures() -> Counter:
+    """What was tried and how often, for the summary at the end."""
+    return FIGURES
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if FIGURES:
+        terminalreporter.section("reliability: what was tried")
+        for what, count in FIGURES.items():
+            terminalreporter.write_line(f"{count:6,}  {what}")
 
 
 @pytest.fixture(scope="session")
