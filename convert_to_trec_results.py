@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from simplified_tinybert.duplicates import DuplicateFinder
 from simplified_tinybert.files import (
-    DuplicateFinder,
     Problems,
     UserError,
     atomic_writer,
@@ -44,6 +44,7 @@ from simplified_tinybert.files import (
     shorten,
     warn,
 )
+from simplified_tinybert.records import record_file
 from simplified_tinybert.trec import float32_ties, parse_score, rank, split_passage_id, sum_in_order
 
 
@@ -218,6 +219,9 @@ def main() -> None:
             documents += len(scores)
             ties += float32_ties(scores.values())
 
+    args.aggregation = how.name                         # what a record can hold
+    record_file(args.output_results_file, args, [args.scores_file], queries=len(collected.queries),
+                documents=documents, passages=collected.passages)
     if collected.without_underscore:
         say(f'{collected.without_underscore} passage ids have no "_"; each was taken for a document of its own')
     if how is FIRST_P:

@@ -48,7 +48,7 @@ from simplified_tinybert.description import describe_run, model_card
 from simplified_tinybert.distillation import SETTINGS, add_training_flags, check_apex, make_plan, make_student, train
 from simplified_tinybert.distributed import Processes, process_group
 from simplified_tinybert.feature_cache import map_examples
-from simplified_tinybert.features import FeatureSummary, summarise
+from simplified_tinybert.features import FeatureSummary, ids_of, summarise
 from simplified_tinybert.files import Problems, UserError, process_count, run_main, say
 from simplified_tinybert.modeling import CrossEncoder
 from simplified_tinybert.objectives import Weights
@@ -66,7 +66,7 @@ from simplified_tinybert.preflight import (
 from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.tokenization import has_vocabulary
 from simplified_tinybert.training import Plan
-from simplified_tinybert.validation import DevSet, find_dev_set
+from simplified_tinybert.validation import DevSet, find_dev_set, warn_of_chance
 
 
 def parse_args() -> argparse.Namespace:
@@ -79,6 +79,8 @@ def parse_args() -> argparse.Namespace:
         help="method, see above (default: simplified)")
     add("--loss_weights", nargs="+", default=[], metavar="TERM=WEIGHT",
         help="other weights of attention, hidden, soft, hard than the method's; 0 leaves a term out")
+    add("--layer_map", type=int, nargs="+", metavar="LAYER",
+        help="teacher layer (from 1) that each student layer learns from (default: every k-th of the teacher's)")
     add("--alpha", type=float, default=0.5, help="weight of the soft loss in standard (default: 0.5)")
     add("--temperature", type=float, default=1.0, help="softens teacher and student in the soft loss (default: 1)")
     add("--intermediate_epochs", type=float,
@@ -129,8 +131,8 @@ def load_models(args: argparse.Namespace, stages: list[Weights], models: dict, c
 def settings(args: argparse.Namespace, stages: list[Weights], models: dict, summary: FeatureSummary,
              dev_set: DevSet | None) -> dict:
     """What must not change when a run is resumed."""
-    names = (*SETTINGS, "distill_model", "max_seq_length", "temperature", "pooled_relu", "intermediate_epochs",
-             "intermediate_learning_rate")
+    names = (*SETTINGS, "distill_model", "max_seq_length", "temperature", "pooled_relu", "layer_map",
+             "intermediate_epochs", "intermediate_learning_rate")
     validation = [*dev_set.fingerprints(), args.eval_step] if dev_set else None
     inputs = {role: weights_fingerprint(folder) for role, (folder, _) in models.items()}
     return {name: getattr(args, name) for name in names} | inputs | {
@@ -186,7 +188,7 @@ def check_all(args: argparse.Namespace, stages: list[Weights], problems: Problem
         if args.do_lower_case and not summary.header["lower_case"]:
             problems.add("--do_lower_case: the features are cased; tokenize again with --do_lower_case")
     if any(map(objectives.uses_layers, stages)) and len(models) == 2:
-        check_pair(models["teacher"][1], models["general student"][1], problems)
+        check_pair(models["teacher"][1], models["general student"][1], problems, args.layer_map)
     problems.raise_if_any()
     return models, summary, width, dev_set
 
@@ -215,6 +217,8 @@ def distill(args: argparse.Namespace, device: torch.device, processes: Processes
     with processes.first_on_machine():
         examples = map_examples(args.features_file, summary, args.cache_file_dir)
     plans = make_plans(args, stages, width)
+    if teacher and not checkpoint and processes.first:
+        warn_of_chance(teacher, examples, device, dtype)
     describe_run(args, student, teacher, examples, plans, processes, args.general_student_model)
     tokenizer_folder = next((folder for folder, _ in models.values() if has_vocabulary(folder)), None)
 
@@ -223,7 +227,8 @@ def distill(args: argparse.Namespace, device: torch.device, processes: Processes
                            model_card(args, student, teacher is not None))
 
     make_student(args, facts, processes, save_model, partial(
-        train, args, student, teacher, examples, plans, dtype, save_model, checkpoint, processes, dev_set))
+        train, args, student, teacher, examples, plans, dtype, save_model, checkpoint, processes,
+        partial(ids_of, args.features_file), dev_set))
 
 
 def main() -> None:

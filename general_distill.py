@@ -156,7 +156,8 @@ def general_distill(args: argparse.Namespace, device: torch.device, processes: P
         save_cross_encoder(student, target, folder, vocabulary.lower_case, general_card(args, student), general=True)
 
     make_student(args, facts, processes, save_model, partial(
-        train, args, student, teacher, examples, plans, dtype, save_model, checkpoint, processes))
+        train, args, student, teacher, examples, plans, dtype, save_model, checkpoint, processes,
+        lambda indices: [f"segment {index}" for index in indices]))
 
 
 def main() -> None:

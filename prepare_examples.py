@@ -50,7 +50,7 @@ from simplified_tinybert.files import (
 )
 from simplified_tinybert.left_out import LeftOut
 from simplified_tinybert.passages import Cutting, passages_of
-from simplified_tinybert.records import input_facts, record
+from simplified_tinybert.records import record_file, record_path
 from simplified_tinybert.sampling import (
     LookUp,
     Sampling,
@@ -108,7 +108,7 @@ def parse_args() -> argparse.Namespace:
 
 def beside(output: Path) -> tuple[Path, Path]:
     """The list of what was left out, and the record."""
-    return output.with_name(output.name + ".left_out.tsv"), output.with_name(output.name + ".run.json")
+    return output.with_name(output.name + ".left_out.tsv"), record_path(output)
 
 
 def check_args(args: argparse.Namespace, problems: Problems) -> None:
@@ -232,14 +232,12 @@ def main() -> None:
     sizes = count_candidates(collection, problems)
     problems.raise_if_any()
 
-    list_path, record_path = beside(args.output)
     with ExitStack() as stack:
-        left_out = LeftOut(list_path, stack)
+        left_out = LeftOut(beside(args.output)[0], stack)
         counts = write_lines(args, collection, sizes, ranker, left_out)
     left_out.finish()
-    files = {name: input_facts(path) for name in INPUTS if (path := getattr(args, name))}
-    record(record_path, args, inputs=files, counts=counts, left_out=left_out.counts,
-           filter_weights=ranker.fingerprint() if ranker else None)
+    record_file(args.output, args, [path for name in INPUTS if (path := getattr(args, name))], counts=counts,
+                left_out=left_out.counts, filter_weights=ranker.fingerprint() if ranker else None)
     if counts["queries short of label 0"]:
         say(f"{counts['queries short of label 0']:,} queries have fewer passages of label 0 than asked for: their "
             f"candidates have no more")

@@ -34,6 +34,7 @@ from simplified_tinybert.files import (
     UserError,
     check_output_file,
     locked,
+    naming,
     process_number,
     run_main,
     say,
@@ -42,7 +43,7 @@ from simplified_tinybert.files import (
 from simplified_tinybert.modeling import CrossEncoder, count_parameters, describe
 from simplified_tinybert.precision import select_precision
 from simplified_tinybert.preflight import check_length, check_model_fits, find_models
-from simplified_tinybert.records import read_record, record
+from simplified_tinybert.records import read_record, record, record_file, record_path
 from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.scoring import BATCH_TOKENS, prepare, relevance, scored_chunks
 
@@ -101,11 +102,11 @@ def settings(args: argparse.Namespace, folder: Path, summary: FeatureSummary, ba
                for name in ("eval_batch_size", "score", "pooled_relu", "fp16", "bf16", "int8")}}
 
 
-def written_pairs(partial: Path, record_path: Path, wanted: dict, chunks: list[int]) -> int:
+def written_pairs(partial: Path, about: Path, wanted: dict, chunks: list[int]) -> int:
     """Pairs of the whole chunks (sizes: `chunks`) that an interrupted run has written; what follows is cut off."""
-    if not (partial.is_file() and record_path.is_file()):
+    if not (partial.is_file() and about.is_file()):
         return 0
-    if read_record(record_path)["settings"] != wanted:
+    if read_record(about)["settings"] != wanted:
         raise UserError(f"{partial}: was written with another model, features, settings or version; repeat those, or "
                         f"remove the file to start again")
     boundaries, lines, position, done, keep = set(np.cumsum(chunks).tolist()), 0, 0, 0, 0
@@ -135,7 +136,7 @@ def load_model(args: argparse.Namespace, folder: Path, config: BertConfig, devic
 
 def write_scores(scored: Iterator[tuple[Examples, np.ndarray]], score: str, path: Path) -> None:
     """Append the scores of all chunks to `path`, a chunk at a time."""
-    with open(path, "a", encoding="utf-8", newline="\n") as handle:
+    with naming(path), open(path, "a", encoding="utf-8", newline="\n") as handle:
         for chunk, logits in scored:
             handle.write(score_lines(chunk.ids, relevance(logits, score)))
             handle.flush()
@@ -151,7 +152,7 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
     model, parameters = load_model(args, folder, config, device, dtype)
 
     output = Path(os.path.realpath(args.output_scores_file))
-    partial, record_path = output.with_name(output.name + ".partial"), output.with_name(output.name + ".run.json")
+    partial, about = output.with_name(output.name + ".partial"), record_path(output)
     batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
     facts = {"settings": settings(args, folder, summary, batch_tokens), "device": str(device)}
     processes.check_agreement(facts["settings"])
@@ -167,15 +168,16 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
         return
     partial.touch()
     with locked(partial):
-        done = written_pairs(partial, record_path, facts["settings"], summary.chunks) if args.resume else 0
+        done = written_pairs(partial, about, facts["settings"], summary.chunks) if args.resume else 0
         os.truncate(partial, partial.stat().st_size if done else 0)
-        record(record_path, args, **facts)
+        record(about, args, **facts)
         start = time.perf_counter()
         write_scores(scored(done), args.score, partial)
         os.replace(partial, output)
     sync_folder(output.parent)
     speed = (summary.examples - done) / (time.perf_counter() - start)
-    record(record_path, args, **facts, processes=processes.count, parameters=parameters, pairs_per_second=speed)
+    record_file(output, args, args.features_file, **facts, processes=processes.count, parameters=parameters,
+                pairs_per_second=speed)
     say(f"scores       {output}: {summary.examples:,} pairs, {speed:,.1f} pairs/s")
 
 

@@ -11,7 +11,7 @@ In, one pair a line, UTF-8, plain or gzip, columns separated by one tab:
 Out, a pickled feature file (format: simplified_tinybert/features.py): [CLS] query [SEP] passage [SEP] of each pair in
 input order, at most max_seq_length word pieces; the longer of the two texts loses a piece at a time, the passage at a
 tie. The whole input is checked before the first pair is tokenized; if lines are wrong, the first 20 are named and
-nothing is written.
+nothing is written. FILE.run.json tells what a feature file came from.
 """
 import argparse
 import re
@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from simplified_tinybert.duplicates import DuplicateFinder
 from simplified_tinybert.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
 from simplified_tinybert.files import (
-    DuplicateFinder,
     Problems,
     UserError,
     atomic_writer,
@@ -40,6 +40,7 @@ from simplified_tinybert.files import (
     shorten,
 )
 from simplified_tinybert.hub import find_model
+from simplified_tinybert.records import record_file
 from simplified_tinybert.tokenization import PieceCutter, Vocabulary, load_vocabulary, truncated_lengths
 from simplified_tinybert.workers import MOST_WORKERS, default_workers, map_in_order
 
@@ -183,6 +184,8 @@ def main() -> None:
             problems.add(f"{args.raw_data_file}: changed while it was read: {pairs} lines, then {writer.examples}")
         problems.raise_if_any()
         writer.close()
+    record_file(args.output_features_file, args, [args.raw_data_file], pairs=pairs,
+                vocabulary=vocabulary.fingerprint(), lower_case=vocabulary.lower_case)
     say(f"{args.output_features_file}: {pairs:,} pairs, {writer.tokens / pairs:.1f} word pieces on average, "
         f"{100 * full / pairs:.1f} % fill all {args.max_seq_length}")
 

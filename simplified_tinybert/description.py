@@ -17,7 +17,8 @@ def describe_run(args: argparse.Namespace, student: CrossEncoder, teacher: Cross
     if teacher:
         say(f"teacher      {describe(teacher)}: {args.teacher_model}")
     if any(uses_layers(plan.weights) for plan in plans):
-        layers = layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+        layers = getattr(args, "layer_map", None) or layer_map(student.config.num_hidden_layers,
+                                                               teacher.config.num_hidden_layers)
         say("layer map    student ← teacher: 0 ← 0 (embeddings), "
             + ", ".join(f"{layer} ← {source}" for layer, source in enumerate(layers, start=1)))
     labelled = int((examples.labels >= 0).sum())

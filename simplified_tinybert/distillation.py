@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from simplified_tinybert.cpu_linear import pack_linear_layers
@@ -50,6 +51,7 @@ def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, learnin
     add("--seed", type=int, default=42, help="of dropout, batch order and new parameters (default: 42)")
     add("--train_loss_step", type=int, default=1000, help="steps between rows of the log (default: 1000)")
     add("--save_model_step", type=int, default=3000, help="steps between checkpoints (default: 3000)")
+    add("--keep_checkpoints", type=int, metavar="N", help="remove all but the N newest checkpoints (default: keep all)")
     add("--tensorboard_dir", type=Path, help="folder for TensorBoard (default: tensorboard in --output_student_dir)")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output_student_dir, if any")
 
@@ -71,12 +73,13 @@ def make_plan(args: argparse.Namespace, weights: Weights, width: int, epochs: fl
     fixed = uses_layers(weights) and args.padding == "reference"
     return Plan(args.train_batch_size, args.gradient_accumulation_steps, epochs, args.seed, width if fixed else None,
                 args.padding == "masked", args.train_loss_step, args.save_model_step,
-                getattr(args, "eval_step", args.save_model_step), weights, learning_rate)
+                getattr(args, "eval_step", args.save_model_step), weights, learning_rate,
+                args.keep_checkpoints)
 
 
 def train(args: argparse.Namespace, student: CrossEncoder, teacher: CrossEncoder | None, examples: Examples,
           plans: list[Plan], dtype: torch.dtype | None, save_model: Callable[[Path], None], checkpoint: Path | None,
-          processes: Processes, dev_set: DevSet | None = None) -> None:
+          processes: Processes, names: Callable[[np.ndarray], list[str]], dev_set: DevSet | None = None) -> None:
     """Train the student stage after stage, from the checkpoint on if there is one."""
     if teacher and not dtype:
         pack_linear_layers(teacher)
@@ -95,9 +98,9 @@ def train(args: argparse.Namespace, student: CrossEncoder, teacher: CrossEncoder
         apex = args.fp16 and args.fp16_backend == "apex"
         scaler = ApexScaler(student, optimizer, args.fp16_opt_level) if apex else LossScaler(device, dtype)
         terms = partial(objective, student, teacher, weights=plan.weights, padding=args.padding,
-                        temperature=getattr(args, "temperature", 1.0))
+                        temperature=getattr(args, "temperature", 1.0), layer_map=getattr(args, "layer_map", None))
         training = Training(student, terms, examples, plan, start, optimizer, scaler, log, device,
-                            None if apex else dtype, args.output_student_dir, save_model, processes,
+                            None if apex else dtype, args.output_student_dir, save_model, processes, names,
                             dev_set if uses_labels(plan.weights) else None)
         training.run(checkpoint)
         checkpoint = None

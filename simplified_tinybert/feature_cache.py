@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from simplified_tinybert.features import Examples, FeatureSummary, read_chunks
-from simplified_tinybert.files import UserError
+from simplified_tinybert.files import UserError, naming
 
 ARRAYS = ("lengths", "query_lengths", "labels")
 
@@ -28,7 +28,8 @@ def mapped(folder: Path, token_type: str, parts: Iterable[Examples]) -> Examples
         aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")      # containers and machines share process ids
         aside.mkdir(parents=True)
         try:
-            _write_arrays(parts, aside)
+            with naming(folder):
+                _write_arrays(parts, aside)
             os.rename(aside, folder)
         except OSError:
             if not folder.is_dir():                     # otherwise another job was faster: its folder serves as well

@@ -199,6 +199,16 @@ def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
     return total
 
 
+def ids_of(paths: list[Path], indices: np.ndarray) -> list[str]:
+    """Ids of examples by their place in the files, which are read for it once more."""
+    wanted, found, first = set(indices.tolist()), {}, 0
+    for path in paths:
+        for chunk in read_chunks(path):
+            found |= {number: chunk.ids[number - first] for number in wanted if first <= number < first + len(chunk)}
+            first += len(chunk)
+    return [found[index] for index in indices.tolist()]
+
+
 def _load_frame(handle: IO[bytes], path: Path, where: str) -> dict:
     if not handle.peek(1):
         raise UserError(f"{path}: is cut off {where}; make or copy the file again")

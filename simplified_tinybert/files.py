@@ -10,13 +10,12 @@ import os
 import sys
 import time
 import zlib
-from array import array
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import IO
 
-import numpy as np
+from simplified_tinybert.signals import Terminated, raise_on_sigterm
 
 PATIENCE = 5            # seconds
 BUFFER = 2 ** 17        # bytes; Python's own 8 KiB make a system call of every few lines
@@ -53,6 +52,7 @@ def run_main(main: Callable[[], None], several: bool = False) -> None:
     wait one after the other: who met the same mistake before has told it, and torchrun ends them. Who is not ended by
     then was alone with it, and speaks.
     """
+    raise_on_sigterm()
     try:
         rank = process_number("RANK") if several else 0
     except UserError as error:
@@ -80,6 +80,9 @@ def _exit_code(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         say("interrupted")
         return 130
+    except Terminated:
+        say("terminated")
+        return 143
     except SystemExit as ended:                         # of argparse, after its message
         return ended.code
     return 0
@@ -176,18 +179,27 @@ def atomic_writer(path: Path | str, mode: str = "w") -> Iterator[IO]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(aside, mode, **text) as handle:
+        with naming(path), open(aside, mode, **text) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(aside, path)
-    except BaseException as error:
+    except BaseException:
         aside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename:      # a full disk does not say where
-            error.strerror = error.strerror or f"{error}; is the disk full?"
-            error.filename = str(path)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError of the body the name of the file that is written there: a full disk does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if not error.filename:
+            error.strerror = error.strerror or f"{error}; is the disk full?"      # NumPy's has words but no number
+            error.filename = str(path)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -264,33 +276,3 @@ def read_blocks(handle: IO[bytes]) -> Iterator[bytes]:
 def lines_of(block: bytes) -> list[str]:
     """The lines of such a block, as `read_lines` yields them. Raises UnicodeDecodeError."""
     return [line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8") for line in io.BytesIO(block)]
-
-
-class DuplicateFinder:
-    """Finds repeated keys among millions with 8 bytes each: hashes first, the keys themselves only on suspicion."""
-
-    def __init__(self):
-        self._hashes = array("q")
-
-    def add(self, key: object) -> None:
-        self._hashes.append(hash(key))
-
-    def suspects(self) -> set[int]:
-        """Hashes that occur more than once: no key is a duplicate if this is empty."""
-        hashes = np.sort(np.frombuffer(self._hashes, dtype=np.int64))
-        return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-
-    def report(self, keys: Iterator[tuple[int, object]], path: Path, what: str, problems: Problems) -> None:
-        """Go through (line number, key) once more and add a problem for each key that was seen before."""
-        suspects, first_seen = self.suspects(), {}
-        if not suspects:
-            return
-        for number, key in keys:
-            if hash(key) not in suspects:
-                continue
-            if key in first_seen:
-                shown = shorten(key if isinstance(key, str) else " ".join(key))
-                problems.add(f"{path}:{number}: {what} {shown} stands already in line {first_seen[key]}; "
-                             f"each may occur once")
-            else:
-                first_seen[key] = number

@@ -48,14 +48,16 @@ def uses_teacher(weights: Weights) -> bool:
 
 
 def objective(student: CrossEncoder, teacher: CrossEncoder | None, batch: Batch, weights: Weights,
-              temperature: float = 1.0, padding: str = "reference", share: Share = WHOLE) -> dict[str, Tensor]:
+              temperature: float = 1.0, padding: str = "reference", layer_map: list[int] | None = None,
+              share: Share = WHOLE) -> dict[str, Tensor]:
     """Loss terms of a batch; "loss" = cls_loss + att_loss + rep_loss (these are weighted) is what is minimized.
 
-    Where the batch is a `share` of a larger one, its terms are what it contributes to the larger one's means.
+    layer_map: teacher layer (from 1) that each student layer learns from; None: every k-th. Where the batch is a
+    `share` of a larger one, its terms are what it contributes to the larger one's means.
     """
-    mapped = None                                        # teacher layer that each student layer learns from
+    mapped = None
     if uses_layers(weights):
-        mapped = losses.layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+        mapped = layer_map or losses.layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     if uses_teacher(weights):
         with torch.inference_mode():
             taught = teacher(batch, layers=mapped)

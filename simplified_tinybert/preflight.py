@@ -30,7 +30,8 @@ def check_flags(args: argparse.Namespace, problems: Problems, further: list[tupl
              ("weight_decay", 0 <= args.weight_decay < math.inf, "0 or more"),
              ("train_loss_step", args.train_loss_step >= 1, "1 or more"),
              ("save_model_step", args.save_model_step >= 1, "1 or more"),
-             ("seed", 0 <= args.seed < 2 ** 62, "0 or more, below 2^62"), *further]
+             ("seed", 0 <= args.seed < 2 ** 62, "0 or more, below 2^62"),
+             ("keep_checkpoints", args.keep_checkpoints is None or args.keep_checkpoints >= 1, "1 or more"), *further]
     for name, holds, expected in rules:
         if not holds:
             problems.add(f"--{name} {getattr(args, name)}: expected {expected}")
@@ -103,11 +104,18 @@ def check_dev_set(dev: FeatureSummary, train: FeatureSummary | None, student: Be
                      f"has {student.max_position_embeddings} positions; tokenize again with fewer")
 
 
-def check_pair(teacher: BertConfig, student: BertConfig, problems: Problems) -> None:
+def check_pair(teacher: BertConfig, student: BertConfig, problems: Problems,
+               layer_map: list[int] | None = None) -> None:
     """Complain about a teacher and a student whose layers or heads cannot be matched one to one."""
-    if teacher.num_hidden_layers % student.num_hidden_layers:
+    if layer_map:
+        known = set(range(1, teacher.num_hidden_layers + 1))
+        if len(layer_map) != student.num_hidden_layers or sorted(known & set(layer_map)) != layer_map:
+            problems.add(f"--layer_map {' '.join(map(str, layer_map))}: expected {student.num_hidden_layers} ascending "
+                         f"numbers from 1 to {teacher.num_hidden_layers}, a teacher layer for each student layer")
+    elif teacher.num_hidden_layers % student.num_hidden_layers:
         problems.add(f"a teacher of {teacher.num_hidden_layers} layers cannot be mapped evenly to a student of "
-                     f"{student.num_hidden_layers}; choose a student whose depth divides the teacher's")
+                     f"{student.num_hidden_layers}; choose a student whose depth divides the teacher's, or name a "
+                     f"teacher layer for each by distill.py --layer_map")
     if teacher.num_attention_heads != student.num_attention_heads:
         problems.add(f"the teacher has {teacher.num_attention_heads} attention heads, the student "
                      f"{student.num_attention_heads}; the attention loss compares head with head, choose a student "

@@ -9,7 +9,7 @@ from pathlib import Path
 from simplified_tinybert.files import UserError, atomic_writer
 
 LIBRARIES = ("torch", "transformers", "ir_datasets")
-SMALL = 2 ** 26         # bytes; of larger inputs size and time must do: hashing 22 GB takes minutes
+SMALL = 2 ** 32         # bytes; of larger inputs size and time must do: hashing 22 GB takes minutes
 
 
 def record(path: Path, args: argparse.Namespace, **facts: object) -> None:
@@ -50,10 +50,31 @@ def plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-def input_facts(path: Path) -> dict:
-    """Size (bytes) and time of change (ns) of an input file, and the SHA-256 of a small one."""
+def file_facts(path: Path) -> dict:
+    """Size (bytes) and time of change (ns) of a file, and its SHA-256 unless it is huge."""
     status = path.stat()
     facts = {"bytes": status.st_size, "changed": status.st_mtime_ns}
-    if status.st_size <= SMALL:
-        facts["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if path.is_file() and status.st_size <= SMALL:
+        with open(path, "rb") as handle:
+            facts["sha256"] = hashlib.file_digest(handle, "sha256").hexdigest()
     return facts
+
+
+def record_path(path: Path) -> Path:
+    """Where the record of a file lies: beside it."""
+    return path.with_name(path.name + ".run.json")
+
+
+def record_file(output: Path, args: argparse.Namespace, inputs: list[Path], **facts: object) -> None:
+    """Write the record of a finished file: with its inputs, and with the records these have themselves.
+
+    So a ranking of documents can be followed back, through the scores, to the model and the features.
+    """
+    made_from = []
+    for path in inputs:
+        made_from.append({"file": str(path), **file_facts(path)})
+        try:
+            made_from[-1]["record"] = json.loads(record_path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError):                   # it has none, or none that can be read
+            pass
+    record(record_path(output), args, output=file_facts(output), made_from=made_from, **facts)

@@ -3,6 +3,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,15 +16,17 @@ from tqdm import tqdm
 
 from simplified_tinybert.distributed import Processes, Share, data_parallel, exchanging
 from simplified_tinybert.features import Examples
-from simplified_tinybert.files import atomic_writer, sync_folder
+from simplified_tinybert.files import UserError, atomic_writer, say, sync_folder
 from simplified_tinybert.modeling import Batch, CrossEncoder
 from simplified_tinybert.objectives import Weights, uses_labels
 from simplified_tinybert.optimizer import BertAdam
 from simplified_tinybert.precision import ApexScaler, LossScaler, autocast
+from simplified_tinybert.signals import StopRequests, end_by
 from simplified_tinybert.training_log import TrainingLog
 from simplified_tinybert.validation import DevSet
 
 STATE_FILE, BEST = "training_state.pt", "best"
+HEED_EVERY = {"cpu": 1, "cuda": 50}         # steps after which losses and signals are looked at, which a GPU waits for
 POOL = 64          # batches from which examples of similar length are put together
 
 
@@ -44,6 +47,7 @@ class Plan:
     eval_every: int
     weights: Weights
     learning_rate: float
+    keep: int | None = None                             # newest checkpoints; None: all
 
     def steps_per_epoch(self, examples: int) -> int:
         """Smaller last batches and groups of batches count: every example is used."""
@@ -69,6 +73,7 @@ class Training:
     output_dir: Path
     save_model: Callable[[Path], None]
     processes: Processes
+    names: Callable[[np.ndarray], list[str]]            # of examples, for messages
     dev_set: DevSet | None = None
 
     def __post_init__(self):
@@ -76,20 +81,27 @@ class Training:
                                    all_learn=uses_labels(self.plan.weights))
 
     def run(self, checkpoint: Path | None = None) -> None:
-        """Train to the last step of the plan, from `checkpoint` on if there is one, else from a new checkpoint."""
+        """Train to the last step of the plan, from `checkpoint` on if there is one, else from a new checkpoint.
+
+        Asked to end by a signal, it saves a checkpoint first. Raises UserError if a loss is no longer a number.
+        """
         step = self._restore(checkpoint) if checkpoint else self.first_step
         total = self.first_step + self.plan.total_steps(len(self.examples))
         if not checkpoint:
             self._save_checkpoint(step)
         self.student.train()
-        with tqdm(total=total, initial=step, desc="distilling", unit=" steps",
-                  disable=not self.processes.first) as progress:
+        with StopRequests(patient=self.processes.count > 1) as requests, tqdm(
+                total=total, initial=step, desc="distilling", unit=" steps",
+                disable=not self.processes.first) as progress:
             shown = {}
             for group in self._groups(step, total):
-                self._step(group)
                 step += 1
+                self._step(step, group)
                 progress.update()
+                if step % HEED_EVERY[self.device.type] == 0:
+                    self._heed(step, requests)
                 if step % self.plan.log_every == 0 or step == total:
+                    self._check()
                     shown["loss"] = f"{self.log.write(step, self.optimizer.learning_rate)['loss']:.4g}"
                 if self.dev_set and (step % self.plan.eval_every == 0 or step == total):
                     shown |= {name: f"{value:.4f}" for name, value in self._validate(step).items()}
@@ -108,14 +120,39 @@ class Training:
             start = step % per_epoch * self.plan.accumulation
             yield batches[start:start + self.plan.accumulation]
 
-    def _step(self, group: list[np.ndarray]) -> None:
+    def _heed(self, step: int, requests: StopRequests) -> None:
+        """End the run, in all processes together, if one of them has met a loss that is no number, or a signal."""
+        asked, bad = self.processes.total(torch.stack([self.log.bad_step.new_tensor(requests.signal > 0),
+                                                       self.log.bad_step > 0]).long()).tolist()
+        if bad:
+            self._check()
+        if asked:
+            self._save_checkpoint(step)
+            if self.processes.first:
+                say(f"checkpoint-{step} is saved; the same command with --resume goes on from there")
+            end_by(requests.signal or signal.SIGTERM)
+
+    def _check(self) -> None:
+        """Raise UserError, in every process, if a loss was not a number: neither a row nor a checkpoint may hold it."""
+        bad = [step for step in self.processes.gather(int(self.log.bad_step)) if step]
+        if not bad:
+            return
+        step = min(bad) - self.first_step - 1
+        rate = self.plan.learning_rate * self.optimizer.schedule(step)
+        group, = self._groups(step + self.first_step, step + self.first_step + 1)
+        raise UserError(f"the loss of step {min(bad)} is not a finite number; learning rate {rate:.3g}, examples "
+                        f"{', '.join(self.names(np.concatenate(group)))}; lower --learning_rate, or use --bf16 in "
+                        f"place of --fp16; if it is so from the first step on, the weights of teacher or student are "
+                        f"broken")
+
+    def _step(self, number: int, group: list[np.ndarray]) -> None:
         """One optimizer step on the mean over all examples of the group, however its batches are cut and shared."""
         size = sum(len(indices) for indices in group)
-        for number, indices in enumerate(group, start=1):
+        for part, indices in enumerate(group, start=1):
             mine, share = self.processes.share(indices, self.examples.lengths)
             batch = self.examples.batch(mine, self.plan.width).to(self.device)
             weight = len(indices) / size
-            with exchanging(self.terms, now=number == len(group)):
+            with exchanging(self.terms, now=part == len(group)):
                 with autocast(self.device, self.dtype):
                     terms = self.terms(batch, share=share)
                 # Gradients become means over the processes, but their shares have to be added up
@@ -123,12 +160,12 @@ class Training:
             self.log.add(terms, weight)
         self.scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        self.log.step(size)
+        self.log.step(number, size)
 
     def _validate(self, step: int) -> dict[str, float]:
         """Measures on the dev set; the student that does best by the first of them is kept."""
         start = time.perf_counter()
-        self.log.check(step)
+        self._check()
         measures = self.dev_set.measures(self.student, self.device, self.dtype, self.processes)
         if self.log.write_dev(step, measures):
             save_folder(self.output_dir / BEST, self.save_model)
@@ -136,10 +173,12 @@ class Training:
         return measures
 
     def _save_checkpoint(self, step: int) -> None:
-        self.log.check(step)
+        self._check()
         state = self._state(step)
         if self.processes.first:
             save_folder(self.output_dir / f"checkpoint-{step}", self.save_model, state)
+            for old in checkpoints_of(self.output_dir)[:-self.plan.keep] if self.plan.keep else ():
+                shutil.rmtree(old)
 
     def _state(self, step: int) -> dict:
         own = {"random": torch.get_rng_state(), "log": self.log.state()}
@@ -209,9 +248,14 @@ def remove_leftovers(output_dir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def checkpoints_of(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    return sorted((path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)),
+                  key=step_of)
+
+
 def newest_checkpoint(output_dir: Path) -> Path | None:
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return max(found, key=step_of, default=None)
+    return (checkpoints_of(output_dir) or [None])[-1]
 
 
 def step_of(checkpoint: Path) -> int:

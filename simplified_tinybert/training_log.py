@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simplified_tinybert.distributed import Processes
-from simplified_tinybert.files import UserError, atomic_writer
+from simplified_tinybert.files import atomic_writer, naming
 
 TERMS = ("loss", "cls_loss", "att_loss", "rep_loss", "soft_loss", "hard_loss")
 
@@ -27,6 +27,7 @@ class TrainingLog:
         self.processes, self.tensorboard = processes, None
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)            # of this process
         self.steps, self.examples, self.since = 0, 0, time.perf_counter()
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)   # first whose loss was no number; 0: none
         if not processes.first:
             return
         # TensorBoard looks for this name; with it, it does without TensorFlow, which takes seconds and talks much
@@ -43,13 +44,16 @@ class TrainingLog:
         zero = self.sums.new_zeros(())
         self.sums += weight * torch.stack([terms.get(name, zero).detach().double() for name in TERMS])
 
-    def step(self, examples: int) -> None:
+    def step(self, number: int, examples: int) -> None:
+        """Count a whole step; asks nothing of the device."""
         self.steps += 1
         self.examples += examples
+        bad = ~torch.isfinite(self.sums[0]) & (self.bad_step == 0)
+        self.bad_step = torch.where(bad, number, self.bad_step)
 
     def write(self, global_step: int, learning_rate: float) -> dict[str, float]:
-        """Append a row for the steps since the last one. Raises UserError if the loss is no longer a number."""
-        sums = self.check(global_step)
+        """Append a row for the steps since the last one."""
+        sums = self.processes.total(self.sums).tolist()
         seconds = time.perf_counter() - self.since
         row = {"global_step": global_step, **{name: value / self.steps for name, value in zip(TERMS, sums)},
                "learning_rate": learning_rate, "examples_per_second": self.examples / seconds}
@@ -69,7 +73,7 @@ class TrainingLog:
     def _append(self, path: Path, row: dict[str, float], prefix: str = "") -> None:
         if not self.processes.first:
             return
-        with open(path, "a", encoding="utf-8") as handle:
+        with naming(path), open(path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
         for name, value in list(row.items())[1:]:
             self.tensorboard.add_scalar(prefix + name, value, row["global_step"])
@@ -78,18 +82,6 @@ class TrainingLog:
     def leave_out(self, seconds: float) -> None:
         """Do not count time that was not spent on training."""
         self.since += seconds
-
-    def check(self, global_step: int) -> list[float]:
-        """Sums of the terms since the last row, over all processes.
-
-        Raises UserError, in every process, if a loss was not a number: neither a row nor a checkpoint may hold it.
-        """
-        sums = self.processes.total(self.sums).tolist()
-        if not math.isfinite(sums[0]):
-            raise UserError(f"the loss of steps {global_step - self.steps + 1} to {global_step} is {sums[0]}; lower "
-                            f"--learning_rate, or use --bf16 in place of --fp16; if it is so from the first step on, "
-                            f"the weights of teacher or student are broken")
-        return sums
 
     def state(self) -> dict:
         return {"sums": self.sums.cpu(), "steps": self.steps, "examples": self.examples,

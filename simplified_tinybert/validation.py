@@ -1,18 +1,23 @@
 """How good a student is while it is trained: dev pairs re-ranked, documents by their best passage, two measures."""
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 from simplified_tinybert.distributed import Processes
-from simplified_tinybert.features import FeatureSummary, read_chunks, summarise
+from simplified_tinybert.features import Examples, FeatureSummary, read_chunks, summarise
 from simplified_tinybert.files import Problems, check_input_file, warn
 from simplified_tinybert.measures import Qrels, other_measures, parse_measures, reciprocal_ranks
 from simplified_tinybert.modeling import CrossEncoder
 from simplified_tinybert.precision import autocast
-from simplified_tinybert.scoring import BATCH_TOKENS, relevance, scored_chunks
+from simplified_tinybert.scoring import BATCH_TOKENS, relevance, score_chunk, scored_chunks, token_batches
 from simplified_tinybert.trec import rank, read_qrels, split_passage_id
+
+PROBED = 256                # training pairs on which a teacher is tried out
 
 
 @dataclass
@@ -44,6 +49,35 @@ class DevSet:
                                                   *other_measures(parse_measures(["nDCG@10"], 1, Problems()),
                                                                   self.qrels, rankings)]}
         return {name: means[name] for name in ("nDCG@10", "MRR@10")}
+
+
+def warn_of_chance(teacher: CrossEncoder, examples: Examples, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Warn of a teacher that does not score the relevant ones of some hundred training pairs above the others.
+
+    Before hours are spent on it: it was not fine-tuned, or its classes or the labels are swapped.
+    """
+    some = np.unique(np.linspace(0, len(examples) - 1, PROBED, dtype=np.int64))
+    batches = (some[indices] for indices in token_batches(examples.lengths[some], BATCH_TOKENS[device.type], None))
+    with autocast(device, dtype):
+        logits = score_chunk(teacher, examples, batches, device, tqdm(disable=True))
+    area, error = area_under_curve(relevance(logits[some], "log_odds"), examples.labels[some] == 1)
+    if area < 0.5 + 1.645 * error:                      # 0.5 is chance; one-sided, 5 %
+        worse = "worse than chance: are its classes or the labels swapped?" if area < 0.5 - 1.645 * error else \
+            "no better than chance: was it fine-tuned for ranking, on texts like these?"
+        warn(f"the teacher scores a relevant pair above another one in {100 * area:.0f} % of the cases (of {len(some)} "
+             f"training pairs), {worse}")
+
+
+def area_under_curve(scores: np.ndarray, relevant: np.ndarray) -> tuple[float, float]:
+    """How often a relevant pair is scored above another one, ties half, and the standard error if scores were chance.
+
+    (1, 0) if all pairs are of one kind, of which nothing can be said.
+    """
+    above, below = scores[relevant][:, None], scores[~relevant]
+    if not above.size or not below.size:
+        return 1.0, 0.0
+    area = float((above > below).mean() + 0.5 * (above == below).mean())
+    return area, math.sqrt((len(scores) + 1) / (12 * above.size * below.size))
 
 
 def find_dev_set(features: list[Path] | None, qrels_file: Path | None, problems: Problems) -> DevSet | None:

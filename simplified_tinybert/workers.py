@@ -8,6 +8,7 @@ from itertools import cycle
 from multiprocessing.connection import Connection
 
 from simplified_tinybert.files import UserError
+from simplified_tinybert.signals import ENDING
 
 MOST_WORKERS = 8
 
@@ -57,7 +58,8 @@ def map_in_order(make: Callable[[], Callable], parts: Iterable, workers: int) ->
 
 
 def _serve(connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the first process is interrupted as well, and closes down
+    for number in ENDING:                               # the first process gets them as well, and closes down
+        signal.signal(number, signal.SIG_IGN)
     try:
         function = connection.recv()()
         while True:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,22 @@ os.environ["OMP_NUM_THREADS"] = "1"                     # tiny models: more thre
 torch.set_num_threads(1)
 settings.register_profile("patient", deadline=None)     # on a busy machine any example may take long
 settings.load_profile("patient")
+
+
+FIGURES = Counter()
+
+
+@pytest.fixture
+def figures() -> Counter:
+    """What was tried and how often, for the summary at the end."""
+    return FIGURES
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if FIGURES:
+        terminalreporter.section("reliability: what was tried")
+        for what, count in FIGURES.items():
+            terminalreporter.write_line(f"{count:6,}  {what}")
 
 
 @pytest.fixture(scope="session")

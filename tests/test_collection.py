@@ -120,14 +120,3 @@ def other_words(model, folder):
     shutil.copytree(model, folder)
     (folder / "vocab.txt").write_text((folder / "vocab.txt").read_text().replace("w100", "v100"))
     return folder
-
-
-def test_documents_of_two_columns(golden_models, tmp_path):
-    write_collection(tmp_path / "raw")
-    rows = [line.split("\t") for line in gzip.open(tmp_path / "raw" / "docs.tsv.gz", "rt").read().splitlines()]
-    (tmp_path / "raw" / "docs.tsv.gz").unlink()
-    (tmp_path / "raw" / "docs.tsv").write_text("".join(f"{row[0]}\t{row[3]}\n" for row in rows))
-    done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(golden_models["teacher"]), METHODS="simplified",
-                 PASSAGE_FLAGS="--window 12 --stride 6")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "texts.txt").read_text().splitlines() == [row[3] for row in rows]

@@ -137,11 +137,11 @@ def test_an_interrupted_run_resumes_to_the_same_student(golden_models, tmp_path,
 
     steps, real_step = [], Training._step
 
-    def step_until_interrupted(self, group):
+    def step_until_interrupted(self, number, group):
         if len(steps) == stop_after:
             raise KeyboardInterrupt
         steps.append(group)
-        real_step(self, group)
+        real_step(self, number, group)
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_step", step_until_interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -220,7 +220,7 @@ def test_a_folder_with_something_in_it_is_not_touched(golden_models, tmp_path, r
 
 def test_an_infinite_loss_stops_the_run(golden_models, tmp_path, run_main):
     features = write_features(tmp_path / "train.pkl", random_rows(16))
-    with pytest.raises(UserError, match="the loss of steps .* lower --learning_rate"):
+    with pytest.raises(UserError, match="the loss of step 3 is .*; learning rate 1e[+]30, examples q.* lower --learn"):
         run_main(distill, *arguments(features, golden_models, tmp_path / "out", "--learning_rate", 1e30,
                                      "--train_batch_size", 4, "--num_train_epochs", 5, "--train_loss_step", 1))
 

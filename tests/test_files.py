@@ -13,8 +13,8 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simplified_tinybert.duplicates import DuplicateFinder
 from simplified_tinybert.files import (
-    DuplicateFinder,
     Problems,
     UserError,
     atomic_writer,

@@ -156,11 +156,11 @@ def test_an_interrupted_run_resumes_to_the_same_student(golden_models, corpus, t
     run_main(general_distill, *arguments(corpus, models, "whole", *more, shape=shape))
     steps, real_step = [], Training._step
 
-    def step_until_interrupted(self, group):
+    def step_until_interrupted(self, number, group):
         if len(steps) == stop_after:
             raise KeyboardInterrupt
         steps.append(group)
-        real_step(self, group)
+        real_step(self, number, group)
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_step", step_until_interrupted)
         with pytest.raises(KeyboardInterrupt):

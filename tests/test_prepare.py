@@ -162,7 +162,7 @@ def test_test_pairs_by_hand(files, run_main):
         ["query_without_text", "q6", ""], ["query_without_candidates", "q5", ""]]
     assert "2 left out as query_without_text: q4, q6" in told and "1 left out as missing_document: q2 X" in told
     facts = json.loads((files.folder / "out.tsv.run.json").read_text())
-    assert facts["counts"]["lines"] == 15 and facts["inputs"]["docs"]["bytes"] > 0
+    assert facts["counts"]["lines"] == 15 and facts["made_from"][0]["bytes"] > 0
     assert facts["left_out"]["query_without_text"] == 2 and facts["arguments"]["window"] == 4
 
 

@@ -55,7 +55,8 @@ def test_distill_and_rerank_with_data_of_ones_own_from_any_folder(own_data):
     assert re.search(r"query_num: 4\nMRR: [\d.]+\nMRR@10: [\d.]+\nMRR@100: [\d.]+\nnDCG@10: [\d.]+\nR@5: ", done.stdout)
     assert len((own_data / "results" / "scores.tsv").read_text().splitlines()) == 40
     assert sorted(path.name for path in own_data.iterdir()) == [
-        "cache", "my models", "out put", "pairs.tsv", "qrels.txt", "results", "train.tsv", "train.tsv.pkl"]
+        "cache", "my models", "out put", "pairs.tsv", "qrels.txt", "results", "train.tsv", "train.tsv.pkl",
+        "train.tsv.pkl.run.json"]
 
 
 def test_several_processes_by_a_variable(own_data):

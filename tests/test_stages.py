@@ -141,11 +141,11 @@ def test_two_stages_and_validation_resume_to_the_same_student(golden_models, tra
     run_main(distill, *arguments(train_features, models, tmp_path / "whole", *more))
     steps, real_step = [], Training._step
 
-    def step_until_interrupted(self, group):
+    def step_until_interrupted(self, number, group):
         if len(steps) == stop_after:
             raise KeyboardInterrupt
         steps.append(group)
-        real_step(self, group)
+        real_step(self, number, group)
     with monkeypatch.context() as patch:
         patch.setattr(Training, "_step", step_until_interrupted)
         with pytest.raises(KeyboardInterrupt):

@@ -265,7 +265,7 @@ def test_training_examples(run, tmp_path):
     assert features(tmp_path) == [("0", [2, 5, 6, 3, 9, 6, 7, 3], 4, 1), ("1", [2, 6, 8, 3, 11, 13, 3], 4, 0),
                                   ("no matter", [2, 5, 3, 5, 3], 3, 0)]
     assert read_header(tmp_path / "out" / "features")["set_name"] == "train"
-    assert os.listdir(tmp_path / "out") == ["features"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["features", "features.run.json"]
 
 
 @pytest.mark.parametrize("set_name", ["dev", "test"])

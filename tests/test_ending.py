@@ -1,0 +1,182 @@
+"""How runs end before their time: signals, losses that are no numbers; a teacher that knows nothing; layer maps."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, random_rows, write_features
+from safetensors.torch import load_file, save_file
+from test_distill import arguments, log_of, with_dropout
+from test_stages import without_speed
+
+import distill
+from simplified_tinybert.checkpoints import load_cross_encoder
+from simplified_tinybert.features import read_chunks
+from simplified_tinybert.files import UserError
+from simplified_tinybert.losses import attention_loss, hidden_loss
+from simplified_tinybert.objectives import objective
+from simplified_tinybert.training import step_of
+from simplified_tinybert.validation import area_under_curve
+
+LONG = ("--train_batch_size", 4, "--num_train_epochs", 40, "--train_loss_step", 3, "--save_model_step", 10 ** 6,
+        "--learning_rate", 1e-3)
+
+
+def start(script, *more, **environment):
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, more)], stderr=subprocess.PIPE, text=True,
+                            env=os.environ | environment)
+
+
+def wait_for(path, process, timeout=120):
+    """Until the file has content."""
+    end = time.monotonic() + timeout
+    while not (path.is_file() and path.stat().st_size):
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number, code, word", [(signal.SIGINT, 130, "interrupted"),
+                                                (signal.SIGTERM, 143, "terminated")])
+def test_a_signal_saves_a_checkpoint_from_which_the_same_student_comes(golden_models, tmp_path, run_main, number, code,
+                                                                      word):
+    features = write_features(tmp_path / "train.pkl", random_rows(60))
+    models = golden_models | {"student_2x24": with_dropout(golden_models["student_2x24"], tmp_path / "dropout")}
+    call = arguments(features, models, tmp_path / "halves", *LONG)
+    process = start("distill.py", *call)
+    wait_for(tmp_path / "halves" / "train_loss.jsonl", process)
+    process.send_signal(number)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == code and told.rstrip().endswith(word) and "Traceback" not in told
+    step = int(re.search(r"checkpoint-(\d+) is saved; .* --resume goes on", told)[1])
+    assert 3 <= step < 600 and (tmp_path / "halves" / f"checkpoint-{step}" / "training_state.pt").is_file()
+    assert not (tmp_path / "halves" / "model.safetensors").exists()
+
+    run_main(distill, *call, "--resume")
+    run_main(distill, *arguments(features, models, tmp_path / "whole", *LONG))
+    for name in ("model.safetensors", "fit_dense.safetensors"):
+        assert (tmp_path / "halves" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert without_speed(tmp_path / "halves/train_loss.jsonl") == without_speed(tmp_path / "whole/train_loss.jsonl")
+
+
+def test_a_signal_to_several_processes_saves_one_checkpoint(golden_models, tmp_path):
+    features = write_features(tmp_path / "train.pkl", random_rows(60))
+    call = arguments(features, golden_models, tmp_path / "out", *LONG)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen([*launcher, str(ROOT / "distill.py"), *map(str, call)], stderr=subprocess.PIPE,
+                               text=True)
+    wait_for(tmp_path / "out" / "train_loss.jsonl", process)
+    process.terminate()
+    told = process.communicate(timeout=100)[1]
+    assert told.count(" is saved; the same command") == 1, told
+    assert process.returncode
+    assert max(map(step_of, (tmp_path / "out").glob("checkpoint-*"))) >= 3
+
+
+def test_a_terminated_script_leaves_nothing_half_written(golden_models, tmp_path):
+    """tokenize_to_features.py in the middle of its work, with processes of its own."""
+    (tmp_path / "pairs.tsv").write_text("".join(f"q{number}#p\tw7 w8\t{'w9 ' * 50}{number}\n"
+                                                for number in range(60000)))
+    process = start("tokenize_to_features.py", "--set_name", "test", "--raw_data_file", tmp_path / "pairs.tsv",
+                    "--output_features_file", tmp_path / "out.pkl", "--bert_model_dir", golden_models["teacher"],
+                    "--num_workers", 2)
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.pkl.*")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.terminate()
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and told.rstrip().endswith("terminated") and "Traceback" not in told
+    assert sorted(os.listdir(tmp_path)) == ["pairs.tsv"]
+
+
+def test_old_checkpoints_are_removed_where_that_is_asked_for(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(40))
+    common = ("--train_batch_size", 8, "--save_model_step", 2)
+    for name, more in (("all", ()), ("two", ("--keep_checkpoints", 2))):
+        run_main(distill, *arguments(features, golden_models, tmp_path / name, *common, *more))
+    found = {name: sorted(step_of(path) for path in (tmp_path / name).glob("checkpoint-*")) for name in ("all", "two")}
+    assert found == {"all": [0, 2, 4, 6, 8], "two": [6, 8]}
+    with pytest.raises(UserError, match="--keep_checkpoints 0: expected 1 or more"):
+        run_main(distill, *arguments(features, golden_models, tmp_path / "none", "--keep_checkpoints", 0))
+
+
+def test_a_loss_that_is_no_number_names_step_rate_and_examples(golden_models, tmp_path, run_main, monkeypatch):
+    """Looked at only every 4 steps, as on a GPU: the step is told all the same. Rate by hand: peak 1e29, no warm-up."""
+    monkeypatch.setitem(distill.train.__globals__["Training"].run.__globals__["HEED_EVERY"], "cpu", 4)
+    features = write_features(tmp_path / "train.pkl", random_rows(16))
+    with pytest.raises(UserError) as raised:
+        run_main(distill, *arguments(features, golden_models, tmp_path / "out", "--train_batch_size", 5,
+                                     "--learning_rate", 1e29, "--warmup_proportion", 0, "--num_train_epochs", 3,
+                                     "--save_model_step", 1000))
+    found = re.match(r"the loss of step (\d+) is not a finite number; learning rate ([\d.e+]+), examples ([^;]+); "
+                     r"lower", str(raised.value))
+    step = int(found[1])
+    assert step == 2 and float(found[2]) == pytest.approx(1e29 * 11 / 12, rel=1e-2)
+    order = np.random.default_rng([42, 0]).permutation(16)
+    names = [row[0] for row in random_rows(16)]
+    assert found[3].split(", ") == [names[index] for index in order[5:10]]
+    assert log_of(tmp_path / "out") == [] if (tmp_path / "out/train_loss.jsonl").exists() else True
+
+
+@pytest.mark.parametrize("scale, told", [(1.0, None), (0.0, "no better than chance"), (-1.0, "worse than chance")])
+def test_a_teacher_that_knows_nothing_is_called_out(golden_models, tmp_path, run_main, scale, told):
+    """A classifier that is turned round, or is nothing: labels come from the teacher's own scores."""
+    teacher, _ = load_cross_encoder(golden_models["teacher"])
+    rows = random_rows(300)
+    features = write_features(tmp_path / "draft.pkl", rows)
+    chunk, = read_chunks(features)
+    with torch.inference_mode():
+        logits = teacher(chunk.batch(np.arange(300))).logits
+    margins = (logits[:, 1] - logits[:, 0]).numpy()
+    rows = [(*row[:3], int(margin > np.median(margins))) for row, margin in zip(rows, margins)]
+    features = write_features(tmp_path / "train.pkl", rows)
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    for path in golden_models["teacher"].iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor * scale if name.startswith("classifier.") else tensor for name, tensor in weights.items()},
+              folder / "model.safetensors")
+    printed = run_main(distill, *arguments(features, golden_models | {"teacher": folder}, tmp_path / "out",
+                                           "--num_train_epochs", 0.1))
+    assert ("the teacher scores a relevant pair above another one" in printed) == bool(told)
+    assert not told or told in printed
+
+
+def test_area_under_curve_by_hand():
+    scores, relevant = np.array([0.9, 0.5, 0.5, 0.1]), np.array([True, False, True, False])
+    assert area_under_curve(scores, relevant) == (pytest.approx(3.5 / 4), pytest.approx((5 / 48) ** 0.5))
+    assert area_under_curve(scores, np.array([True] * 4)) == (1.0, 0.0)
+
+
+def test_a_layer_map_of_ones_own(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(8))
+    printed = run_main(distill, *arguments(features, golden_models, tmp_path / "out", "--layer_map", 1, 4,
+                                           "--train_batch_size", 8, "--train_loss_step", 1))
+    assert "0 ← 0 (embeddings), 1 ← 1, 2 ← 4" in printed
+    batch = next(read_chunks(features)).batch(np.arange(8), 32)
+    student, _ = load_cross_encoder(golden_models["student_2x24"])
+    teacher, _ = load_cross_encoder(golden_models["teacher"])
+    learnt, taught = student(batch, [1, 2]), teacher(batch, [1, 4])
+    attention = sum(attention_loss(learnt.queries[j], learnt.keys[j], taught.queries[k], taught.keys[k],
+                                   batch.attention_mask) for j, k in ((1, 1), (2, 4)))
+    hidden = sum(hidden_loss(student.project(j, learnt.hidden_states[j]), taught.hidden_states[k], batch.attention_mask)
+                 for j, k in ((0, 0), (1, 1), (2, 4)))
+    row = log_of(tmp_path / "out")[0]
+    assert (row["att_loss"], row["rep_loss"]) == pytest.approx((attention.item(), hidden.item()), rel=1e-4)
+    plain = objective(student, teacher, batch, {"attention": 1.0})["loss"].item()
+    assert abs(plain - attention.item()) > 1e-3
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["layer_map"] == [1, 4]
+
+
+@pytest.mark.parametrize("layers", [[2], [4, 2], [2, 2], [0, 4], [2, 5], [1, 2, 4]])
+def test_refused_layer_maps(golden_models, tmp_path, run_main, layers):
+    features = write_features(tmp_path / "train.pkl", random_rows(8))
+    with pytest.raises(UserError, match="expected 2 ascending numbers from 1 to 4"):
+        run_main(distill, *arguments(features, golden_models, tmp_path / "out", "--layer_map", *layers))
