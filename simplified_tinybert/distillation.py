@@ -17,6 +17,7 @@ from simplified_tinybert.objectives import Weights, objective, uses_labels, uses
 from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay
 from simplified_tinybert.precision import ApexScaler, LossScaler, import_apex_amp
 from simplified_tinybert.records import record
+from simplified_tinybert.signals import StopRequests
 from simplified_tinybert.training import Plan, Training, remove_leftovers, step_of
 from simplified_tinybert.training_log import TrainingLog
 from simplified_tinybert.validation import DevSet
@@ -87,23 +88,25 @@ def train(args: argparse.Namespace, student: CrossEncoder, teacher: CrossEncoder
     log = TrainingLog(args.output_student_dir, args.tensorboard_dir, device, processes, resumed)
     torch.manual_seed(args.seed + processes.rank)
     end = 0
-    for plan in plans:
-        start, steps = end, plan.total_steps(len(examples))
-        end += steps
-        if checkpoint and resumed >= end:                # this stage was finished before
-            continue
-        student.projections.requires_grad_("hidden" in plan.weights)
-        schedule = partial(linear_warmup_decay, total_steps=steps, warmup_proportion=args.warmup_proportion)
-        optimizer = BertAdam(decay_groups(student.named_parameters(), args.weight_decay), plan.learning_rate, schedule)
-        apex = args.fp16 and args.fp16_backend == "apex"
-        scaler = ApexScaler(student, optimizer, args.fp16_opt_level) if apex else LossScaler(device, dtype)
-        terms = partial(objective, student, teacher, weights=plan.weights, padding=args.padding,
-                        temperature=getattr(args, "temperature", 1.0), layer_map=getattr(args, "layer_map", None))
-        training = Training(student, terms, examples, plan, start, optimizer, scaler, log, device,
-                            None if apex else dtype, args.output_student_dir, save_model, processes, names,
-                            dev_set if uses_labels(plan.weights) else None)
-        training.run(checkpoint)
-        checkpoint = None
+    with StopRequests(patient=processes.count > 1) as requests:
+        for plan in plans:
+            start, steps = end, plan.total_steps(len(examples))
+            end += steps
+            if checkpoint and resumed >= end:           # this stage was finished before
+                continue
+            student.projections.requires_grad_("hidden" in plan.weights)
+            schedule = partial(linear_warmup_decay, total_steps=steps, warmup_proportion=args.warmup_proportion)
+            groups = decay_groups(student.named_parameters(), args.weight_decay)
+            optimizer = BertAdam(groups, plan.learning_rate, schedule)
+            apex = args.fp16 and args.fp16_backend == "apex"
+            scaler = ApexScaler(student, optimizer, args.fp16_opt_level) if apex else LossScaler(device, dtype)
+            terms = partial(objective, student, teacher, weights=plan.weights, padding=args.padding,
+                            temperature=getattr(args, "temperature", 1.0), layer_map=getattr(args, "layer_map", None))
+            training = Training(student, terms, examples, plan, start, optimizer, scaler, log, device,
+                                None if apex else dtype, args.output_student_dir, save_model, processes, names,
+                                requests, dev_set if uses_labels(plan.weights) else None)
+            training.run(checkpoint)
+            checkpoint = None
     log.close()
 
 

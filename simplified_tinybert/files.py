@@ -11,7 +11,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import IO
 
@@ -63,8 +63,9 @@ def run_main(main: Callable[[], None], several: bool = False) -> None:
         with redirect_stderr(io.StringIO()) as told, redirect_stdout(told):
             code = _exit_code(main)
         if code == 2:
-            time.sleep(PATIENCE * process_number("LOCAL_RANK"))
-            sys.stderr.write(told.getvalue())
+            with suppress(Terminated):                  # by torchrun, for the first has spoken
+                time.sleep(PATIENCE * process_number("LOCAL_RANK"))
+                sys.stderr.write(told.getvalue())
     if code:
         sys.exit(code)
 

@@ -1,5 +1,7 @@
 """How a script ends when it is asked to: by Ctrl-C (SIGINT), or by the system or a batch queue (SIGTERM)."""
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -43,3 +45,16 @@ class StopRequests:
 def end_by(number: int) -> None:
     """Raise what a signal raises where it is not noted."""
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
+@contextmanager
+def deaf_to_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect when the body is through; processes that it starts never hear them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)           # of this thread: others still note them
+    try:
+        with StopRequests(patient=True) as requests:
+            yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if requests.signal:
+        end_by(requests.signal)

@@ -74,6 +74,7 @@ class Training:
     save_model: Callable[[Path], None]
     processes: Processes
     names: Callable[[np.ndarray], list[str]]            # of examples, for messages
+    requests: StopRequests
     dev_set: DevSet | None = None
 
     def __post_init__(self):
@@ -90,16 +91,13 @@ class Training:
         if not checkpoint:
             self._save_checkpoint(step)
         self.student.train()
-        with StopRequests(patient=self.processes.count > 1) as requests, tqdm(
-                total=total, initial=step, desc="distilling", unit=" steps",
-                disable=not self.processes.first) as progress:
+        with tqdm(total=total, initial=step, desc="distilling", unit=" steps",
+                  disable=not self.processes.first) as progress:
             shown = {}
             for group in self._groups(step, total):
                 step += 1
                 self._step(step, group)
                 progress.update()
-                if step % HEED_EVERY[self.device.type] == 0:
-                    self._heed(step, requests)
                 if step % self.plan.log_every == 0 or step == total:
                     self._check()
                     shown["loss"] = f"{self.log.write(step, self.optimizer.learning_rate)['loss']:.4g}"
@@ -108,6 +106,8 @@ class Training:
                 progress.set_postfix(shown, refresh=False)
                 if step % self.plan.save_every == 0 and step < total:
                     self._save_checkpoint(step)
+                if step % HEED_EVERY[self.device.type] == 0 and step < total:
+                    self._heed(step)
         self.student.eval()
 
     def _groups(self, first: int, total: int) -> Iterator[list[np.ndarray]]:
@@ -120,17 +120,18 @@ class Training:
             start = step % per_epoch * self.plan.accumulation
             yield batches[start:start + self.plan.accumulation]
 
-    def _heed(self, step: int, requests: StopRequests) -> None:
+    def _heed(self, step: int) -> None:
         """End the run, in all processes together, if one of them has met a loss that is no number, or a signal."""
-        asked, bad = self.processes.total(torch.stack([self.log.bad_step.new_tensor(requests.signal > 0),
+        asked, bad = self.processes.total(torch.stack([self.log.bad_step.new_tensor(self.requests.signal > 0),
                                                        self.log.bad_step > 0]).long()).tolist()
         if bad:
             self._check()
         if asked:
-            self._save_checkpoint(step)
+            if step % self.plan.save_every:             # otherwise it has just been saved
+                self._save_checkpoint(step)
             if self.processes.first:
                 say(f"checkpoint-{step} is saved; the same command with --resume goes on from there")
-            end_by(requests.signal or signal.SIGTERM)
+            end_by(self.requests.signal or signal.SIGTERM)
 
     def _check(self) -> None:
         """Raise UserError, in every process, if a loss was not a number: neither a row nor a checkpoint may hold it."""

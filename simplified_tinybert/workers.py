@@ -8,7 +8,7 @@ from itertools import cycle
 from multiprocessing.connection import Connection
 
 from simplified_tinybert.files import UserError
-from simplified_tinybert.signals import ENDING
+from simplified_tinybert.signals import ENDING, deaf_to_signals
 
 MOST_WORKERS = 8
 
@@ -30,13 +30,14 @@ def map_in_order(make: Callable[[], Callable], parts: Iterable, workers: int) ->
     # Spawned, not forked: a copy of a process with threads, as numpy and tqdm have them, may lock up.
     context, connections, processes = multiprocessing.get_context("spawn"), [], []
     try:
-        for _ in range(workers):
-            connection, other_end = context.Pipe()
-            process = context.Process(target=_serve, args=(other_end,), daemon=True)
-            process.start()
-            other_end.close()
-            connections.append(connection)
-            processes.append(process)
+        with deaf_to_signals():             # a process whose parent ends while it starts would end in a traceback
+            for _ in range(workers):
+                connection, other_end = context.Pipe()
+                process = context.Process(target=_serve, args=(other_end,), daemon=True)
+                process.start()
+                other_end.close()
+                connections.append(connection)
+                processes.append(process)
         for connection in connections:
             connection.send(make)
         busy = deque()

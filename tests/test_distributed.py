@@ -174,7 +174,7 @@ def test_shares_of_a_batch_add_up_to_it(golden_models, lengths, count, kind, see
         student.zero_grad()
         total = {}
         for mine, share in parts:
-            terms = objective(student, teacher, examples.batch(mine, width), weights, 1.5, padding, share)
+            terms = objective(student, teacher, examples.batch(mine, width), weights, 1.5, padding, share=share)
             terms["loss"].backward()
             total = {name: total.get(name, 0.0) + value.item() for name, value in terms.items()}
         return total, {name: weight.grad.clone() for name, weight in student.named_parameters()

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, random_rows, write_features
 from safetensors.torch import load_file, save_file
 from test_distill import arguments, log_of, with_dropout
-from test_stages import without_speed
+from test_stages import dev_set, without_speed
 
 import distill
 from simplified_tinybert.checkpoints import load_cross_encoder
@@ -21,7 +21,7 @@ from simplified_tinybert.features import read_chunks
 from simplified_tinybert.files import UserError
 from simplified_tinybert.losses import attention_loss, hidden_loss
 from simplified_tinybert.objectives import objective
-from simplified_tinybert.training import step_of
+from simplified_tinybert.training import Training, step_of
 from simplified_tinybert.validation import area_under_curve
 
 LONG = ("--train_batch_size", 4, "--num_train_epochs", 40, "--train_loss_step", 3, "--save_model_step", 10 ** 6,
@@ -60,6 +60,34 @@ def test_a_signal_saves_a_checkpoint_from_which_the_same_student_comes(golden_mo
     run_main(distill, *call, "--resume")
     run_main(distill, *arguments(features, models, tmp_path / "whole", *LONG))
     for name in ("model.safetensors", "fit_dense.safetensors"):
+        assert (tmp_path / "halves" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert without_speed(tmp_path / "halves/train_loss.jsonl") == without_speed(tmp_path / "whole/train_loss.jsonl")
+
+
+@pytest.mark.parametrize("at", [3, 4, 5, 10, 11, 15, 20])
+def test_a_signal_at_any_step_costs_no_row_and_no_step(golden_models, tmp_path, run_main, monkeypatch, at):
+    """At steps that are logged, validated, saved, the last of a stage, the first of the next, the last of all."""
+    features = write_features(tmp_path / "train.pkl", random_rows(40))
+    more = ("--distill_model", "tinybert", "--train_batch_size", 8, "--num_train_epochs", 2, "--train_loss_step", 3,
+            "--save_model_step", 5, "--eval_step", 4, *dev_set(tmp_path), "--learning_rate", 1e-3)
+    run_main(distill, *arguments(features, golden_models, tmp_path / "whole", *more))
+    real_step = Training._step
+
+    def step_and_signal(self, number, group):
+        real_step(self, number, group)
+        if number == at:
+            os.kill(os.getpid(), signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "_step", step_and_signal)
+        call = arguments(features, golden_models, tmp_path / "halves", *more)
+        if at == 20:
+            run_main(distill, *call)                    # it is finished in the same moment
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run_main(distill, *call)
+            assert (tmp_path / "halves" / f"checkpoint-{11 if at == 10 else at}").is_dir()
+    run_main(distill, *arguments(features, golden_models, tmp_path / "halves", *more, "--resume"))
+    for name in ("model.safetensors", "fit_dense.safetensors", "dev.jsonl", "best/model.safetensors"):
         assert (tmp_path / "halves" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert without_speed(tmp_path / "halves/train_loss.jsonl") == without_speed(tmp_path / "whole/train_loss.jsonl")
 
