@@ -27,6 +27,7 @@ import convert_to_trec_results
 import distill
 import general_distill
 import prepare_examples
+import report
 import reranker
 import tokenize_to_features
 from simplified_tinybert import features
@@ -37,7 +38,7 @@ from simplified_tinybert.files import Problems, UserError, run_main
 from simplified_tinybert.trec import read_qrels, read_run
 
 SCRIPTS = {module.__name__: module for module in (convert_to_trec_results, distill, general_distill, prepare_examples,
-                                                  reranker, tokenize_to_features)}
+                                                  report, reranker, tokenize_to_features)}
 
 
 def forked(script, call, log, file_limit=None):
@@ -206,6 +207,31 @@ def test_killed_writers_leave_the_old_file_or_the_new_one(golden_models, raw, fi
 # Full disks
 
 
+@pytest.mark.parametrize("limit", [0, 200, 2000])
+@pytest.mark.parametrize("script", ["general_distill", "report"])
+def test_a_full_disk_leaves_no_half_folder(golden_models, tmp_path, figures, script, limit):
+    """What a folder holds is whole, and nothing in it says that it is finished."""
+    (tmp_path / "corpus.txt").write_text("w7 w8 w9\n" * 50)
+    (tmp_path / "qrels.txt").write_text("q 0 D1 1\n")
+    (tmp_path / "run.trec").write_text("q Q0 D1 1 2 t\nq Q0 D2 2 1 t\n")
+    output = tmp_path / "output"
+    call = {"general_distill": ["--corpus", tmp_path / "corpus.txt", "--teacher_model", golden_models["teacher"],
+                                "--student_layers", 2, "--output_student_dir", output, "--device", "cpu",
+                                "--max_seq_length", 16, "--cache_file_dir", tmp_path / "cache"],
+            "report": ["--qrels", tmp_path / "qrels.txt", "--system", "one", tmp_path / "run.trec", "--teacher", "one",
+                       "--output_dir", output]}[script]
+    reading, writing = os.pipe()
+    child = forked(script, call, f"/dev/fd/{writing}", limit)
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        text = told.read()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 2 and "Traceback" not in text and str(tmp_path) in text, text
+    assert not (output / "model.safetensors").exists() and not (output / "report.json").exists()
+    assert not [path for path in tmp_path.rglob("*.tmp")]
+    figures["writers on a full disk, nothing half-written"] += 1
+
+
 @pytest.mark.parametrize("limit", [0, 1000, 20000])
 @pytest.mark.parametrize("script", ["tokenize_to_features", "prepare_examples", "convert_to_trec_results"])
 def test_a_full_disk_is_one_message_and_keeps_the_old_file(golden_models, raw, figures, script, limit):
@@ -216,7 +242,7 @@ def test_a_full_disk_is_one_message_and_keeps_the_old_file(golden_models, raw, f
     _, status = os.waitpid(forked(script, call_of(script, raw, golden_models, output), "/dev/null", limit), 0)
     assert os.waitstatus_to_exitcode(status) == 2
     assert output.read_bytes() == b"old" and [name for name in sorted(os.listdir(raw)) if name != "cache"] == before
-    figures["writers on a full disk, old file kept"] += 1
+    figures["writers on a full disk, nothing half-written"] += 1
 
 
 @pytest.mark.parametrize("limit", [0, 3000, 60000, 200000])
