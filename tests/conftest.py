@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from hypothesis import settings
 from simplified_tinybert import features
 from simplified_tinybert.features import Examples, FeatureWriter
 from simplified_tinybert.tokenization import Vocabulary
+from simplified_tinybert.training import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -106,6 +109,25 @@ def random_rows(count: int, max_seq_length: int = 32, seed: int = 0) -> list[tup
         tokens[0], tokens[query_length - 1], tokens[-1] = 2, 3, 3
         rows.append((f"q{number // 10}#D{number % 10}_{number}", tokens, query_length, number % 2))
     return rows
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Context in which a training is interrupted, as by Ctrl-C, after some steps."""
+    @contextmanager
+    def context(stop_after: int) -> Iterator[None]:
+        steps, real_step = [], Training._step
+
+        def step_until_interrupted(self, number, group):
+            if len(steps) == stop_after:
+                raise KeyboardInterrupt
+            steps.append(number)
+            real_step(self, number, group)
+        with monkeypatch.context() as patch:
+            patch.setattr(Training, "_step", step_until_interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                yield
+    return context
 
 
 @pytest.fixture

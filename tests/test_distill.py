@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import distill
 from simplified_tinybert.files import UserError, locked
-from simplified_tinybert.training import Plan, Training, epoch_batches, padding_share
+from simplified_tinybert.training import Plan, epoch_batches, padding_share
 
 
 @pytest.fixture
@@ -129,23 +129,14 @@ def with_dropout(folder, target):
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 7, 10, 13])
-def test_an_interrupted_run_resumes_to_the_same_student(golden_models, tmp_path, run_main, monkeypatch, stop_after):
+def test_an_interrupted_run_resumes_to_the_same_student(golden_models, tmp_path, run_main, interrupted, stop_after):
     features = write_features(tmp_path / "train.pkl", random_rows(50))
     models = golden_models | {"student_2x24": with_dropout(golden_models["student_2x24"], tmp_path / "dropout")}
     more = ("--train_batch_size", 8, "--save_model_step", 5, "--train_loss_step", 3, "--learning_rate", 1e-3)
     run_main(distill, *arguments(features, models, tmp_path / "whole", *more))
 
-    steps, real_step = [], Training._step
-
-    def step_until_interrupted(self, number, group):
-        if len(steps) == stop_after:
-            raise KeyboardInterrupt
-        steps.append(group)
-        real_step(self, number, group)
-    with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", step_until_interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_main(distill, *arguments(features, models, tmp_path / "halves", *more))
+    with interrupted(stop_after):
+        run_main(distill, *arguments(features, models, tmp_path / "halves", *more))
     assert not (tmp_path / "halves" / "model.safetensors").exists()
     run_main(distill, *arguments(features, models, tmp_path / "halves", *more, "--resume"))
     for name in ("model.safetensors", "fit_dense.safetensors", "config.json"):

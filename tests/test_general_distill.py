@@ -21,7 +21,6 @@ from simplified_tinybert.corpus import documents, map_corpus, segments
 from simplified_tinybert.files import Problems, UserError
 from simplified_tinybert.objectives import objective
 from simplified_tinybert.tokenization import PieceCutter
-from simplified_tinybert.training import Training
 
 SHAPE = {"model_type": "bert", "vocab_size": 200, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 96, "max_position_embeddings": 64, "hidden_dropout_prob": 0.0,
@@ -148,23 +147,14 @@ def test_all_teacher_layers_are_the_teacher(golden_models, corpus, tmp_path, run
 
 
 @pytest.mark.parametrize("stop_after", [0, 3, 7])
-def test_an_interrupted_run_resumes_to_the_same_student(golden_models, corpus, tmp_path, run_main, monkeypatch,
+def test_an_interrupted_run_resumes_to_the_same_student(golden_models, corpus, tmp_path, run_main, interrupted,
                                                         stop_after):
     models = golden_models | {"teacher": with_dropout(golden_models["teacher"], tmp_path / "dropout")}
     more = ("--save_model_step", 2, "--num_train_epochs", 1)
     shape = ["--student_layers", 2]
     run_main(general_distill, *arguments(corpus, models, "whole", *more, shape=shape))
-    steps, real_step = [], Training._step
-
-    def step_until_interrupted(self, number, group):
-        if len(steps) == stop_after:
-            raise KeyboardInterrupt
-        steps.append(group)
-        real_step(self, number, group)
-    with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", step_until_interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_main(general_distill, *arguments(corpus, models, "halves", *more, shape=shape))
+    with interrupted(stop_after):
+        run_main(general_distill, *arguments(corpus, models, "halves", *more, shape=shape))
     run_main(general_distill, *arguments(corpus, models, "halves", *more, "--resume", shape=shape))
     for name in ("model.safetensors", "fit_dense.safetensors"):
         assert (tmp_path / "halves" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -73,6 +73,17 @@ def whole_run(script, call, log):
     return time.monotonic() - start
 
 
+def with_little_room(script, call, limit):
+    """Exit code and words of a run none of whose files may exceed `limit` bytes."""
+    reading, writing = os.pipe()                        # not a file, which would be cut as well
+    child = forked(script, call, f"/dev/fd/{writing}", limit)
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        text = told.read()
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), text
+
+
 def killed_runs(script, call, log, seconds, chance, most):
     """Start again and again, killed after a random time of up to `seconds`; then to the end. Returns the kills."""
     for kills in range(most):
@@ -220,13 +231,8 @@ def test_a_full_disk_leaves_no_half_folder(golden_models, tmp_path, figures, scr
                                 "--max_seq_length", 16, "--cache_file_dir", tmp_path / "cache"],
             "report": ["--qrels", tmp_path / "qrels.txt", "--system", "one", tmp_path / "run.trec", "--teacher", "one",
                        "--output_dir", output]}[script]
-    reading, writing = os.pipe()
-    child = forked(script, call, f"/dev/fd/{writing}", limit)
-    os.close(writing)
-    with os.fdopen(reading) as told:
-        text = told.read()
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 2 and "Traceback" not in text and str(tmp_path) in text, text
+    code, text = with_little_room(script, call, limit)
+    assert code == 2 and "Traceback" not in text and str(tmp_path) in text, text
     assert not (output / "model.safetensors").exists() and not (output / "report.json").exists()
     assert not [path for path in tmp_path.rglob("*.tmp")]
     figures["writers on a full disk, nothing half-written"] += 1
@@ -256,15 +262,10 @@ def test_a_full_disk_while_training_and_scoring(golden_models, tmp_path, figures
     shutil.copyfile(write_features(tmp_path / "test.pkl", random_rows(3000), set_name="test"), file.with_name("t.pkl"))
     calls["reranker"][3] = tmp_path / "t.pkl"
     for script, call in calls.items():
-        reading, writing = os.pipe()
-        child = forked(script, call, f"/dev/fd/{writing}", limit)
-        os.close(writing)
-        with os.fdopen(reading) as told:
-            text = told.read()
-        _, status = os.waitpid(child, 0)
-        if os.waitstatus_to_exitcode(status) == 0:      # enough room for this one
+        code, text = with_little_room(script, call, limit)
+        if code == 0:                                   # enough room for this one
             continue
-        assert os.waitstatus_to_exitcode(status) == 2 and "Traceback" not in text, text
+        assert code == 2 and "Traceback" not in text, text
         assert "File too large" in text and str(tmp_path) in text
         figures["runs on a full disk, ended by a message"] += 1
         whole_run(script, call, tmp_path / "log")

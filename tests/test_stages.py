@@ -16,7 +16,6 @@ from simplified_tinybert.checkpoints import load_cross_encoder
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import UserError
 from simplified_tinybert.objectives import METHODS, formula, objective, parse_loss_weights, stage_weights
-from simplified_tinybert.training import Training
 
 SMALL_STEPS = ("--train_batch_size", 8, "--train_loss_step", 1, "--learning_rate", 1e-3)
 
@@ -134,22 +133,13 @@ def dev_set(folder):
 
 @pytest.mark.parametrize("stop_after", [0, 6, 9, 10, 11, 14, 17, 19])
 def test_two_stages_and_validation_resume_to_the_same_student(golden_models, train_features, tmp_path, run_main,
-                                                              monkeypatch, stop_after):
+                                                              interrupted, stop_after):
     models = golden_models | {"student_2x24": with_dropout(golden_models["student_2x24"], tmp_path / "dropout")}
     more = ("--distill_model", "tinybert", "--loss_weights", "hard=1", "--save_model_step", 4, "--eval_step", 3,
             *dev_set(tmp_path), *SMALL_STEPS)
     run_main(distill, *arguments(train_features, models, tmp_path / "whole", *more))
-    steps, real_step = [], Training._step
-
-    def step_until_interrupted(self, number, group):
-        if len(steps) == stop_after:
-            raise KeyboardInterrupt
-        steps.append(group)
-        real_step(self, number, group)
-    with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", step_until_interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_main(distill, *arguments(train_features, models, tmp_path / "halves", *more))
+    with interrupted(stop_after):
+        run_main(distill, *arguments(train_features, models, tmp_path / "halves", *more))
     run_main(distill, *arguments(train_features, models, tmp_path / "halves", *more, "--resume"))
     for name in ("model.safetensors", "fit_dense.safetensors", "dev.jsonl", "best/model.safetensors"):
         assert (tmp_path / "halves" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
