@@ -175,7 +175,7 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
         start = time.perf_counter()
         write_scores(scored(done), args.score, partial)
         os.replace(partial, output)
-        about.unlink()
+        about.unlink(missing_ok=True)
     sync_folder(output.parent)
     speed = (summary.examples - done) / (time.perf_counter() - start)
     record_file(output, args, args.features_file, **facts, processes=processes.count, parameters=parameters,

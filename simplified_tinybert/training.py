@@ -1,6 +1,7 @@
 """The training loop: order of batches, gradient accumulation, validation, checkpoints to go on from."""
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -192,7 +193,11 @@ class Training:
 
     def _restore(self, checkpoint: Path) -> int:
         """Take up the state of a checkpoint; the student's weights have been loaded from it already."""
-        state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(f"{checkpoint / STATE_FILE}: is damaged; remove {checkpoint}, and --resume goes on from "
+                            f"the checkpoint before") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         own = state["processes"][self.processes.rank]

@@ -160,6 +160,31 @@ def test_a_terminated_script_leaves_nothing_half_written(golden_models, tmp_path
     assert sorted(os.listdir(tmp_path)) == ["pairs.tsv"]
 
 
+def test_a_second_sigterm_does_not_end_the_tidying():
+    code = ("import os, signal, time; from simplified_tinybert.files import run_main\n"
+            "def main():\n"
+            "    try:\n"
+            "        os.kill(os.getpid(), signal.SIGTERM), time.sleep(9)\n"
+            "    finally:\n"
+            "        os.kill(os.getpid(), signal.SIGTERM), print('tidied')\n"
+            "run_main(main)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "tidied\n", "terminated\n")
+
+
+def test_a_damaged_checkpoint_is_told_of(golden_models, tmp_path, run_main, signal_at_7):
+    features = write_features(tmp_path / "train.pkl", random_rows(40))
+    call = arguments(features, golden_models, tmp_path / "out", *LONG)
+    with pytest.raises(Terminated):
+        run_main(distill, *call)
+    path = tmp_path / "out" / "checkpoint-7" / "training_state.pt"
+    content = path.read_bytes()
+    for damaged in (b"", content[:9], content[:len(content) // 2], b"x" * 99, b"cos\nsystem\n(S'true'\ntR."):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="training_state.pt: is damaged; remove .*checkpoint-7, and --resume"):
+            run_main(distill, *call, "--resume")
+
+
 def test_old_checkpoints_are_removed_where_that_is_asked_for(golden_models, tmp_path, run_main):
     features = write_features(tmp_path / "train.pkl", random_rows(40))
     common = ("--train_batch_size", 8, "--save_model_step", 2)
