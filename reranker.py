@@ -104,7 +104,7 @@ def settings(args: argparse.Namespace, folder: Path, summary: FeatureSummary, ba
 
 def written_pairs(partial: Path, about: Path, wanted: dict, chunks: list[int]) -> int:
     """Pairs of the whole chunks (sizes: `chunks`) that an interrupted run has written; what follows is cut off."""
-    if not (partial.is_file() and about.is_file()):
+    if not (partial.stat().st_size and about.is_file()):
         return 0
     if read_record(about)["settings"] != wanted:
         raise UserError(f"{partial}: was written with another model, features, settings or version; repeat those, or "
@@ -152,7 +152,8 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
     model, parameters = load_model(args, folder, config, device, dtype)
 
     output = Path(os.path.realpath(args.output_scores_file))
-    partial, about = output.with_name(output.name + ".partial"), record_path(output)
+    partial = output.with_name(output.name + ".partial")
+    about = record_path(partial)                        # the one beside the output is of what stands there until then
     batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
     facts = {"settings": settings(args, folder, summary, batch_tokens), "device": str(device)}
     processes.check_agreement(facts["settings"])
@@ -174,6 +175,7 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
         start = time.perf_counter()
         write_scores(scored(done), args.score, partial)
         os.replace(partial, output)
+        about.unlink(missing_ok=True)
     sync_folder(output.parent)
     speed = (summary.examples - done) / (time.perf_counter() - start)
     record_file(output, args, args.features_file, **facts, processes=processes.count, parameters=parameters,

@@ -73,8 +73,16 @@ def record_file(output: Path, args: argparse.Namespace, inputs: list[Path], **fa
     made_from = []
     for path in inputs:
         made_from.append({"file": str(path), **file_facts(path)})
-        try:
-            made_from[-1]["record"] = json.loads(record_path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError):                   # it has none, or none that can be read
-            pass
+        if known := _record_of(path, made_from[-1]):
+            made_from[-1]["record"] = known
     record(record_path(output), args, output=file_facts(output), made_from=made_from, **facts)
+
+
+def _record_of(path: Path, facts: dict) -> dict | None:
+    """The record beside a file, if it can be read and is of this content, not of a file that was here before."""
+    try:
+        content = json.loads(record_path(path).read_text(encoding="utf-8"))
+        same = all(content["output"].get(name) == facts.get(name) for name in ("bytes", "sha256"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return content if same else None

@@ -16,6 +16,7 @@ def raise_on_sigterm() -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun and batch queues repeat it: that must not end tidying
     raise Terminated
 
 

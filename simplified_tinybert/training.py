@@ -1,6 +1,7 @@
 """The training loop: order of batches, gradient accumulation, validation, checkpoints to go on from."""
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -106,7 +107,8 @@ class Training:
                 progress.set_postfix(shown, refresh=False)
                 if step % self.plan.save_every == 0 and step < total:
                     self._save_checkpoint(step)
-                if step % HEED_EVERY[self.device.type] == 0 and step < total:
+                alone = self.processes.count == 1 and self.requests.signal      # which asks nothing of the device
+                if (alone or step % HEED_EVERY[self.device.type] == 0) and step < total:
                     self._heed(step)
         self.student.eval()
 
@@ -129,6 +131,7 @@ class Training:
         if asked:
             if step % self.plan.save_every:             # otherwise it has just been saved
                 self._save_checkpoint(step)
+            self.processes.barrier()                    # soon after one has ended torchrun kills the rest
             if self.processes.first:
                 say(f"checkpoint-{step} is saved; the same command with --resume goes on from there")
             end_by(self.requests.signal or signal.SIGTERM)
@@ -179,7 +182,7 @@ class Training:
         if self.processes.first:
             save_folder(self.output_dir / f"checkpoint-{step}", self.save_model, state)
             for old in checkpoints_of(self.output_dir)[:-self.plan.keep] if self.plan.keep else ():
-                shutil.rmtree(old)
+                remove_folder(old)
 
     def _state(self, step: int) -> dict:
         own = {"random": torch.get_rng_state(), "log": self.log.state()}
@@ -190,7 +193,11 @@ class Training:
 
     def _restore(self, checkpoint: Path) -> int:
         """Take up the state of a checkpoint; the student's weights have been loaded from it already."""
-        state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(f"{checkpoint / STATE_FILE}: is damaged; remove {checkpoint}, and --resume goes on from "
+                            f"the checkpoint before") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         own = state["processes"][self.processes.rank]
@@ -236,11 +243,18 @@ def save_folder(folder: Path, save_model: Callable[[Path], None], state: dict | 
             with atomic_writer(aside / STATE_FILE, "wb") as handle:
                 torch.save(state, handle)
         if folder.is_dir():
-            shutil.rmtree(folder)
+            remove_folder(folder)
         os.rename(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     sync_folder(folder.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a checkpoint or the best student: nobody, whenever it is killed, finds a part of it under its name."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    os.rename(folder, aside)
+    shutil.rmtree(aside)
 
 
 def remove_leftovers(output_dir: Path) -> None:

@@ -5,6 +5,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
 from simplified_tinybert.files import UserError
@@ -29,6 +30,7 @@ def map_in_order(make: Callable[[], Callable], parts: Iterable, workers: int) ->
         return
     # Spawned, not forked: a copy of a process with threads, as numpy and tqdm have them, may lock up.
     context, connections, processes = multiprocessing.get_context("spawn"), [], []
+    resource_tracker.ensure_running()       # else the first process starts it, after which Python lets signals in again
     try:
         with deaf_to_signals():             # a process whose parent ends while it starts would end in a traceback
             for _ in range(workers):
@@ -43,11 +45,11 @@ def map_in_order(make: Callable[[], Callable], parts: Iterable, workers: int) ->
         busy = deque()
         for part, connection in zip(parts, cycle(connections)):
             if len(busy) == workers:        # the first to be busy is the next in turn: no process holds two parts
-                yield busy.popleft().recv()
+                yield _receive(busy.popleft())
             connection.send(part)
             busy.append(connection)
         while busy:
-            yield busy.popleft().recv()
+            yield _receive(busy.popleft())
     except (EOFError, ConnectionError) as error:
         raise UserError("a process that tokenizes ended too early, perhaps for want of memory; fewer need less: "
                         "--num_workers 1 of tokenize_to_features.py, or taskset -c 0 before the command") from error
@@ -62,8 +64,16 @@ def _serve(connection: Connection) -> None:
     for number in ENDING:                               # the first process gets them as well, and closes down
         signal.signal(number, signal.SIG_IGN)
     try:
-        function = connection.recv()()
+        function = _receive(connection)()
         while True:
-            connection.send(function(connection.recv()))
+            connection.send(function(_receive(connection)))
     except (EOFError, ConnectionError):
         pass
+
+
+def _receive(connection: Connection) -> object:
+    """What comes next. Raises EOFError also where the other process ended in the middle of it."""
+    try:
+        return connection.recv()
+    except OSError as error:
+        raise EOFError from error

@@ -134,7 +134,8 @@ def test_scores_are_those_of_one_process_to_the_byte(golden_models, tmp_path, ru
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "scores.tsv").read_bytes() == whole
     assert done.stderr.count("330 pairs, ") == 1
-    (tmp_path / "scores.tsv").rename(tmp_path / "scores.tsv.partial")
+    for end in ("", ".run.json"):
+        (tmp_path / f"scores.tsv{end}").rename(tmp_path / f"scores.tsv.partial{end}")
     os.truncate(tmp_path / "scores.tsv.partial", sum(map(len, whole.splitlines(keepends=True)[:90])) + 5)
     done = torchrun(3, "reranker.py", *call, "--resume")
     assert done.returncode == 0, done.stderr

@@ -2,10 +2,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -17,11 +19,13 @@ from test_stages import dev_set, without_speed
 
 import distill
 from simplified_tinybert.checkpoints import load_cross_encoder
+from simplified_tinybert.distributed import Processes
 from simplified_tinybert.features import read_chunks
 from simplified_tinybert.files import UserError
 from simplified_tinybert.losses import attention_loss, hidden_loss
 from simplified_tinybert.objectives import objective
-from simplified_tinybert.training import Training, step_of
+from simplified_tinybert.signals import Terminated
+from simplified_tinybert.training import HEED_EVERY, Training, step_of
 from simplified_tinybert.validation import area_under_curve
 
 LONG = ("--train_batch_size", 4, "--num_train_epochs", 40, "--train_loss_step", 3, "--save_model_step", 10 ** 6,
@@ -92,6 +96,39 @@ def test_a_signal_at_any_step_costs_no_row_and_no_step(golden_models, tmp_path, 
     assert without_speed(tmp_path / "halves/train_loss.jsonl") == without_speed(tmp_path / "whole/train_loss.jsonl")
 
 
+@pytest.fixture
+def signal_at_7(monkeypatch):
+    real_step = Training._step
+
+    def step_and_signal(self, number, group):
+        real_step(self, number, group)
+        if number == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(Training, "_step", step_and_signal)
+
+
+def test_a_gpu_is_not_waited_for_to_hear_a_signal(golden_models, tmp_path, run_main, monkeypatch, signal_at_7):
+    monkeypatch.setitem(HEED_EVERY, "cpu", 50)
+    features = write_features(tmp_path / "train.pkl", random_rows(40))
+    with pytest.raises(Terminated):
+        run_main(distill, *arguments(features, golden_models, tmp_path / "out", *LONG))
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-0", "checkpoint-7"]
+
+
+def test_no_process_ends_before_the_checkpoint_is_saved(golden_models, tmp_path, run_main, monkeypatch, signal_at_7):
+    """torchrun gives the others 30 seconds after the first has ended."""
+    seen = []
+
+    class Watched(Processes):
+        def barrier(self):
+            seen.append((tmp_path / "out" / "checkpoint-7").is_dir())
+    monkeypatch.setattr(distill, "process_group", lambda device: nullcontext(Watched()))
+    features = write_features(tmp_path / "train.pkl", random_rows(40))
+    with pytest.raises(Terminated):
+        run_main(distill, *arguments(features, golden_models, tmp_path / "out", *LONG))
+    assert seen and seen[-1]
+
+
 def test_a_signal_to_several_processes_saves_one_checkpoint(golden_models, tmp_path):
     features = write_features(tmp_path / "train.pkl", random_rows(60))
     call = arguments(features, golden_models, tmp_path / "out", *LONG)
@@ -123,6 +160,31 @@ def test_a_terminated_script_leaves_nothing_half_written(golden_models, tmp_path
     assert sorted(os.listdir(tmp_path)) == ["pairs.tsv"]
 
 
+def test_a_second_sigterm_does_not_end_the_tidying():
+    code = ("import os, signal, time; from simplified_tinybert.files import run_main\n"
+            "def main():\n"
+            "    try:\n"
+            "        os.kill(os.getpid(), signal.SIGTERM), time.sleep(9)\n"
+            "    finally:\n"
+            "        os.kill(os.getpid(), signal.SIGTERM), print('tidied')\n"
+            "run_main(main)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "tidied\n", "terminated\n")
+
+
+def test_a_damaged_checkpoint_is_told_of(golden_models, tmp_path, run_main, signal_at_7):
+    features = write_features(tmp_path / "train.pkl", random_rows(40))
+    call = arguments(features, golden_models, tmp_path / "out", *LONG)
+    with pytest.raises(Terminated):
+        run_main(distill, *call)
+    path = tmp_path / "out" / "checkpoint-7" / "training_state.pt"
+    content = path.read_bytes()
+    for damaged in (b"", content[:9], content[:len(content) // 2], b"x" * 99, b"cos\nsystem\n(S'true'\ntR."):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="training_state.pt: is damaged; remove .*checkpoint-7, and --resume"):
+            run_main(distill, *call, "--resume")
+
+
 def test_old_checkpoints_are_removed_where_that_is_asked_for(golden_models, tmp_path, run_main):
     features = write_features(tmp_path / "train.pkl", random_rows(40))
     common = ("--train_batch_size", 8, "--save_model_step", 2)
@@ -132,6 +194,25 @@ def test_old_checkpoints_are_removed_where_that_is_asked_for(golden_models, tmp_
     assert found == {"all": [0, 2, 4, 6, 8], "two": [6, 8]}
     with pytest.raises(UserError, match="--keep_checkpoints 0: expected 1 or more"):
         run_main(distill, *arguments(features, golden_models, tmp_path / "none", "--keep_checkpoints", 0))
+
+
+def test_a_checkpoint_that_is_being_removed_is_none_any_more(golden_models, tmp_path, run_main, monkeypatch):
+    features = write_features(tmp_path / "train.pkl", random_rows(40))
+    call = arguments(features, golden_models, tmp_path / "out", "--train_batch_size", 8, "--save_model_step", 2,
+                     "--eval_step", 2, "--learning_rate", 1e-3, *dev_set(tmp_path), "--keep_checkpoints", 1)
+
+    def breaking_off(folder, ignore_errors=False, real=shutil.rmtree):
+        if ignore_errors:
+            return real(folder, ignore_errors=True)
+        (folder / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("simplified_tinybert.training.shutil.rmtree", breaking_off)
+        run_main(distill, *call)
+    kept = [*(tmp_path / "out").glob("checkpoint-*"), *(tmp_path / "out").glob("best")]
+    assert kept and all((folder / "model.safetensors").is_file() for folder in kept)
+    run_main(distill, *call, "--resume")
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
 def test_a_loss_that_is_no_number_names_step_rate_and_examples(golden_models, tmp_path, run_main, monkeypatch):

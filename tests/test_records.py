@@ -1,10 +1,14 @@
 """What a file came from can be read beside it, back to the models and the raw collection."""
+import argparse
 import hashlib
 import json
+import os
 
-from conftest import run_script, words
+import pytest
+from conftest import random_rows, run_script, words, write_features
 
-from simplified_tinybert.records import file_facts
+import reranker
+from simplified_tinybert.records import file_facts, record_file, record_path
 
 
 def test_a_ranking_is_traced_to_model_features_and_pairs(golden_models, tmp_path):
@@ -40,3 +44,47 @@ def test_huge_files_are_not_hashed(tmp_path, monkeypatch):
     (tmp_path / "large").write_text("abcd")
     assert file_facts(tmp_path / "small")["sha256"] == hashlib.sha256(b"abc").hexdigest()
     assert file_facts(tmp_path / "large").keys() == {"bytes", "changed"}
+
+
+def test_a_record_of_what_a_file_held_before_is_not_taken(tmp_path):
+    scores, run = tmp_path / "scores.tsv", tmp_path / "run.trec"
+    scores.write_text("q\tD\t1\n")
+    run.write_text("q Q0 D 1 1 t\n")
+    record_file(scores, argparse.Namespace(model="a"), [])
+    record_file(run, argparse.Namespace(), [scores])
+    assert json.loads(record_path(run).read_text())["made_from"][0]["record"]["arguments"] == {"model": "a"}
+    for stale in (record_path(scores).read_text(), "[]", '{"output": 1}', '{"settings": {}}', "{"):
+        scores.write_text("q\tD\t2\n")
+        record_path(scores).write_text(stale)
+        record_file(run, argparse.Namespace(), [scores])
+        assert "record" not in json.loads(record_path(run).read_text())["made_from"][0]
+
+
+def test_scores_keep_their_record_until_they_are_replaced(golden_models, tmp_path, run_main, monkeypatch):
+    """A run with another model that breaks off changes neither; --resume takes up where it was, with its own record."""
+    file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
+
+    def call(model, *more):
+        run_main(reranker, "--model_dir", golden_models[model], "--features_file", file, "--output_scores_file",
+                 tmp_path / "scores.tsv", "--device", "cpu", *more)
+
+    def recorded():
+        return json.loads((tmp_path / "scores.tsv.run.json").read_text())
+    call("teacher")
+    of_teacher = recorded()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("reranker.os.replace", replace_no_scores)
+        call("student_4x48")
+    assert recorded() == of_teacher and (tmp_path / "scores.tsv.partial").is_file()
+    call("student_4x48", "--resume")
+    assert recorded()["settings"] != of_teacher["settings"]
+    assert recorded()["output"] == file_facts(tmp_path / "scores.tsv")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.tsv", "scores.tsv.run.json", "test.pkl"]
+    call("teacher", "--resume")                         # nothing is left to go on with
+    assert recorded()["settings"] == of_teacher["settings"]
+
+
+def replace_no_scores(source, target, real=os.replace):
+    if target.name == "scores.tsv":
+        raise KeyboardInterrupt
+    real(source, target)

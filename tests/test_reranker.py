@@ -105,6 +105,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(golden_models, tmp_path, r
     whole = (tmp_path / "scores.tsv").read_bytes()
     lines = whole.splitlines(keepends=True)
     (tmp_path / "scores.tsv").unlink()
+    (tmp_path / "scores.tsv.run.json").rename(tmp_path / "scores.tsv.partial.run.json")
     (tmp_path / "scores.tsv.partial").write_bytes(b"".join(lines[:cut]) + lines[cut][:7])
     counted = []
     real = scoring.score_chunk
@@ -119,6 +120,7 @@ def test_resume_refuses_another_model(golden_models, tmp_path, run_main):
     file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
     run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"))
     (tmp_path / "scores.tsv.partial").write_text("q0\tD0_0\t0.5\n")
+    (tmp_path / "scores.tsv.run.json").rename(tmp_path / "scores.tsv.partial.run.json")
     with pytest.raises(UserError, match="another model, features, settings or version"):
         run_main(reranker, *arguments(golden_models["student_4x48"], file, tmp_path / "scores.tsv", "--resume"))
 

@@ -1,6 +1,10 @@
 """Every short cut of tokenize_to_features.py beside the plain way."""
 import functools
+import multiprocessing
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ import tokenize_to_features
 from simplified_tinybert.features import CHUNK_EXAMPLES, Examples, read_chunks
 from simplified_tinybert.files import UserError, lines_of, read_blocks, read_lines
 from simplified_tinybert.tokenization import PieceCutter, Remembered, load_vocabulary
-from simplified_tinybert.workers import map_in_order
+from simplified_tinybert.workers import _receive, map_in_order
 
 LINES = st.text(alphabet="\t\t\t#ab 01\u00a0\u2028\x1c\x1f\u3000é", max_size=25)
 LETTERS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\n"), max_size=120)
@@ -100,6 +104,23 @@ def test_results_of_several_processes_come_in_order(workers):
 def test_a_lost_process_is_told_of():
     with pytest.raises(UserError, match="ended too early.*--num_workers 1 of tokenize_to_features.py"):
         list(map_in_order(dying, range(5), 2))
+
+
+def test_a_process_lost_while_it_sends_is_told_of():
+    here, there = multiprocessing.Pipe()
+    os.write(there.fileno(), (1000).to_bytes(4, "big") + b"the begin")
+    there.close()
+    with pytest.raises(EOFError):
+        _receive(here)
+
+
+def test_processes_that_start_hear_no_signals():
+    """In a process of its own, as Python changes what is blocked when it starts the first one."""
+    code = ("import signal; from functools import partial; from simplified_tinybert.workers import map_in_order\n"
+            "blocked = map_in_order(partial(partial, signal.pthread_sigmask, signal.SIG_BLOCK), [[], []], 2)\n"
+            "print([signal.SIGINT in each and signal.SIGTERM in each for each in blocked])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[True, True]"
 
 
 def test_any_number_of_processes_writes_the_same_bytes(tmp_path):
