@@ -38,7 +38,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from simplified_tinybert.collection import Collection, count_candidates, open_collection, open_dataset
+from simplified_tinybert.collection import Collection, count_candidates, open_collection
+from simplified_tinybert.dataset import open_dataset
 from simplified_tinybert.files import (
     Problems,
     UserError,

@@ -8,7 +8,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from simplified_tinybert.documents import Document, open_documents
-from simplified_tinybert.files import Problems, UserError, read_lines, shorten
+from simplified_tinybert.files import Problems, read_lines, shorten
 from simplified_tinybert.trec import RUN_COLUMNS, parse_score, rank, read_qrels, split_columns
 
 FLAGS = {"docs": "--docs", "queries": "--queries", "qrels": "--qrels", "scoreddocs": "--candidates"}
@@ -27,25 +27,6 @@ class Collection:
     grades: dict[str, dict[str, int]]                                   # query id → document id → grade
     candidates: Callable[[Problems], Iterator[tuple[str, list[str]]]]   # (query id, document ids, best first)
     documents: Documents
-
-
-def open_dataset(args: argparse.Namespace, problems: Problems) -> Documents | None:
-    """The dataset of --dataset, if it is there and has all parts for which no file is given."""
-    parts = {"docs": args.docs, "queries": args.queries, "scoreddocs": args.candidates}
-    parts |= {"qrels": args.qrels} if args.set_name == "train" else {}
-    if args.dataset:
-        from simplified_tinybert.dataset import Dataset  # here, for only some need the package
-        try:
-            dataset = Dataset(args.dataset)
-            dataset.check_parts([part for part, path in parts.items() if path is None])
-            return dataset
-        except UserError as error:
-            problems.add(str(error))
-    else:
-        for part, path in parts.items():
-            if path is None:
-                problems.add(f"{FLAGS[part]} is needed, or --dataset with a dataset that has {part}")
-    return None
 
 
 def open_collection(args: argparse.Namespace, dataset: Documents | None, problems: Problems) -> Collection:

@@ -1,13 +1,30 @@
 """A dataset of the ir_datasets package (https://ir-datasets.com) as documents, queries, judgements and candidates."""
+import argparse
 import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import ir_datasets
-
-from simplified_tinybert.collection import FLAGS, Row, wrong_query_id
+from simplified_tinybert.collection import FLAGS, Documents, Row, wrong_query_id
 from simplified_tinybert.documents import Document
 from simplified_tinybert.files import Problems, UserError, shorten
+
+
+def open_dataset(args: argparse.Namespace, problems: Problems) -> Documents | None:
+    """The dataset of --dataset, if it is there and has all parts for which no file is given."""
+    parts = {"docs": args.docs, "queries": args.queries, "scoreddocs": args.candidates}
+    parts |= {"qrels": args.qrels} if args.set_name == "train" else {}
+    if args.dataset:
+        try:
+            dataset = Dataset(args.dataset)
+            dataset.check_parts([part for part, path in parts.items() if path is None])
+            return dataset
+        except UserError as error:
+            problems.add(str(error))
+    else:
+        for part, path in parts.items():
+            if path is None:
+                problems.add(f"{FLAGS[part]} is needed, or --dataset with a dataset that has {part}")
+    return None
 
 
 class Dataset:
@@ -15,6 +32,7 @@ class Dataset:
     """
 
     def __init__(self, name: str):
+        import ir_datasets  # here, for only some need the package, and it is slow to import
         self.name, self.store = name, None
         try:
             self.dataset = ir_datasets.load(name)
