@@ -97,6 +97,9 @@ def parse_args() -> argparse.Namespace:
     add("--eval_step", type=int, default=1000, help="steps between validations (default: 1000)")
     add_training_flags(parser, batch_size=64, learning_rate=5e-5, epochs=2)
     args = parser.parse_args()
+    if args.distill_model != "tinybert" and (args.intermediate_epochs, args.intermediate_learning_rate) != (None, None):
+        parser.error("--intermediate_epochs and --intermediate_learning_rate are for --distill_model tinybert, which "
+                     "has two stages")
     if args.intermediate_epochs is None:
         args.intermediate_epochs = args.num_train_epochs
     if args.intermediate_learning_rate is None:

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from functools import partial
 
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from test_distill import arguments, with_dropout
 from test_general_distill import SHAPE
 from test_stages import dev_set, without_speed
+from tqdm import tqdm
 
 import convert_to_trec_results
 import distill
@@ -48,6 +50,7 @@ def forked(script, call, log, file_limit=None):
         return child
     code = 70                                           # of an exception that nobody caught: its words are in the log
     try:
+        tqdm.set_lock(threading.RLock())                # its own one is shared with other children, who die holding it
         words_file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(words_file, 1)
         os.dup2(words_file, 2)

@@ -167,6 +167,13 @@ def test_a_term_that_needs_a_teacher_asks_for_one(golden_models, train_features,
     assert log_of(tmp_path / "out")[-1]["soft_loss"] == 0
 
 
+def test_a_stage_that_is_not_there(golden_models, train_features, tmp_path):
+    done = run_script("distill.py", *arguments(train_features, golden_models, tmp_path / "out",
+                                               "--intermediate_epochs", 1))
+    assert done.returncode == 2 and "are for --distill_model tinybert" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 # Validation
 
 
