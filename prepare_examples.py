@@ -19,7 +19,8 @@ OUTPUT.run.json tells what it was made of. What could not be used (a missing doc
 candidates ...) is counted on stderr and listed in OUTPUT.left_out.tsv: kind <tab> query_id <tab> document_id; of the
 candidates that training draws from, those that were looked up.
 
-Passages are windows over the words of the body, from word 0, stride, 2 * stride ... until one reaches the end.
+Passages are windows over the words of the body, from word 0, stride, 2 * stride ... until one reaches the end, or
+--first_passages of them.
 test:  all passages of the candidates.
 train: label 1, passages of the relevant documents: all of them, or since not every passage of a relevant document is
 relevant, those that a ranker, --filter_model, scores highest. Label 0: passages drawn from candidates that are judged
@@ -69,8 +70,8 @@ if TYPE_CHECKING:
 
 INPUTS = {"docs": "documents", "queries": "queries", "qrels": "judgements", "candidates": "candidates"}
 TRAIN_ONLY = {"qrels": None, "relevance_level": 1, "negatives": 1.0, "max_queries": None, "positive_passages": None,
-              "seed": 42, "filter_model": None, "filter_threshold": None, "max_seq_length": 256, "device": "auto",
-              "bf16": False}
+              "retrieved_positives": False, "seed": 42, "filter_model": None, "filter_threshold": None,
+              "max_seq_length": 256, "device": "auto", "bf16": False}
 FILTER_ONLY = ("filter_threshold", "max_seq_length", "device", "bf16")
 
 
@@ -86,6 +87,7 @@ def parse_args() -> argparse.Namespace:
     add("--window", type=int, default=150, help="most words of a passage, without the title (default: 150)")
     add("--stride", type=int, default=75, help="words from one passage's start to the next's (default: 75)")
     add("--title", action="store_true", help="put the document's title in front of each passage")
+    add("--first_passages", type=int, metavar="N", help="use the first N passages of a document (default: all)")
     add("--depth", type=int, help="use the best so many candidates of each query (default: all that are given)")
     add("--cache_file_dir", type=Path, default=Path("cache"),
         help="folder for the index of the documents, and for the unpacked text of a .gz file (default: cache)")
@@ -95,6 +97,9 @@ def parse_args() -> argparse.Namespace:
     add("--negatives", type=float, help="passages of label 0 for each of label 1, such as 2 or 0.5 (default: 1)")
     add("--positive_passages", type=int, metavar="N", help="most passages of a relevant document: drawn at random, or "
         "with --filter_model the best (default: all; 1 with --filter_model alone)")
+    add("--retrieved_positives", action="store_true", default=None, help="use only those relevant documents that are "
+        "candidates, as all are that re-ranking meets: where a first ranking misses most of them, the others would "
+        "teach that relevant passages share few words with their query")
     add("--max_queries", type=int, help="use so many of the queries, drawn at random (default: all)")
     add("--seed", type=int, help="of all that is drawn at random (default: 42)")
     add("--filter_model", metavar="MODEL", help="ranker (folder or hub id) that chooses among the passages of a "
@@ -127,6 +132,7 @@ def check_args(args: argparse.Namespace, problems: Problems) -> None:
         args.positive_passages = 1
     rules = [("window", args.window >= 1, "1 word or more"),
              ("stride", 1 <= args.stride <= max(1, args.window), "1 to the window, else words would be lost"),
+             ("first_passages", args.first_passages is None or args.first_passages >= 1, "1 or more"),
              ("depth", args.depth is None or args.depth >= 1, "1 or more"),
              ("relevance_level", args.relevance_level >= 1, "1 or more"),
              ("negatives", 0 <= args.negatives < 1e6, "0 or more"),
@@ -168,7 +174,7 @@ def test_lines(collection: Collection, look_up: LookUp, left_out: LeftOut, progr
 def train_lines(collection: Collection, sampling: Sampling, chosen: set[str], ranker: "PassageFilter | None",
                 look_up: LookUp, left_out: LeftOut, counts: Counter, progress: tqdm) -> Iterator[str]:
     """The lines of the examples of all queries that are chosen; `counts` tells what was found."""
-    stream = questions(collection, chosen, sampling.relevance_level, look_up, left_out)
+    stream = questions(collection, chosen, sampling, look_up, left_out)
     for group in in_groups(stream):
         for question, kept in zip(group, positives(group, sampling, ranker and ranker.probabilities, left_out)):
             progress.update()
@@ -199,13 +205,14 @@ def note_absent_queries(collection: Collection, sizes: dict[str, int], level: in
 def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[str, int],
                 ranker: "PassageFilter | None", left_out: LeftOut) -> Counter:
     """Write the output, line by line. Returns what was counted."""
-    look_up = partial(passages_of, collection.documents, Cutting(args.window, args.stride, args.title), left_out)
+    cutting = Cutting(args.window, args.stride, args.title, args.first_passages)
+    look_up = partial(passages_of, collection.documents, cutting, left_out)
     counts = Counter()
     if args.set_name == "train":
         usable = [query_id for query_id in sizes if can_be_used(collection, query_id, args.relevance_level)]
         chosen = set(usable) if args.max_queries is None else draw_queries(usable, args.max_queries, args.seed)
         sampling = Sampling(args.relevance_level, args.negatives, args.positive_passages,
-                            args.filter_threshold or 0.0, args.seed)
+                            args.filter_threshold or 0.0, args.retrieved_positives, args.seed)
         progress = tqdm(total=len(chosen), desc="sampling", unit=" queries", unit_scale=True)
         lines = train_lines(collection, sampling, chosen, ranker, look_up, left_out, counts, progress)
     else:

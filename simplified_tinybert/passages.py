@@ -7,10 +7,14 @@ from simplified_tinybert.left_out import LeftOut
 
 
 class Cutting(NamedTuple):
-    """How documents are cut: windows of `window` words, one every `stride` words, with the title in front or not."""
+    """How documents are cut: windows of `window` words, one every `stride` words, with the title in front or not.
+
+    first: passages at the start of a document that are used, None: all.
+    """
     window: int
     stride: int
     title: bool
+    first: int | None = None
 
 
 def window_starts(words: int, window: int, stride: int) -> range:
@@ -29,7 +33,7 @@ def cut(document: Document, cutting: Cutting) -> list[str]:
     if not words and not title:
         return []
     return [" ".join(title + words[start:start + cutting.window])
-            for start in window_starts(len(words), cutting.window, cutting.stride)]
+            for start in window_starts(len(words), cutting.window, cutting.stride)[:cutting.first]]
 
 
 def passages_of(documents: Documents, cutting: Cutting, left_out: LeftOut, query_id: str,

@@ -22,6 +22,7 @@ class Sampling(NamedTuple):
     negatives: float                                                    # for each positive passage
     positive_passages: int | None                                       # of a document; None: all
     filter_threshold: float
+    retrieved_positives: bool                                           # only relevant documents that are candidates
     seed: int
 
 
@@ -30,6 +31,7 @@ class Question(NamedTuple):
     query_id: str
     text: str
     relevant: list[tuple[str, list[str]]]                               # relevant documents with their passages
+    sources: list[tuple[str, list[str]]]                                # those of them that label 1 is taken from
     others: list[str]                                                   # ids of candidates that are not relevant
 
 
@@ -42,20 +44,22 @@ def relevant_documents(collection: Collection, query_id: str, level: int) -> lis
     return [document_id for document_id, grade in collection.grades.get(query_id, {}).items() if grade >= level]
 
 
-def questions(collection: Collection, chosen: set[str], level: int, look_up: LookUp,
+def questions(collection: Collection, chosen: set[str], sampling: Sampling, look_up: LookUp,
               left_out: LeftOut) -> Iterator[Question]:
     """The `chosen` queries, in the order of the candidates."""
     for query_id, ranked in collection.candidates(Problems()):
         if not collection.queries.get(query_id):
             left_out.add("query_without_text", query_id)
-        elif not (relevant := relevant_documents(collection, query_id, level)):
+        elif not (relevant := relevant_documents(collection, query_id, sampling.relevance_level)):
             left_out.add("query_without_relevant_document", query_id)
         elif query_id in chosen:
             cut_up = [(document_id, passages) for document_id in relevant
                       if (passages := look_up(query_id, document_id))]
             grades = collection.grades[query_id]
             others = [document_id for document_id in ranked if grades.get(document_id, 0) <= 0]
-            yield Question(query_id, collection.queries[query_id], cut_up, others)
+            retrieved = set(ranked) if sampling.retrieved_positives else set(relevant)
+            sources = [(document_id, passages) for document_id, passages in cut_up if document_id in retrieved]
+            yield Question(query_id, collection.queries[query_id], cut_up, sources, others)
 
 
 def in_groups(stream: Iterable[Question]) -> Iterator[list[Question]]:
@@ -63,7 +67,7 @@ def in_groups(stream: Iterable[Question]) -> Iterator[list[Question]]:
     group, passages = [], 0
     for question in stream:
         group.append(question)
-        passages += sum(len(found) for _, found in question.relevant)
+        passages += sum(len(found) for _, found in question.sources)
         if passages >= GROUP:
             yield group
             group, passages = [], 0
@@ -74,11 +78,11 @@ def in_groups(stream: Iterable[Question]) -> Iterator[list[Question]]:
 def positives(group: list[Question], sampling: Sampling, scores_of: Scores | None,
               left_out: LeftOut) -> Iterator[list[str]]:
     """The passages of label 1 of each question."""
-    pairs = [(question.text, passage) for question in group for _, found in question.relevant for passage in found]
+    pairs = [(question.text, passage) for question in group for _, found in question.sources for passage in found]
     scores, position = scores_of(pairs) if scores_of and pairs else None, 0
     for question in group:
         kept = []
-        for document_id, found in question.relevant:
+        for document_id, found in question.sources:
             if scores is None:
                 random = random_for(sampling.seed, "positives", question.query_id, document_id)
                 most = sampling.positive_passages

@@ -56,6 +56,7 @@ def test_passages_by_hand():
     document = Document("The  title\u2028x", " a\tb c\r\nd e ")
     assert cut(document, Cutting(3, 2, False)) == ["a b c", "c d e"]
     assert cut(document, Cutting(3, 2, True)) == ["The title x a b c", "The title x c d e"]
+    assert cut(document, Cutting(2, 1, False, first=2)) == ["a b", "b c"]
     assert cut(Document("t", " \x0b"), Cutting(3, 2, True)) == ["t"]
     assert cut(Document("t", ""), Cutting(3, 2, False)) == cut(Document("", " "), Cutting(3, 2, True)) == []
 
@@ -238,6 +239,26 @@ def test_texts_that_a_relevant_document_has_too_are_no_negatives(files, run_main
     files.write("qrels.txt", "q1 0 A 1\n")
     run_main(prepare_examples, "train", *files.flags(True), "--negatives", 5)
     assert [row[2:] for row in files.rows()] == [["same words", "1"], ["other words", "0"]]
+
+
+def test_only_the_first_passages_of_a_document(files, run_main):
+    run_main(prepare_examples, "test", *files.flags(), *SMALL, "--first_passages", 2, "--depth", 2)
+    assert [row[0] for row in files.rows()] == ["q1#A_0", "q1#A_1", "q1#B_0", "q2#B_0", "q2#C_0", "q2#C_1", "q3#D_0",
+                                                "q3#D_1"]
+    run_main(prepare_examples, "train", *files.flags(True), *SMALL, "--first_passages", 1)
+    assert {row[2] for row in files.rows() if row[3] == "1"} == {"a0 a1 a2 a3", "d0 d1 d2 d3", "b0 b1 b2"}
+
+
+def test_only_relevant_documents_that_were_retrieved(files, run_main):
+    """A text of a relevant document that was not is no negative all the same."""
+    files.write("docs.tsv", "A\ta text\nB\tb text\nC\tc text\nD\tb text\nE\te text\n")
+    files.write("run.txt", "q1 Q0 A 1 9 t\nq1 Q0 D 2 8 t\nq1 Q0 C 3 7 t\nq2 Q0 C 1 1 t\nq2 Q0 A 2 0 t\n")
+    files.write("qrels.txt", "q1 0 B 1\nq1 0 A 1\nq2 0 E 1\n")
+    run_main(prepare_examples, "train", *files.flags(True), "--retrieved_positives", "--negatives", 5)
+    assert [row[2:] for row in files.rows()] == [["a text", "1"], ["c text", "0"]]
+    assert ("query_without_positive_passage", "q2", "") in left_out(files)
+    run_main(prepare_examples, "train", *files.flags(True), "--negatives", 1)
+    assert {row[2] for row in files.rows() if row[3] == "1"} == {"a text", "b text", "e text"}
 
 
 @pytest.fixture
