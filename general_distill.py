@@ -8,8 +8,9 @@
 In: text files in UTF-8, plain or gzip, one document a line (--documents paragraphs: documents separated by blank
 lines). Each is cut into segments [CLS] up to max_seq_length - 2 word pieces [SEP]; nothing is masked. The student has
 the shape of --student_config (a config.json, or the folder of one), or the teacher's with --student_layers; its weights
-are random, or with --init_from_teacher, where it has the teacher's width, the teacher's embeddings, pooler and every
-k-th layer. It learns attention + hidden (Jiao et al. 2020, as TinyBERT's general stage).
+are random, or with --init_from_teacher the teacher's embeddings, pooler and every k-th layer, for a narrower student
+the principal components of the teacher's embeddings. It learns attention + hidden (Jiao et al. 2020, as TinyBERT's
+general stage).
 
 Out, in --output_student_dir: the general student, which distill.py takes as --general_student_model, as a Hugging Face
 folder (without classifier; fit_dense.safetensors holds the projection to the teacher's width), train_loss.jsonl and
@@ -26,6 +27,7 @@ import torch
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import (
+    compress_embeddings,
     copy_teacher_layers,
     fit_projections,
     load_cross_encoder,
@@ -46,8 +48,9 @@ from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.tokenization import Vocabulary, load_vocabulary
 
 WEIGHTS = {"attention": 1.0, "hidden": 1.0}
-MADE_ALIKE = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings",
-              "type_vocab_size")                        # what teacher layers need of a student that takes them over
+# What a student needs alike to take the teacher's weights over; a narrower one, which takes no layers, the first three
+MADE_ALIKE = ("vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size", "intermediate_size",
+              "num_attention_heads")
 SHAPE = (*MADE_ALIKE, "num_hidden_layers", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
          "initializer_range", "layer_norm_eps")
 
@@ -86,7 +89,8 @@ def student_config(args: argparse.Namespace, teacher: BertConfig, problems: Prob
     if args.max_seq_length > min(config.max_position_embeddings, teacher.max_position_embeddings):
         problems.add(f"--max_seq_length {args.max_seq_length}: the student has {config.max_position_embeddings} "
                      f"positions, the teacher {teacher.max_position_embeddings}; choose fewer")
-    differing = [f"{name} is {getattr(config, name)}, not {getattr(teacher, name)}" for name in MADE_ALIKE
+    alike = MADE_ALIKE[:3] if config.hidden_size < teacher.hidden_size else MADE_ALIKE
+    differing = [f"{name} is {getattr(config, name)}, not {getattr(teacher, name)}" for name in alike
                  if getattr(config, name) != getattr(teacher, name)]
     if args.init_from_teacher and differing:
         problems.add(f"--init_from_teacher: the student is not shaped as the teacher ({'; '.join(differing)}); leave "
@@ -125,9 +129,10 @@ def load_models(args: argparse.Namespace, folder: Path, teacher_config: BertConf
         student, _ = load_cross_encoder(checkpoint, new_head=generator)
     else:
         student = new_cross_encoder(config, generator)
-        if args.init_from_teacher:
-            copy_teacher_layers(student, teacher)
     fit_projections(student, teacher_config.hidden_size, generator)
+    if args.init_from_teacher and not checkpoint:
+        take_over = copy_teacher_layers if config.hidden_size == teacher_config.hidden_size else compress_embeddings
+        take_over(student, teacher)
     return student.to(device), teacher.to(device)
 
 
@@ -149,7 +154,7 @@ def general_distill(args: argparse.Namespace, device: torch.device, processes: P
     with processes.first_on_machine():
         examples = map_corpus(args.corpus, args.documents, vocabulary, args.max_seq_length, corpus, args.cache_file_dir)
     plans = [make_plan(args, WEIGHTS, args.max_seq_length, args.num_train_epochs, args.learning_rate)]
-    start = "the teacher's layers" if args.init_from_teacher else "random weights"
+    start = "the teacher's weights" if args.init_from_teacher else "random weights"
     describe_run(args, student, teacher, examples, plans, processes, start)
 
     def save_model(target: Path) -> None:
