@@ -51,6 +51,8 @@ def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, learnin
     add("--bf16", action="store_true", help="mixed precision in bfloat16, no loss scaling")
     add("--seed", type=int, default=42, help="of dropout, batch order and new parameters (default: 42)")
     add("--train_loss_step", type=int, default=1000, help="steps between rows of the log (default: 1000)")
+    add("--log_gradients", action="store_true", help="also log the norm of each loss term's gradient (att_grad, "
+        "rep_grad, soft_grad, hard_grad): one batch more for each row of the log")
     add("--save_model_step", type=int, default=3000, help="steps between checkpoints (default: 3000)")
     add("--keep_checkpoints", type=int, metavar="N", help="remove all but the N newest checkpoints (default: keep all)")
     add("--tensorboard_dir", type=Path, help="folder for TensorBoard (default: tensorboard in --output_student_dir)")
@@ -75,7 +77,7 @@ def make_plan(args: argparse.Namespace, weights: Weights, width: int, epochs: fl
     return Plan(args.train_batch_size, args.gradient_accumulation_steps, epochs, args.seed, width if fixed else None,
                 args.padding == "masked", args.train_loss_step, args.save_model_step,
                 getattr(args, "eval_step", args.save_model_step), weights, learning_rate,
-                args.keep_checkpoints)
+                args.keep_checkpoints, args.log_gradients)
 
 
 def train(args: argparse.Namespace, student: CrossEncoder, teacher: CrossEncoder | None, examples: Examples,

@@ -23,7 +23,7 @@ from simplified_tinybert.objectives import Weights, uses_labels
 from simplified_tinybert.optimizer import BertAdam
 from simplified_tinybert.precision import ApexScaler, LossScaler, autocast
 from simplified_tinybert.signals import StopRequests, end_by
-from simplified_tinybert.training_log import TrainingLog
+from simplified_tinybert.training_log import GRADIENTS, TrainingLog
 from simplified_tinybert.validation import DevSet
 
 STATE_FILE, BEST = "training_state.pt", "best"
@@ -49,6 +49,7 @@ class Plan:
     weights: Weights
     learning_rate: float
     keep: int | None = None                             # newest checkpoints; None: all
+    log_gradients: bool = False
 
     def steps_per_epoch(self, examples: int) -> int:
         """Smaller last batches and groups of batches count: every example is used."""
@@ -97,11 +98,13 @@ class Training:
             shown = {}
             for group in self._groups(step, total):
                 step += 1
+                logged = step % self.plan.log_every == 0 or step == total
+                norms = self._gradient_norms(group[0]) if logged and self.plan.log_gradients else {}
                 self._step(step, group)
                 progress.update()
-                if step % self.plan.log_every == 0 or step == total:
+                if logged:
                     self._check()
-                    shown["loss"] = f"{self.log.write(step, self.optimizer.learning_rate)['loss']:.4g}"
+                    shown["loss"] = f"{self.log.write(step, self.optimizer.learning_rate, norms)['loss']:.4g}"
                 if self.dev_set and (step % self.plan.eval_every == 0 or step == total):
                     shown |= {name: f"{value:.4f}" for name, value in self._validate(step).items()}
                 progress.set_postfix(shown, refresh=False)
@@ -165,6 +168,25 @@ class Training:
         self.scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         self.log.step(number, size)
+
+    def _gradient_norms(self, indices: np.ndarray) -> dict[str, float]:
+        """Euclidean norm of the gradient of each loss term alone, on one batch, before the step that uses it.
+
+        Over the parameters that scoring needs, so without the projections. Random numbers stay as they were.
+        """
+        mine, share = self.processes.share(indices, self.examples.lengths)
+        batch = self.examples.batch(mine, self.plan.width).to(self.device)
+        learning = [parameter for name, parameter in self.student.named_parameters() if "projections." not in name]
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            with autocast(self.device, self.dtype):
+                terms = self.objective(batch, share=share)
+            norms = {}
+            for term, name in GRADIENTS.items():
+                if term in terms:
+                    gradients = torch.autograd.grad(terms[term], learning, retain_graph=True, allow_unused=True)
+                    flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+                    norms[name] = float(self.processes.total(flat).norm())
+        return norms
 
     def _validate(self, step: int) -> dict[str, float]:
         """Measures on the dev set; the student that does best by the first of them is kept."""

@@ -13,6 +13,7 @@ from simplified_tinybert.distributed import Processes
 from simplified_tinybert.files import atomic_writer, naming
 
 TERMS = ("loss", "cls_loss", "att_loss", "rep_loss", "soft_loss", "hard_loss")
+GRADIENTS = {"att_loss": "att_grad", "rep_loss": "rep_grad", "soft_loss": "soft_grad", "hard_loss": "hard_grad"}
 
 
 class TrainingLog:
@@ -51,12 +52,12 @@ class TrainingLog:
         bad = ~torch.isfinite(self.sums[0]) & (self.bad_step == 0)
         self.bad_step = torch.where(bad, number, self.bad_step)
 
-    def write(self, global_step: int, learning_rate: float) -> dict[str, float]:
-        """Append a row for the steps since the last one."""
+    def write(self, global_step: int, learning_rate: float, norms: dict[str, float]) -> dict[str, float]:
+        """Append a row for the steps since the last one, with the norms of gradients at the last."""
         sums = self.processes.total(self.sums).tolist()
         seconds = time.perf_counter() - self.since
         row = {"global_step": global_step, **{name: value / self.steps for name, value in zip(TERMS, sums)},
-               "learning_rate": learning_rate, "examples_per_second": self.examples / seconds}
+               "learning_rate": learning_rate, "examples_per_second": self.examples / seconds, **norms}
         self._append(self.losses, row)
         self.sums.zero_()
         self.steps, self.examples, self.since = 0, 0, time.perf_counter()

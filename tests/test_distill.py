@@ -12,7 +12,10 @@ from conftest import ROOT, random_rows, run_script, write_features
 from safetensors.torch import load_file
 
 import distill
+from simplified_tinybert.checkpoints import load_cross_encoder
+from simplified_tinybert.features import read_chunks
 from simplified_tinybert.files import UserError, locked
+from simplified_tinybert.objectives import objective
 from simplified_tinybert.training import Plan, epoch_batches, padding_share
 
 
@@ -118,6 +121,42 @@ def test_padding_modes(golden_models, tmp_path, run_main):
     assert first["masked", 20] == pytest.approx(first["masked", 40], rel=1e-5)
     # B11: sums over queries and keys are the same or grow by padded queries, the mean is over twice the positions
     assert first["reference", 40] < 0.7 * first["reference", 20]
+
+
+@pytest.mark.parametrize("flags", [(), ("--padding", "masked"), ("--distill_model", "standard"),
+                                   ("--loss_weights", "attention=3", "hard=0")])
+def test_gradients_of_each_term(golden_models, golden_features, tmp_path, run_main, flags):
+    """Norms as of each term minimized alone, in the scale of the loss of the same name."""
+    more = ("--train_batch_size", 6, "--train_loss_step", 1, "--log_gradients", *flags)
+    run_main(distill, *arguments(golden_features, golden_models, tmp_path / "out", *more))
+    row, found = log_of(tmp_path / "out")[0], set()
+    teacher, _ = load_cross_encoder(golden_models["teacher"])
+    for term, name in (("attention", "att"), ("hidden", "rep"), ("soft", "soft"), ("hard", "hard")):
+        student, _ = load_cross_encoder(tmp_path / "out" / "checkpoint-0")
+        batch = next(read_chunks(golden_features)).batch(np.arange(6), 32)
+        padding = "masked" if "masked" in flags else "reference"
+        objective(student, teacher, batch, {term: 3.0 if "attention=3" in flags and name == "att" else 1.0},
+                  padding=padding)["loss"].backward()
+        norm = torch.cat([parameter.grad.flatten() for key, parameter in student.named_parameters()
+                          if parameter.grad is not None and "projections" not in key]).norm().item()
+        if f"{name}_grad" in row:
+            assert row[f"{name}_grad"] == pytest.approx(norm, rel=1e-4) and norm > 0
+            found.add(name)
+    expected = {"soft", "hard"} if "standard" in flags else {"att", "rep", "soft", "hard"} - (
+        {"hard"} if "hard=0" in flags else set())
+    assert found == expected
+
+
+def test_logging_gradients_changes_nothing(golden_models, tmp_path, run_main):
+    features = write_features(tmp_path / "train.pkl", random_rows(50))
+    models = golden_models | {"student_2x24": with_dropout(golden_models["student_2x24"], tmp_path / "dropout")}
+    for name, more in (("plain", ()), ("logged", ("--log_gradients",))):
+        run_main(distill, *arguments(features, models, tmp_path / name, "--train_batch_size", 8, "--train_loss_step", 3,
+                                     "--gradient_accumulation_steps", 2, "--learning_rate", 1e-3, *more))
+    assert (tmp_path / "plain" / "model.safetensors").read_bytes() == \
+        (tmp_path / "logged" / "model.safetensors").read_bytes()
+    assert "att_grad" not in log_of(tmp_path / "plain")[0]
+    assert all(row["att_grad"] > 0 for row in log_of(tmp_path / "logged"))
 
 
 def with_dropout(folder, target):
