@@ -8,9 +8,10 @@
 In: text files in UTF-8, plain or gzip, one document a line (--documents paragraphs: documents separated by blank
 lines). Each is cut into segments [CLS] up to max_seq_length - 2 word pieces [SEP]; nothing is masked. The student has
 the shape of --student_config (a config.json, or the folder of one), or the teacher's with --student_layers; its weights
-are random, or with --init_from_teacher the teacher's embeddings, pooler and every k-th layer, for a narrower student
-the principal components of the teacher's embeddings. It learns attention + hidden (Jiao et al. 2020, as TinyBERT's
-general stage).
+are random, or with --init_from_teacher, where it has the teacher's width, the teacher's embeddings, pooler and every
+k-th layer, or with --compress_teacher, whatever its width, fitted to what the teacher computes on some of the text
+(simplified_tinybert/compression.py): nearer to the teacher from the start, which a narrow student needs where there is
+too little text to learn a language from. It learns attention + hidden (Jiao et al. 2020, as TinyBERT's general stage).
 
 Out, in --output_student_dir: the general student, which distill.py takes as --general_student_model, as a Hugging Face
 folder (without classifier; fit_dense.safetensors holds the projection to the teacher's width), train_loss.jsonl and
@@ -20,14 +21,15 @@ Several GPUs or processes: torchrun --standalone --nproc_per_node=4 general_dist
 """
 import argparse
 import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import (
-    compress_embeddings,
     copy_teacher_layers,
     fit_projections,
     load_cross_encoder,
@@ -36,19 +38,22 @@ from simplified_tinybert.checkpoints import (
     save_cross_encoder,
     weights_fingerprint,
 )
+from simplified_tinybert.compression import compress
 from simplified_tinybert.corpus import DOCUMENTS, check_corpus, map_corpus
 from simplified_tinybert.description import describe_run, general_card
 from simplified_tinybert.distillation import SETTINGS, add_training_flags, check_apex, make_plan, make_student, train
 from simplified_tinybert.distributed import Processes, process_group
+from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, process_count, run_main, say
-from simplified_tinybert.modeling import CrossEncoder
+from simplified_tinybert.modeling import Batch, CrossEncoder
 from simplified_tinybert.precision import select_precision
 from simplified_tinybert.preflight import check_flags, check_output_dir, check_pair, find_models, find_run
 from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.tokenization import Vocabulary, load_vocabulary
 
+COMPRESSED_TOKENS = 16384   # that a compressed student is fitted to: 1 GB of memory for 6/384, 4 GB for 12/768
 WEIGHTS = {"attention": 1.0, "hidden": 1.0}
-# What a student needs alike to take the teacher's weights over; a narrower one, which takes no layers, the first three
+# What a student needs alike to take the teacher's layers over, and (the first three) its embeddings compressed
 MADE_ALIKE = ("vocab_size", "max_position_embeddings", "type_vocab_size", "hidden_size", "intermediate_size",
               "num_attention_heads")
 SHAPE = (*MADE_ALIKE, "num_hidden_layers", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
@@ -64,7 +69,9 @@ def parse_args() -> argparse.Namespace:
     shape = parser.add_mutually_exclusive_group(required=True)
     shape.add_argument("--student_config", type=Path, help="config.json of the student's shape, or its folder")
     shape.add_argument("--student_layers", type=int, help="layers of a student that is otherwise shaped as the teacher")
-    add("--init_from_teacher", action="store_true", help="start from the teacher's weights, see above")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--init_from_teacher", action="store_true", help="start from the teacher's layers, see above")
+    start.add_argument("--compress_teacher", action="store_true", help="start from the teacher compressed, see above")
     add("--max_seq_length", type=int, default=128, help="word pieces of a segment with [CLS] and [SEP] (default: 128)")
     add_training_flags(parser, batch_size=256, learning_rate=1e-4, epochs=3)
     return parser.parse_args()
@@ -89,12 +96,19 @@ def student_config(args: argparse.Namespace, teacher: BertConfig, problems: Prob
     if args.max_seq_length > min(config.max_position_embeddings, teacher.max_position_embeddings):
         problems.add(f"--max_seq_length {args.max_seq_length}: the student has {config.max_position_embeddings} "
                      f"positions, the teacher {teacher.max_position_embeddings}; choose fewer")
-    alike = MADE_ALIKE[:3] if config.hidden_size < teacher.hidden_size else MADE_ALIKE
-    differing = [f"{name} is {getattr(config, name)}, not {getattr(teacher, name)}" for name in alike
+    differing = [f"{name} is {getattr(config, name)}, not {getattr(teacher, name)}"
+                 for name in (MADE_ALIKE if args.init_from_teacher else MADE_ALIKE[:3])
                  if getattr(config, name) != getattr(teacher, name)]
     if args.init_from_teacher and differing:
         problems.add(f"--init_from_teacher: the student is not shaped as the teacher ({'; '.join(differing)}); leave "
-                     f"the flag out, or use --student_layers")
+                     f"the flag out, or use --student_layers or --compress_teacher")
+    if args.compress_teacher and differing:
+        problems.add(f"--compress_teacher: the student's embeddings are not shaped as the teacher's "
+                     f"({'; '.join(differing)}); make them equal")
+    for name in ("hidden_size", "intermediate_size"):
+        if args.compress_teacher and getattr(config, name) > getattr(teacher, name):
+            problems.add(f"--compress_teacher: the student's {name} is {getattr(config, name)}, the teacher's "
+                         f"{getattr(teacher, name)}; a student that is not smaller cannot be compressed from it")
     return config
 
 
@@ -131,16 +145,24 @@ def load_models(args: argparse.Namespace, folder: Path, teacher_config: BertConf
         student = new_cross_encoder(config, generator)
     fit_projections(student, teacher_config.hidden_size, generator)
     if args.init_from_teacher and not checkpoint:
-        take_over = copy_teacher_layers if config.hidden_size == teacher_config.hidden_size else compress_embeddings
-        take_over(student, teacher)
+        copy_teacher_layers(student, teacher)
     return student.to(device), teacher.to(device)
+
+
+def some_batches(examples: Examples, seed: int) -> Iterator[Batch]:
+    """Segments drawn at random, until they have enough tokens to fit a student on."""
+    tokens = 0
+    for indices in np.array_split(np.random.default_rng(seed).permutation(len(examples)), -(-len(examples) // 16)):
+        if tokens < COMPRESSED_TOKENS:
+            tokens += int(examples.lengths[indices].sum())
+            yield examples.batch(indices)
 
 
 def general_distill(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
     problems = Problems()
     dtype = select_precision(args.fp16, args.bf16, device, problems)
     folder, teacher_config, config, vocabulary, corpus = check_all(args, problems)
-    names = (*SETTINGS, "max_seq_length", "documents", "init_from_teacher")
+    names = (*SETTINGS, "max_seq_length", "documents", "init_from_teacher", "compress_teacher")
     facts = {"device": str(device), "settings": {name: getattr(args, name) for name in names} | {
         "student": {name: getattr(config, name) for name in SHAPE}, "teacher": weights_fingerprint(folder),
         "corpus": corpus, "processes": process_count()}}
@@ -154,7 +176,10 @@ def general_distill(args: argparse.Namespace, device: torch.device, processes: P
     with processes.first_on_machine():
         examples = map_corpus(args.corpus, args.documents, vocabulary, args.max_seq_length, corpus, args.cache_file_dir)
     plans = [make_plan(args, WEIGHTS, args.max_seq_length, args.num_train_epochs, args.learning_rate)]
-    start = "the teacher's weights" if args.init_from_teacher else "random weights"
+    if args.compress_teacher and not checkpoint:
+        compress(student, teacher, some_batches(examples, args.seed))
+    start = ("the teacher's layers" if args.init_from_teacher else
+             "the teacher compressed" if args.compress_teacher else "random weights")
     describe_run(args, student, teacher, examples, plans, processes, start)
 
     def save_model(target: Path) -> None:

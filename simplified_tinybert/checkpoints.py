@@ -219,23 +219,6 @@ def copy_teacher_layers(student: CrossEncoder, teacher: CrossEncoder) -> None:
         layer.load_state_dict(teacher.bert.encoder.layer[source - 1].state_dict())
 
 
-def compress_embeddings(student: CrossEncoder, teacher: CrossEncoder) -> None:
-    """Start a narrower student from the teacher's embeddings in the basis of their principal components.
-
-    These span what the teacher's word embeddings vary in most; the student's projection starts as the way back.
-    """
-    tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
-    words = teacher.bert.embeddings.word_embeddings.weight.detach().double()            # (V, D')
-    centred = words - words.mean(dim=0)
-    _, directions = torch.linalg.eigh(centred.T @ centred)                              # (D', D'), smallest first
-    basis = directions[:, -student.config.hidden_size:].flip(1).to(student.classifier.weight.dtype)     # (D', D)
-    with torch.no_grad():
-        for name in tables:
-            getattr(student.bert.embeddings, name).weight.copy_(getattr(teacher.bert.embeddings, name).weight @ basis)
-        for projection in student.projections:
-            projection.weight.copy_(basis)
-
-
 def add_projections(model: CrossEncoder, weights: dict[str, Tensor]) -> None:
     """Give the model the projections that its checkpoint holds (one shared, or TinyBERT v2's one per hidden state)."""
     count = len({name.split(".")[1] for name in weights if name.startswith("projections.")})

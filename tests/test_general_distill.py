@@ -140,27 +140,23 @@ def test_from_every_second_teacher_layer(golden_models, corpus, tmp_path, run_ma
     assert not (tmp_path / "out" / "train_loss.jsonl").exists()
 
 
-def test_a_narrower_student_starts_from_the_principal_components(golden_models, corpus, tmp_path, run_main):
-    """No other 24 directions keep more of what the word embeddings vary in; the projection is the way back."""
-    run_main(general_distill, *arguments(corpus, golden_models, "out", "--init_from_teacher", "--num_train_epochs", 0))
-    student, teacher = load_file(tmp_path / "out/model.safetensors"), load_file(golden_models["teacher"] /
-                                                                                "model.safetensors")
-    back = load_file(tmp_path / "out/fit_dense.safetensors")["fit_dense.weight"].double()               # (48, 24)
-    assert torch.allclose(back.T @ back, torch.eye(24, dtype=torch.float64), atol=1e-5)
-    for name in ("word", "position", "token_type"):
-        key = f"bert.embeddings.{name}_embeddings.weight"
-        assert torch.allclose(student[key].double(), teacher[key].double() @ back, atol=1e-5), name
-    words = teacher["bert.embeddings.word_embeddings.weight"].double()
-    centred = words - words.mean(dim=0)
-    lost = (centred - centred @ back @ back.T).square().sum()
-    best = torch.linalg.svdvals(centred)[24:].square().sum()
-    assert lost.item() == pytest.approx(best.item(), rel=1e-6)
-
-
 def test_all_teacher_layers_are_the_teacher(golden_models, corpus, tmp_path, run_main):
     run_main(general_distill, *arguments(corpus, golden_models, "out", "--init_from_teacher", shape=["--student_layers",
                                                                                                      4]))
     assert log_of(tmp_path / "out")[0]["att_loss"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_compressed_teacher_is_nearer_than_its_layers_and_than_random_weights(golden_models, corpus, tmp_path,
+                                                                                run_main):
+    """On the same first batch; the narrow student too, which cannot take layers over."""
+    first = {}
+    for name, shape, start in (("random", None, ()), ("narrow", None, ("--compress_teacher",)),
+                               ("layers", ["--student_layers", 2], ("--init_from_teacher",)),
+                               ("half", ["--student_layers", 2], ("--compress_teacher",))):
+        run_main(general_distill, *arguments(corpus, golden_models, name, *start, shape=shape))
+        first[name] = log_of(tmp_path / name)[0]
+    assert first["half"]["loss"] < 0.5 * first["layers"]["loss"]
+    assert first["narrow"]["loss"] < 0.5 * first["random"]["loss"]
 
 
 @pytest.mark.parametrize("stop_after", [0, 3, 7])
@@ -205,9 +201,21 @@ def test_all_problems_at_once(golden_models, corpus, tmp_path):
                       "4 attention heads, the student 3", "vocab_size is 100, the teacher's 200",
                       "--max_seq_length 65: the student has 64 positions", "--learning_rate -1.0: expected",
                       "--seed -1: expected 0 or more",
-                      "--init_from_teacher: the student is not shaped as the teacher (vocab_size is 100, not 200)"):
+                      "--init_from_teacher: the student is not shaped as the teacher (vocab_size is 100, not 200; "
+                      "hidden_size is 24, not 48"):
         assert complaint in done.stderr, complaint
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes, complaint", [
+    ({"hidden_size": 96, "intermediate_size": 300}, "the student's hidden_size is 96, the teacher's 48"),
+    ({"intermediate_size": 300}, "the student's intermediate_size is 300, the teacher's 96"),
+    ({"max_position_embeddings": 32}, "embeddings are not shaped as the teacher's (max_position_embeddings is 32")])
+def test_what_cannot_be_compressed(golden_models, corpus, tmp_path, run_main, changes, complaint):
+    (tmp_path / "student.json").write_text(json.dumps(SHAPE | changes))
+    with pytest.raises(UserError) as raised:
+        run_main(general_distill, *arguments(corpus, golden_models, "out", "--compress_teacher"))
+    assert complaint in str(raised.value)
 
 
 @pytest.mark.parametrize("content, complaint", [
