@@ -1,0 +1,102 @@
+"""From the runs of a study to its results.json: averages, comparisons, speeds, what was tuned. Not a command.
+
+Values of a query are means over the seeds before queries are compared. Families for Holm's correction, by measure: the
+teacher and all students against BM25, all students against the teacher, and the proposed method against the others of
+its shape.
+"""
+import json
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from simplified_tinybert.checkpoints import load_cross_encoder
+from simplified_tinybert.features import summarise
+from simplified_tinybert.files import Problems
+from simplified_tinybert.measures import PerQuery, Qrels, Run, evaluate, parse_measures
+from simplified_tinybert.modeling import count_parameters
+from simplified_tinybert.scoring import prepare
+from simplified_tinybert.speed import machine, measure, sample_pairs
+from simplified_tinybert.statistics import compare, correct
+from simplified_tinybert.training_log import first_measure
+from simplified_tinybert.trec import split_passage_id
+
+SPEED_PAIRS, SPEED_ROUNDS = {"cpu": 256, "cuda": 16384}, 5
+Values = dict[str, dict[str, PerQuery]]         # system → measure → query → mean over the seeds
+
+
+def best_on_dev(student: Path) -> float:
+    """The best of the validations of a training."""
+    return max(first_measure(row) for row in rows_of(student / "dev.jsonl"))
+
+
+def rows_of(log: Path) -> list[dict]:
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+def first_ranking(pairs: Path) -> Run:
+    """The order in which the pairs stand is that of the candidates: BM25's ranking of what is re-ranked."""
+    ranked: dict[str, dict[str, None]] = {}
+    with open(pairs, encoding="utf-8") as lines:
+        for line in lines:
+            query_id, _, passage_id = line.partition("\t")[0].partition("#")
+            ranked.setdefault(query_id, {})[split_passage_id(passage_id)[0]] = None
+    return {query_id: {document_id: -float(place) for place, document_id in enumerate(documents)}
+            for query_id, documents in ranked.items()}
+
+
+def values_of(qrels: Qrels, runs: list[Run], measures: list[str]) -> tuple[dict[str, list[float]], dict[str, PerQuery]]:
+    """By measure: the average of each run (one for each seed), and each query's mean over the runs."""
+    parsed = parse_measures(measures, 1, Problems())
+    found = [{name: (values, average) for name, values, average in evaluate(qrels, run, parsed, 1, False).results}
+             for run in runs]
+    averages = {name: [each[name][1] for each in found] for name in measures}
+    values = {name: {query_id: statistics.fmean(each[name][0][query_id] for each in found)
+                     for query_id in found[0][name][0]} for name in measures}
+    return averages, values
+
+
+def family(values: Values, measure: str, pairs: dict[str, tuple[str, str]]) -> dict[str, dict]:
+    """Comparisons of pairs of systems that are read together, with 95 % intervals (Student's t) of the differences."""
+    from scipy import stats
+
+    found, intervals = {}, {}
+    for label, names in pairs.items():
+        first, second = (values[name][measure] for name in names)
+        found[label] = compare(first, second, permutations=10_000)
+        differences = np.array([first[query_id] - second[query_id] for query_id in sorted(first)])
+        half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
+        intervals[label] = [float(differences.mean() - half), float(differences.mean() + half)]
+    correct(list(found.values()))
+    return {label: asdict(comparison) | {"interval": intervals[label]} for label, comparison in found.items()}
+
+
+def comparisons(values: Values, shapes: dict[str, str], measures: list[str], proposed: str) -> dict:
+    """{"BM25" | "teacher" | proposed student: {measure: {system: comparison}}}; shapes: student → its shape."""
+    families = {"BM25": {name: (name, "BM25") for name in ("teacher", *shapes)},
+                "teacher": {name: (name, "teacher") for name in shapes}}
+    for name, shape in shapes.items():
+        if name == f"{shape} {proposed}":
+            families[name] = {other: (name, other) for other in shapes if shapes[other] == shape and other != name}
+    return {label: {measure: family(values, measure, pairs) for measure in measures}
+            for label, pairs in families.items()}
+
+
+def speeds(models: dict[str, Path], features: Path, device: torch.device) -> tuple[dict[str, dict], str]:
+    """Shape, parameters, pairs per second and speed-up over the teacher of each model; and how it was measured."""
+    loaded, facts = {}, machine(device)
+    for name, folder in models.items():
+        loaded[name] = load_cross_encoder(folder)[0].to(device)
+        prepare(loaded[name], None, False)
+    pairs = sample_pairs([features], summarise([features], Problems()).examples, SPEED_PAIRS[device.type])
+    rates = measure(loaded, pairs, device, SPEED_ROUNDS)
+    found = {name: {"shape": f"{model.config.num_hidden_layers}/{model.config.hidden_size}",
+                    "parameters": count_parameters(model), "pairs_per_second": statistics.median(rates[name]),
+                    "rounds": rates[name], "speed_up": statistics.median(
+                        mine / theirs for mine, theirs in zip(rates[name], rates["teacher"]))}
+             for name, model in loaded.items()}
+    where = facts["GPU"] if device.type == "cuda" else f"{facts['CPU']}, cores {facts['cores']}"
+    return found, (f"median of {SPEED_ROUNDS} rounds in turn over the same {len(pairs)} pairs of "
+                   f"{pairs.lengths.mean():.0f} word pieces on average, float32 ({where}).")

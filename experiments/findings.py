@@ -1,0 +1,178 @@
+"""What a study found, as tables and pictures: from the results.json alone that replicate.py writes.
+
+    python experiments/findings.py experiments/results/nfcorpus.json --output_dir docs/replication
+
+Out, in --output_dir, for each results file NAME.json: NAME.md, tables of effectiveness (means over the seeds ± their
+standard deviation), of differences with 95 % intervals over the queries, and of what was tuned on the dev queries;
+NAME.png, effectiveness against speed; NAME-losses.png, size and gradient of each loss term while the students learn.
+"""
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from simplified_tinybert.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
+from simplified_tinybert.plots import INK, Point, effectiveness_figure, new_figure, save, style
+from simplified_tinybert.statistics import LEVEL
+from simplified_tinybert.tables import markdown, number
+
+NONE, TEST = "–", "t-test"
+TERMS = {"att": ("attention", "#d9822b"), "rep": ("hidden", "#1f6fb4"), "soft": ("soft", "#3a9d5d"),
+         "hard": ("hard", "#8c4fb0")}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="results of one study or several")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for tables and pictures")
+    return parser.parse_args()
+
+
+def effectiveness_table(results: dict) -> str:
+    """A row for each system: means over the seeds, ± standard deviation, in % of the teacher's, speed."""
+    measures, systems = list(results["systems"][0]["seeds"]), results["systems"]
+    teacher = next(system for system in systems if system["name"] == "teacher")
+    headings = ["system", "shape", "pairs/s", "speed-up"]
+    rows = [[system["method"], system["shape"] or NONE,
+             number(system["pairs_per_second"]) if system["shape"] else NONE,
+             f"{number(system['speed_up'])} ×" if system["shape"] else NONE] for system in systems]
+    for measure in measures:
+        headings += [measure] + (["% of teacher"] if measure == measures[0] else [])
+        whole = statistics.fmean(teacher["seeds"][measure])
+        for system, row in zip(systems, rows):
+            values = system["seeds"][measure]
+            mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+            marks = "".join(mark for mark, reference in (("†", "teacher"), ("‡", "BM25"))
+                            if differs(results, reference, measure, system["name"]))
+            row.append(f"{mean:.4f}{marks}" + (f" ± {spread:.4f}" if spread is not None else ""))
+            if measure == measures[0]:
+                row.append(f"{100 * mean / whole:.1f}" if whole else NONE)
+    return markdown(headings, rows)
+
+
+def differs(results: dict, reference: str, measure: str, name: str) -> bool:
+    found = results["comparisons"][reference][measure].get(name)
+    return bool(found) and found["holm"][TEST] is not None and found["holm"][TEST] < LEVEL
+
+
+def differences_table(results: dict) -> str:
+    """The proposed method less every other one, of each shape, by the first measure."""
+    measure, rows = results["settings"]["measures"][0], []
+    for reference, by_measure in results["comparisons"].items():
+        for name, found in by_measure[measure].items():
+            first, second = (name, reference) if reference in ("BM25", "teacher") else (reference, name)
+            low, high = found["interval"]
+            rows.append([first, f"less {second}", f"{found['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}",
+                         f"{found['wins']}/{found['ties']}/{found['losses']}", p_value(found["holm"][TEST]),
+                         verdict(found)])
+    return markdown(["system", "", measure, "95 % interval", "wins/ties/losses", "p (Holm)", ""], rows)
+
+
+def p_value(p: float | None) -> str:
+    return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def verdict(found: dict) -> str:
+    p = found["holm"][TEST]
+    if p is None or p >= LEVEL:
+        return "cannot be told apart"
+    return "better" if found["difference"] > 0 else "worse"
+
+
+def tuning_table(results: dict) -> str:
+    """nDCG@10 of each method at each learning rate on the dev queries, the chosen one in bold."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for run in results["tuned"]:
+        value, rate = f"**{run['dev']:.4f}**" if run["chosen"] else f"{run['dev']:.4f}", f"{run['learning_rate']:g}"
+        rows.setdefault((run["shape"], run["method"]), []).append(f"{value} ({rate})")
+    return markdown(["method", "shape", "nDCG@10 (learning rate)"],
+                    [[method, shape, ", ".join(cells)] for (shape, method), cells in rows.items()])
+
+
+def text(results: dict) -> str:
+    """The tables, and what a reader must know to judge them."""
+    dev, settings = results["dev"], results["settings"]
+    teacher = "".join(f", teacher {value:.4f} (learning rate {rate})" for rate, value in dev["teacher"].items())
+    parts = [f"On the {dev['queries']} dev queries: nDCG@10 of BM25 {dev['BM25']:.4f}{teacher}.",
+             "nDCG@10 on the dev queries by learning rate (first seed, best of the validations; chosen in bold):",
+             tuning_table(results)]
+    if "systems" not in results:
+        return "\n\n".join(parts) + "\n"
+    measure = settings["measures"][0]
+    against = results["comparisons"]["BM25"][measure]["teacher"]
+    if against["difference"] <= 0:
+        judged = "**The teacher is worse than BM25: whatever its students retain of it, this is no success.**"
+    elif against["holm"][TEST] >= LEVEL:
+        judged = "The teacher is not significantly better than BM25 here, which bounds what its students can show."
+    else:
+        judged = "The teacher is significantly better than BM25."
+    return "\n\n".join([
+        f"{results['queries']} test queries, {len(settings['seeds'])} seeds, candidates: BM25's first "
+        f"{settings['test_depth']}. {judged}",
+        effectiveness_table(results),
+        f"± standard deviation over the seeds. † differs from the teacher, ‡ from BM25: paired t-test over the queries "
+        f"of the means over the seeds, p < {LEVEL} after Holm's correction over all rows by measure. Pairs per second: "
+        f"{results['speed_note']}",
+        differences_table(results), *parts]) + "\n"
+
+
+def effectiveness_picture(results: dict, path: Path) -> None:
+    measure = results["settings"]["measures"][0]
+    points = [Point(system["name"], statistics.fmean(system["seeds"][measure]),
+                    system["pairs_per_second"] if system["shape"] else None, system["name"] == "teacher")
+              for system in results["systems"]]
+    title = f"{results['collection']}: {measure}, {results['queries']} queries"
+    save(effectiveness_figure(points, measure, title), path)
+
+
+def losses_picture(results: dict, path: Path) -> None:
+    """A panel for each method that has all the terms, of the largest shape: losses as lines, gradients dashed."""
+    shape = results["curves"][0]["shape"]
+    chosen = [curve for curve in results["curves"] if curve["shape"] == shape and "att_grad" in curve["rows"][0]]
+    figure = new_figure(max(1, len(chosen)), width=3.6, height=3.4)
+    for axes, curve in zip(figure.axes, chosen):
+        for term, (name, colour) in TERMS.items():
+            for ending, dash in (("loss", "-"), ("grad", (0, (4, 2)))):
+                points = [(row["global_step"], row[f"{term}_{ending}"]) for row in curve["rows"]
+                          if row.get(f"{term}_{ending}")]
+                if points:
+                    axes.plot(*zip(*points), color=colour, linestyle=dash, linewidth=1.4,
+                              label=name if ending == "loss" else None)
+        axes.set_yscale("log")
+        axes.set_xlabel("steps", fontsize=9, color=INK)
+        axes.legend(fontsize=8, frameon=False)
+        style(axes, f"{curve['method']}, {shape}")
+    save(figure, path)
+
+
+def write_all(results: dict, name: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(folder / f"{name}.md") as handle:
+        handle.write(text(results))
+    losses_picture(results, folder / f"{name}-losses.png")
+    if "systems" in results:
+        effectiveness_picture(results, folder / f"{name}.png")
+    say(f"tables       {folder / name}.md")
+
+
+def main() -> None:
+    args, problems, studies = parse_args(), Problems(), {}
+    for path in args.results:
+        if check_input_file(path, problems, "results"):
+            try:
+                studies[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                problems.add(f"{path}: is not JSON ({error}); name a results.json of replicate.py")
+    problems.raise_if_any()
+    for name, results in studies.items():
+        try:
+            write_all(results, name, args.output_dir)
+        except KeyError as error:
+            raise UserError(f"{name}.json: has no {error}; name a results.json of replicate.py") from None
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,258 @@
+"""experiments/: the study from a collection to its tables on made-up words; queries cut out of texts; the documents."""
+import json
+import re
+import subprocess
+import sys
+from random import Random
+
+import pytest
+from conftest import ROOT, run_script
+from hypothesis import given
+from hypothesis import strategies as st
+from test_collection import write_collection
+
+sys.path.append(str(ROOT / "experiments"))
+import evaluation  # noqa: E402
+from cropped_queries import examples, sample_texts  # noqa: E402
+from study import Step, divisor_at_least, read_settings, run_all  # noqa: E402
+
+from simplified_tinybert.files import Problems, UserError  # noqa: E402
+from simplified_tinybert.trec import read_qrels  # noqa: E402
+
+SETTINGS = """
+seeds = [1, 2]
+measures = ["nDCG@10", "RR@10"]
+proposed = "Simplified TinyBERT"
+max_seq_length = 32
+passages = "--title --window 12 --stride 6"
+sampling = "--negatives 1"
+dev_depth = 4
+test_depth = 5
+
+[warm_up]
+pairs = 24
+most_epochs = 1
+batch_size = 8
+learning_rates = [1e-3]
+flags = ""
+
+[teacher]
+pairs = 30
+most_epochs = 2
+batch_size = 8
+learning_rates = [1e-3]
+flags = "--padding masked"
+
+[general]
+pairs = 30
+most_epochs = 1
+batch_size = 8
+learning_rates = [1e-3]
+flags = "--compress_teacher --max_seq_length 32"
+
+[student_warm_up]
+pairs = 24
+most_epochs = 1
+batch_size = 8
+learning_rates = [1e-3]
+flags = ""
+
+[distillation]
+pairs = 24
+most_epochs = 9
+batch_size = 8
+validations = 2
+flags = ""
+
+[students]
+quarter = { depth = 0.25, width = 0.5, learning_rates = [1e-3, 1e-2] }
+
+[methods]
+"TinyBERT" = "--distill_model tinybert"
+"Simplified TinyBERT" = "--distill_model simplified"
+"""
+
+
+def replicate(folder, model, *more):
+    return run_script("experiments/replicate.py", folder / "small.toml", "--collection", folder / "raw", "--output_dir",
+                      folder / "out", "--bert_model", model, "--device", "cpu", *more)
+
+
+def test_the_whole_study(golden_models, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    write_collection(tmp_path / "raw")
+    (tmp_path / "small.toml").write_text(SETTINGS)
+    out = tmp_path / "out"
+    done = replicate(tmp_path, golden_models["teacher"], "--until", "dev")
+    assert done.returncode == 0, done.stderr
+    assert not list((out / "runs").iterdir())                                   # nobody has looked at the test queries
+    results = json.loads((out / "results.json").read_text())
+    assert "systems" not in results and len(results["tuned"]) == 4 and len(results["curves"]) == 2
+    assert results["curves"][1]["rows"][0]["att_grad"] > 0
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".safetensors", ".pkl")}
+    done = replicate(tmp_path, golden_models["teacher"])
+    assert done.returncode == 0, done.stderr
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in before}.items()
+    results = json.loads((out / "results.json").read_text())
+    (tmp_path / "small.toml").write_text(SETTINGS.replace("test_depth = 5", "test_depth = 6"))
+    other = replicate(tmp_path, golden_models["teacher"])
+    assert other.returncode == 2 and "was begun with other settings: test_depth was 5, is 6" in other.stderr
+    check_students(results, out)
+    check_figures(results, tmp_path)
+
+    tables = (out / "results.md").read_text()
+    assert re.search(r"\| TinyBERT +\| +1/24 \|.* ± 0\.\d{4} \|", tables) and "less teacher" in tables
+    again = run_script("experiments/findings.py", out / "results.json", "--output_dir", tmp_path / "again")
+    assert again.returncode == 0 and (tmp_path / "again" / "results.md").read_text() == tables
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {"results.md", "results.png", "results-losses.png"}
+
+
+def check_students(results, out):
+    """Every method has as many steps; each student is the one its record tells of."""
+    for tuned in results["tuned"]:
+        name = f"{tuned['method'].replace(' ', '-')}-{tuned['learning_rate']:g}-seed1"
+        record = json.loads((out / "students" / "1-24" / name / "run.json").read_text())
+        assert record["finished"] and record["arguments"]["learning_rate"] == tuned["learning_rate"]
+        rows = evaluation.rows_of(out / "students" / "1-24" / name / "train_loss.jsonl")
+        assert rows[-1]["global_step"] == 3                                     # 24 pairs in batches of 8
+        assert not list((out / "students" / "1-24" / name).glob("checkpoint-*"))
+    for method in ("TinyBERT", "Simplified TinyBERT"):
+        found = [tuned for tuned in results["tuned"] if tuned["method"] == method]
+        assert max(found, key=lambda each: each["dev"])["dev"] == [each for each in found if each["chosen"]][0]["dev"]
+
+
+def check_figures(results, folder):
+    """Averages as msmarco_mrr_eval.py has them for the same runs."""
+    qrels = folder / "raw" / "qrels.test.txt"
+    for system in results["systems"][1:]:
+        name = "teacher" if system["name"] == "teacher" else system["name"].replace("/", "-").replace(" ", "-")
+        runs = [folder / "out" / "runs" / (f"{name}.trec" if name == "teacher" else f"{name}-seed{seed}.trec")
+                for seed in (1, 2)[:len(system["seeds"]["nDCG@10"])]]
+        for number, run in enumerate(runs):
+            told = run_script("msmarco_mrr_eval.py", qrels, run, "--measures", "nDCG@10").stdout
+            assert f"{system['seeds']['nDCG@10'][number]:.10f}"[:8] in told, told
+    bm25 = evaluation.first_ranking(folder / "out" / "data" / "test.tsv")
+    assert {query: list(found) for query, found in bm25.items()} == {
+        query: found[:5] for query, found in candidates(folder / "raw" / "bm25.test.txt").items()}
+    assert set(results["comparisons"]) == {"BM25", "teacher", "1/24 Simplified TinyBERT"}
+
+
+def candidates(run):
+    found = {}
+    for line in run.read_text().splitlines():
+        found.setdefault(line.split()[0], []).append(line.split()[2])
+    return found
+
+
+def test_what_is_wrong_is_told_at_once(golden_models, tmp_path):
+    write_collection(tmp_path / "raw")
+    (tmp_path / "raw" / "qrels.dev.txt").unlink()
+    (tmp_path / "small.toml").write_text(SETTINGS.replace('proposed = "Simplified TinyBERT"', 'proposed = "X"'))
+    done = replicate(tmp_path, tmp_path / "none", "--jobs", 0)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    for complaint in ("proposed = 'X' is none of the methods", "cannot read the qrels.dev", str(tmp_path / "none"),
+                      "--jobs 0: expected 1 or more"):
+        assert complaint in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(("old", "new", "complaint"), [
+    ("seeds = [1, 2]", "seeds = []", "seeds is empty"), ("seeds = [1, 2]", "sedes = [1]", "sedes"),
+    ("[warm_up]", "[warm_up", "is not TOML"), ("depth = 0.25", "depth = 25", "shares of the teacher's"),
+    ('measures = ["nDCG@10", "RR@10"]', 'measures = ["nDCG@10", "XY"]', "XY"), ("pairs = 30", "pairs = 0", "pairs"),
+    ("flags = \"--padding masked\"", "flags = 1", "flags"), ("learning_rates = [1e-3, 1e-2]", "learning_rates = []",
+                                                             "learning_rates")])
+def test_wrong_settings(tmp_path, old, new, complaint):
+    problems = Problems()
+    (tmp_path / "small.toml").write_text(SETTINGS.replace(old, new))
+    read_settings(tmp_path / "small.toml", problems)
+    assert problems.count and complaint in " ".join(problems.messages), problems.messages
+
+
+def test_the_settings_that_are_there_are_right():
+    for path in (ROOT / "experiments").glob("*.toml"):
+        problems = Problems()
+        assert read_settings(path, problems) and not problems.count, problems.messages
+
+
+def test_a_command_that_fails_ends_the_others(tmp_path):
+    steps = [Step("slow", tmp_path / "a", [sys.executable, "-c", "import time; time.sleep(60)"]),
+             Step("bad", tmp_path / "b", [sys.executable, "-c", "print('what went wrong'); raise SystemExit(2)"])]
+    with pytest.raises(UserError, match="bad ended with exit code 2(.|\n)*what went wrong"):
+        run_all("both", steps, 2, tmp_path)
+    steps[1] = Step("done", tmp_path / "c", ["/bin/touch", str(tmp_path / "c")])
+    run_all("one", steps[1:], 2, tmp_path)
+    changed = (tmp_path / "c").stat().st_mtime_ns
+    run_all("one", steps[1:], 2, tmp_path)                                      # is done already
+    assert (tmp_path / "c").stat().st_mtime_ns == changed
+
+
+@given(st.integers(1, 48), st.floats(0.01, 1))
+def test_layers_can_be_mapped_evenly(layers, share):
+    found = divisor_at_least(layers, share * layers)
+    assert layers % found == 0 and found >= share * layers
+    assert not any(layers % other == 0 for other in range(1, found) if other >= share * layers)
+
+
+def test_comparisons_by_hand():
+    """Three queries, differences 0.1, 0.2, 0.3: mean 0.2, t(0.975, 2) = 4.3027, standard error 0.1 / sqrt 3."""
+    low, high = (0.1, 0.1, 0.1), (0.2, 0.3, 0.4)
+    values = {name: {"AP": dict(zip("abc", found))} for name, found in (
+        ("BM25", low), ("teacher", high), ("3/4 A", low), ("3/4 B", high))}
+    found = evaluation.comparisons(values, {"3/4 A": "3/4", "3/4 B": "3/4"}, ["AP"], "B")
+    assert set(found) == {"BM25", "teacher", "3/4 B"} and set(found["3/4 B"]["AP"]) == {"3/4 A"}
+    low, high = found["BM25"]["AP"]["teacher"]["interval"]
+    assert (low, high) == pytest.approx((0.2 - 4.30265 * 0.1 / 3 ** 0.5, 0.2 + 4.30265 * 0.1 / 3 ** 0.5), rel=1e-5)
+    single, corrected = (found["3/4 B"]["AP"]["3/4 A"]["p"]["t-test"], found["BM25"]["AP"]["teacher"]["holm"]["t-test"])
+    assert single == pytest.approx(0.07418, abs=1e-5) and corrected == pytest.approx(3 * single)
+    assert found["teacher"]["AP"]["3/4 B"]["p"]["t-test"] == 1.0
+
+
+def test_means_over_seeds(tmp_path):
+    (tmp_path / "qrels").write_text("q 0 a 1\nr 0 b 1\n")
+    runs = [{query: {"a": score, "b": 1.5} for query in "qr"} for score in (2.0, 1.0)]
+    averages, values = evaluation.values_of(read_qrels(tmp_path / "qrels", Problems()), runs, ["RR@10"])
+    assert averages == {"RR@10": [0.75, 0.75]} and values == {"RR@10": {"q": 0.75, "r": 0.75}}
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=40), min_size=2, max_size=6),
+       st.integers(1, 30))
+def test_queries_are_cut_out_of_their_passages(texts, count):
+    found = list(examples(texts, count, Random(1)))
+    assert [label for _, _, label in found] == [1, 0] * (count // 2) + [1] * (count % 2)
+    for (query, passage, label), (before, _, _) in zip(found, [found[0], *found]):
+        assert any(passage in " ".join(text) for text in texts) and len(passage.split()) <= 24
+        assert label == 0 and query == before or label == 1 and query in passage and len(query.split()) <= 8
+
+
+def test_texts_are_drawn_evenly(tmp_path):
+    (tmp_path / "docs.tsv").write_text("".join(f"D{number}\tw{number}\n" for number in range(10)))
+    counts = dict.fromkeys((f"w{number}" for number in range(10)), 0)
+    for seed in range(600):
+        for words in sample_texts(tmp_path / "docs.tsv", 3, Random(seed), Problems()):
+            counts[words[0]] += 1
+    assert sum(counts.values()) == 1800 and all(130 < count < 230 for count in counts.values())
+
+
+def test_wrong_documents(tmp_path):
+    for content, complaint in (("D1\ta b\n", "expected 2 or more"), ("D1\ta\tb\n", "found 3 tab-separated columns")):
+        (tmp_path / "docs.tsv").write_text(content)
+        done = run_script("experiments/cropped_queries.py", "--docs", tmp_path / "docs.tsv", "--output",
+                          tmp_path / "out.tsv", "--texts", tmp_path / "texts.txt")
+        assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "out.tsv").exists()
+
+
+def test_results_of_something_else(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "b.json").write_text("{")
+    for name, complaint in (("a", "name a results.json of replicate.py"), ("b", "is not JSON")):
+        done = run_script("experiments/findings.py", tmp_path / f"{name}.json", "--output_dir", tmp_path / "out")
+        assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_is_there():
+    for script in ("replicate", "findings", "cropped_queries"):
+        done = subprocess.run([sys.executable, ROOT / "experiments" / f"{script}.py", "--help"], capture_output=True,
+                              text=True)
+        assert done.returncode == 0 and "Out, in" in done.stdout or "Out:" in done.stdout
