@@ -1,10 +1,12 @@
 """What a study found, as tables and pictures: from the results.json alone that replicate.py writes.
 
-    python experiments/findings.py experiments/results/nfcorpus.json --output_dir docs/replication
+    python experiments/findings.py experiments/results/nfcorpus.json --output_dir experiments/results \\
+        --document docs/replication.md
 
 Out, in --output_dir, for each results file NAME.json: NAME.md, tables of effectiveness (means over the seeds ± their
 standard deviation), of differences with 95 % intervals over the queries, and of what was tuned on the dev queries;
 NAME.png, effectiveness against speed; NAME-losses.png, size and gradient of each loss term while the students learn.
+With --document the tables are also put into that file, between the lines <!-- NAME --> and <!-- end of NAME -->.
 """
 import argparse
 import json
@@ -28,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="results of one study or several")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for tables and pictures")
+    parser.add_argument("--document", type=Path, help="file to put the tables into")
     return parser.parse_args()
 
 
@@ -95,10 +98,10 @@ def tuning_table(results: dict) -> str:
 def text(results: dict) -> str:
     """The tables, and what a reader must know to judge them."""
     dev, settings = results["dev"], results["settings"]
-    teacher = "".join(f", teacher {value:.4f} (learning rate {rate})" for rate, value in dev["teacher"].items())
-    parts = [f"On the {dev['queries']} dev queries: nDCG@10 of BM25 {dev['BM25']:.4f}{teacher}.",
-             "nDCG@10 on the dev queries by learning rate (first seed, best of the validations; chosen in bold):",
-             tuning_table(results)]
+    parts = [f"On the {dev['queries']} dev queries, candidates: BM25's first {settings['dev_depth']}:",
+             markdown(["", "nDCG@10"], [[name, f"{value:.4f}"] for name, value in dev["nDCG@10"].items()])]
+    if results["tuned"]:
+        parts += ["Each method there, by learning rate (first seed, chosen in bold):", tuning_table(results)]
     if "systems" not in results:
         return "\n\n".join(parts) + "\n"
     measure = settings["measures"][0]
@@ -152,14 +155,26 @@ def write_all(results: dict, name: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_writer(folder / f"{name}.md") as handle:
         handle.write(text(results))
-    losses_picture(results, folder / f"{name}-losses.png")
+    if results["curves"]:
+        losses_picture(results, folder / f"{name}-losses.png")
     if "systems" in results:
         effectiveness_picture(results, folder / f"{name}.png")
     say(f"tables       {folder / name}.md")
 
 
+def filled(document: str, name: str, tables: str) -> str:
+    """The document with these tables between the marks of a study. Raises ValueError if they are not there once."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    if document.count(begin) != 1 or document.count(end) != 1:
+        raise ValueError(f"expected the lines {begin.strip()} and {end} once each")
+    before, _, rest = document.partition(begin)
+    return f"{before}{begin}\n{tables}\n{end}{rest.partition(end)[2]}"
+
+
 def main() -> None:
     args, problems, studies = parse_args(), Problems(), {}
+    document = args.document.read_text(encoding="utf-8") if args.document and check_input_file(
+        args.document, problems, "document") else ""
     for path in args.results:
         if check_input_file(path, problems, "results"):
             try:
@@ -170,8 +185,14 @@ def main() -> None:
     for name, results in studies.items():
         try:
             write_all(results, name, args.output_dir)
+            document = filled(document, name, text(results)) if args.document else ""
         except KeyError as error:
             raise UserError(f"{name}.json: has no {error}; name a results.json of replicate.py") from None
+        except ValueError as error:
+            raise UserError(f"{args.document}: {error}") from None
+    if args.document:
+        with atomic_writer(args.document) as handle:
+            handle.write(document)
 
 
 if __name__ == "__main__":

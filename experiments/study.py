@@ -21,6 +21,7 @@ TRAININGS = ("warm_up", "teacher", "general", "student_warm_up", "distillation")
 class Shape:
     """A student as shares of its teacher: (0.25, 0.5) of 12/768 is 3/384. `model`: a general student that is there."""
     learning_rates: list[float]
+    general_learning_rate: float = 1e-4
     depth: float = 1.0
     width: float = 1.0
     model: str = ""
@@ -30,7 +31,7 @@ class Shape:
 class Training:
     """How a model learns. `pairs` of examples are seen in all, but none more than `most_epochs` times.
 
-    learning_rates: those that are tried; a student has its own.
+    learning_rates: those of the teacher; students have their own.
     """
     pairs: int
     most_epochs: float
@@ -75,11 +76,11 @@ class Settings:
         for name in TRAININGS:
             training = getattr(self, name)
             if min(training.batch_size, training.validations) < 1 or min(training.most_epochs, training.pairs) <= 0:
-                if name != "warm_up" or training.pairs:         # which may be left out
+                if "warm_up" not in name or training.pairs:     # which may be left out
                     problems.add(f"{path}: {name}: expected pairs, most_epochs, batch_size and validations above 0")
             if not isinstance(training.flags, str):
                 problems.add(f"{path}: {name}: flags = {training.flags!r}: expected a text: \"--padding masked\"")
-        trained = {name: getattr(self, name) for name in TRAININGS[:-1]} | self.students
+        trained = {"warm_up": self.warm_up, "teacher": self.teacher} | self.students
         for name, each in trained.items():
             if not each.learning_rates or min(each.learning_rates) <= 0:
                 problems.add(f"{path}: {name}: expected one of learning_rates or more, above 0")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from simplified_tinybert.losses import layer_map
 from simplified_tinybert.modeling import Batch, CrossEncoder, Layer, attend
 
-RIDGE = 1e-4                # of the mean square of the inputs, added to that of each before a least-squares fit
+RIDGE = 1e-2                # of the inputs' mean square; with less, what dropout changes is blown up by large weights
 
 
 class Observed(NamedTuple):
@@ -104,7 +104,7 @@ def compress_attention(layer: Layer, source: Layer, stream: Tensor, entering: Te
     """
     theirs, mine = source.attention["self"], layer.attention["self"]
     inputs = with_ones(stream)                                                                           # (T, D + 1)
-    estimate = least_squares(inputs, entering)                                                           # (D + 1, D')
+    estimate = least_squares(inputs, entering, with_zeros(basis.T))                                      # (D + 1, D')
     whiten, colour = roots(inputs.T @ inputs / len(inputs))
     wide, narrow = source.attention["self"].query.out_features // source.heads, mine.query.out_features // layer.heads
     output = source.attention.output.dense.weight.double()
@@ -141,12 +141,13 @@ def compress_neurons(layer: Layer, source: Layer, middle: Tensor, neurons: Tenso
     goal = (neurons @ output.weight.double().T + output.bias.double() + between) @ basis - middle        # (T, D)
     strength = neurons.std(dim=0) * (basis.T @ output.weight.double()).norm(dim=0)
     kept = strength.topk(layer.intermediate.dense.out_features).indices.sort().values
-    estimate = least_squares(with_ones(middle), between)                                                 # (D + 1, D')
+    estimate = least_squares(with_ones(middle), between, with_zeros(basis.T))                            # (D + 1, D')
     inner = source.intermediate.dense
     entering = estimate @ inner.weight[kept].double().T + last_row(inner.bias[kept].double(), len(estimate))
     set_linear(layer.intermediate.dense, slice(None), entering)
     active = with_ones(layer.activation(with_ones(middle) @ entering))
-    leading = least_squares(active, goal)                                                                # (kept + 1, D)
+    prior = torch.cat([output.weight[:, kept].double().T @ basis, output.bias.double()[None] @ basis])
+    leading = least_squares(active, goal, prior)                                                         # (kept + 1, D)
     set_linear(layer.output.dense, slice(None), leading)
     return fit_norm(layer.output.LayerNorm, active @ leading + middle, leaving @ basis)
 
@@ -171,11 +172,16 @@ def last_row(bias: Tensor, rows: int) -> Tensor:
     return nn.functional.pad(bias[None], (0, 0, rows - 1, 0))
 
 
-def least_squares(inputs: Tensor, goal: Tensor) -> Tensor:
-    """The matrix that maps inputs (T, m) nearest to goal (T, n), slightly damped: (m, n)."""
+def with_zeros(matrix: Tensor) -> Tensor:
+    """(D, n) → (D + 1, n): without a bias."""
+    return nn.functional.pad(matrix, (0, 0, 0, 1))
+
+
+def least_squares(inputs: Tensor, goal: Tensor, prior: Tensor) -> Tensor:
+    """The matrix (m, n) that maps inputs (T, m) nearest to goal (T, n), drawn towards `prior`, the teacher's own."""
     square = inputs.T @ inputs / len(inputs)
     square.diagonal().add_(RIDGE * square.diagonal().mean())
-    return torch.linalg.solve(square, inputs.T @ goal / len(inputs))
+    return prior + torch.linalg.solve(square, inputs.T @ (goal - inputs @ prior) / len(inputs))
 
 
 def roots(square: Tensor) -> tuple[Tensor, Tensor]:

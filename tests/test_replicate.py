@@ -47,14 +47,12 @@ flags = "--padding masked"
 pairs = 30
 most_epochs = 1
 batch_size = 8
-learning_rates = [1e-3]
-flags = "--compress_teacher --max_seq_length 32"
+flags = "--compress_teacher"
 
 [student_warm_up]
 pairs = 24
 most_epochs = 1
 batch_size = 8
-learning_rates = [1e-3]
 flags = ""
 
 [distillation]
@@ -65,7 +63,7 @@ validations = 2
 flags = ""
 
 [students]
-quarter = { depth = 0.25, width = 0.5, learning_rates = [1e-3, 1e-2] }
+quarter = { depth = 0.25, width = 0.5, general_learning_rate = 3e-4, learning_rates = [1e-3, 1e-2] }
 
 [methods]
 "TinyBERT" = "--distill_model tinybert"
@@ -241,6 +239,37 @@ def test_wrong_documents(tmp_path):
                           tmp_path / "out.tsv", "--texts", tmp_path / "texts.txt")
         assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "out.tsv").exists()
+
+
+def test_the_document_has_the_tables_of_the_committed_results(tmp_path):
+    """docs/replication.md, to the letter; and its pictures lie beside the results."""
+    results = sorted((ROOT / "experiments" / "results").glob("*.json"))
+    if not results:
+        pytest.skip("no study has been committed yet")
+    document = tmp_path / "replication.md"
+    document.write_bytes((ROOT / "docs" / "replication.md").read_bytes())
+    done = run_script("experiments/findings.py", *results, "--output_dir", tmp_path / "out", "--document", document)
+    assert done.returncode == 0, done.stderr
+    assert document.read_text() == (ROOT / "docs" / "replication.md").read_text()
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text()):
+        assert (ROOT / "docs" / link).exists(), link
+    for path in (tmp_path / "out").glob("*.md"):
+        assert path.read_text() == (ROOT / "experiments" / "results" / path.name).read_text()
+
+
+def test_a_document_without_the_marks(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"collection": "a", "settings": {"dev_depth": 1}, "tuned": [],
+                                                 "curves": [], "dev": {"queries": 1, "nDCG@10": {"BM25": 0.5}}}))
+    (tmp_path / "doc.md").write_text("<!-- b -->\n")
+    done = run_script("experiments/findings.py", tmp_path / "a.json", "--output_dir", tmp_path, "--document",
+                      tmp_path / "doc.md")
+    assert done.returncode == 2 and "expected the lines <!-- a -->" in done.stderr
+    (tmp_path / "doc.md").write_text("x\n<!-- a -->\nold\n<!-- end of a -->\ny\n")
+    for _ in range(2):
+        run_script("experiments/findings.py", tmp_path / "a.json", "--output_dir", tmp_path, "--document",
+                   tmp_path / "doc.md")
+    assert re.fullmatch(r"x\n<!-- a -->\n\nOn the 1 dev queries(.|\n)*0\.5000(.|\n)*\n<!-- end of a -->\ny\n",
+                        (tmp_path / "doc.md").read_text())
 
 
 def test_results_of_something_else(tmp_path):
