@@ -1,18 +1,17 @@
 """The commands of a study, and where each leaves what it makes. Not a command itself."""
 import argparse
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
 
 from evaluation import best_on_dev
-from study import Settings, Shape, Step, Training, divisor_at_least, run_all
+from study import Settings, Shape, Step, Training, divisor_at_least, run_all, slug
 
 from simplified_tinybert.checkpoints import read_config
 from simplified_tinybert.corpus import check_corpus, map_corpus
 from simplified_tinybert.features import summarise
-from simplified_tinybert.files import Problems, atomic_writer
+from simplified_tinybert.files import Problems, UserError, atomic_writer
 from simplified_tinybert.hub import find_model
 from simplified_tinybert.tokenization import load_vocabulary
 
@@ -67,10 +66,10 @@ class Study:
         return self.out / "data" / f"{name}.pkl"
 
     def train(self, name: str, output: Path, start: Path, features: str, training: Training, rate: float,
-              seed: int, flags: str) -> Step:
+              seed: int, flags: list[str]) -> Step:
         """distill.py with as many epochs as the budget allows; of two stages, each gets half of them."""
         examples = summarise([self.features(features)], Problems()).examples
-        in_an_epoch, stages = -(-examples // training.batch_size), 2 if "tinybert" in flags.split() else 1
+        in_an_epoch, stages = -(-examples // training.batch_size), 2 if "tinybert" in flags else 1
         steps = max(stages, round(training.epochs(examples) * in_an_epoch))
         often = STUDENT_FLAGS.format(log=-(-steps // 20), validate=-(-steps // training.validations))
         half = ["--intermediate_epochs", steps // 2 / in_an_epoch] if stages == 2 else []
@@ -81,7 +80,7 @@ class Study:
             self.files["qrels.dev"], "--cache_file_dir", self.out / "cache", "--device", self.args.device, "--resume",
             "--seed", seed, "--learning_rate", rate, "--num_train_epochs",
             (steps - steps // 2 if half else steps) / in_an_epoch, *half,
-            "--train_batch_size", training.batch_size, *often.split(), *training.flags.split(), *flags.split()), needs)
+            "--train_batch_size", training.batch_size, *often.split(), *training.flags.split(), *flags), needs)
 
     def make_models(self) -> Path:
         """Make the general students and the teacher; returns the one that does best on the dev queries."""
@@ -89,14 +88,16 @@ class Study:
         if self.warms_up():
             warm_up = self.settings.warm_up
             steps.append(self.train("warm_up", self.pre_trained(), self.args.bert_model, "warm_up", warm_up,
-                                    warm_up.learning_rates[0], 42, "--distill_model finetune"))
+                                    warm_up.learning_rates[0], 42, ["--distill_model", "finetune"]))
         for shape in self.settings.students.values():
             name, folder = self.general_student(shape, steps)
+            if name in self.students:
+                raise UserError(f"two of the settings' students are {name} for this teacher; leave one out")
             self.students[name], self.rates[name] = folder, shape.learning_rates
         outputs = [] if self.args.teacher_model else [
             (rate, self.teacher(rate)) for rate in self.settings.teacher.learning_rates]
         steps += [self.train(output.name, output, self.pre_trained(), "train", self.settings.teacher, rate, 42,
-                             "--distill_model finetune") for rate, output in outputs]
+                             ["--distill_model", "finetune"]) for rate, output in outputs]
         self.run("teacher and general students", steps)
         if self.args.teacher_model:
             return self.args.teacher_model
@@ -139,7 +140,7 @@ class Study:
             return name, folder
         warm = folder.with_name(f"{folder.name}-warm")
         steps.append(self.train(warm.name, warm, folder, "warm_up", warm_up, shape.general_learning_rate, 42,
-                                f"--distill_model simplified --teacher_model {self.pre_trained()}"))
+                                ["--distill_model", "simplified", "--teacher_model", str(self.pre_trained())]))
         return name, warm
 
     def segments(self, texts: Path) -> int:
@@ -155,10 +156,10 @@ class Study:
         """Students of (size, method, learning rate, seed)."""
         steps = []
         for size, method, rate, seed in wanted:
-            folder, flags = self.student(size, method, rate, seed), self.settings.methods[method]
-            taught = "" if "finetune" in flags.split() else f"--teacher_model {teacher}"
+            folder, flags = self.student(size, method, rate, seed), self.settings.methods[method].split()
+            taught = [] if "finetune" in flags else ["--teacher_model", str(teacher)]
             steps.append(self.train(f"{slug(size)}-{folder.name}", folder, self.students[size], "train",
-                                    self.settings.distillation, rate, seed, f"{flags} {taught} --log_gradients"))
+                                    self.settings.distillation, rate, seed, [*flags, *taught, "--log_gradients"]))
         self.run(title, steps)
         for step in steps:                              # nothing goes on from them any more
             for checkpoint in step.output.parent.glob("checkpoint-*"):
@@ -177,7 +178,3 @@ class Study:
 
 def run_name(shape: str, method: str, seed: int) -> str:
     return f"{slug(shape)}-{slug(method)}-seed{seed}"
-
-
-def slug(name: str) -> str:
-    return re.sub(r"\W+", "-", name)

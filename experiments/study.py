@@ -1,6 +1,7 @@
 """What a study consists of: its settings, and commands that run side by side and are not repeated. Not a command."""
 import json
 import os
+import re
 import subprocess
 import time
 import tomllib
@@ -67,6 +68,8 @@ class Settings:
         """Add what cannot work to `problems`."""
         if self.proposed not in self.methods:
             problems.add(f"{path}: proposed = {self.proposed!r} is none of the methods ({', '.join(self.methods)})")
+        if len({slug(name) for name in self.methods}) < len(self.methods):
+            problems.add(f"{path}: methods: two names differ in signs alone; folders have letters and digits only")
         for name in ("seeds", "measures", "students", "methods"):
             if not getattr(self, name):
                 problems.add(f"{path}: {name} is empty")
@@ -186,6 +189,11 @@ def check(step: Step, code: int, log: Path) -> None:
         end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
         raise UserError(f"{step.name} ended with exit code {code}; its command: {' '.join(step.command)}\n{end}\n"
                         f"all of it is in {log}; the same command goes on from here once the cause is mended")
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's: letters and digits."""
+    return re.sub(r"\W+", "-", name)
 
 
 def divisor_at_least(number: int, least: float) -> int:

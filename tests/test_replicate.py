@@ -1,6 +1,7 @@
 """experiments/: the study from a collection to its tables on made-up words; queries cut out of texts; the documents."""
 import json
 import re
+import shlex
 import subprocess
 import sys
 from random import Random
@@ -13,6 +14,7 @@ from test_collection import write_collection
 
 sys.path.append(str(ROOT / "experiments"))
 import evaluation  # noqa: E402
+import replicate as replicate_script  # noqa: E402
 from cropped_queries import examples, sample_texts  # noqa: E402
 from study import Step, divisor_at_least, read_settings, run_all  # noqa: E402
 
@@ -251,10 +253,18 @@ def test_the_document_has_the_tables_of_the_committed_results(tmp_path):
     done = run_script("experiments/findings.py", *results, "--output_dir", tmp_path / "out", "--document", document)
     assert done.returncode == 0, done.stderr
     assert document.read_text() == (ROOT / "docs" / "replication.md").read_text()
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text()):
-        assert (ROOT / "docs" / link).exists(), link
     for path in (tmp_path / "out").glob("*.md"):
         assert path.read_text() == (ROOT / "experiments" / "results" / path.name).read_text()
+
+
+def test_the_commands_of_the_document_are_understood(monkeypatch):
+    text = re.sub(r"\s*\\\n\s*", " ", (ROOT / "docs" / "replication.md").read_text())
+    lines = re.findall(r"python (experiments/replicate\.py [^\n]*)", text)
+    assert len(lines) >= 2
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        args = replicate_script.parse_args()
+        assert not Problems().count and read_settings(ROOT / args.settings, Problems())
 
 
 def test_a_document_without_the_marks(tmp_path):

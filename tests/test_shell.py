@@ -190,13 +190,15 @@ def test_every_command_line_is_understood(page, help_texts, monkeypatch, capsys)
             pytest.fail(f"{script}{arguments}: {capsys.readouterr().err.splitlines()[-1]}")
 
 
-@pytest.mark.parametrize("block", re.findall(r"```bash\n(.*?)```", (ROOT / "docs/msmarco.md").read_text(), re.DOTALL))
+@pytest.mark.parametrize("block", [block for page in ("docs/msmarco.md", "docs/replication.md") for block in re.findall(
+    r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)])
 def test_blocks_to_paste_are_shell(block):
     done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "docs/cost.md", "docs/msmarco.md"])
+@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md", "docs/cost.md", "docs/msmarco.md",
+                                  "docs/replication.md"])
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
     assert targets
