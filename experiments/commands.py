@@ -16,7 +16,7 @@ from simplified_tinybert.hub import find_model
 from simplified_tinybert.tokenization import load_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDENT_FLAGS = "--train_loss_step {log} --eval_step {validate} --save_model_step {validate} --keep_checkpoints 1"
+ROWS = 20                       # of the log of a training; its checkpoints are as often
 
 
 class Study:
@@ -24,6 +24,7 @@ class Study:
 
     def __init__(self, args: argparse.Namespace, settings: Settings, files: dict[str, Path]):
         self.args, self.settings, self.files, self.out = args, settings, files, args.output_dir
+        self.made: set[Path] = set()                    # folders of models that this study makes
         self.students: dict[str, Path] = {}             # "3/384" → general student
         self.rates: dict[str, list[float]] = {}         # "3/384" → learning rates to be tried
         for name in ("logs", "data", "runs"):
@@ -41,7 +42,8 @@ class Study:
         warm_up = Step("pairs-warm_up", data / "warm_up.tsv", self.command(
             "experiments/cropped_queries.py", "--docs", self.files["docs"], "--output", data / "warm_up.tsv",
             "--texts", data / "texts.txt", "--examples", max(2, self.settings.warm_up.pairs)))
-        self.run("passages", [warm_up, *map(self.pairs, names[1:])])
+        self.run("texts", [warm_up, self.pairs("dev")])          # which leaves an index of the documents for the others
+        self.run("passages", [self.pairs("train"), self.pairs("test")])
         self.run("features", [Step(f"tokenize-{name}", self.features(name), self.command(
             "tokenize_to_features.py", "--set_name", "train" if name == "warm_up" else name, "--raw_data_file",
             data / f"{name}.tsv", "--output_features_file", self.features(name), "--bert_model_dir",
@@ -59,7 +61,7 @@ class Study:
             how = ["test", "--depth", settings.dev_depth if split == "dev" else settings.test_depth]
         return Step(f"pairs-{split}", output, self.command(
             "prepare_examples.py", *how, "--docs", files["docs"], "--queries", files[f"queries.{split}"],
-            "--candidates", files[f"bm25.{split}"], "--output", output, "--cache_file_dir", self.out / "cache" / split,
+            "--candidates", files[f"bm25.{split}"], "--output", output, "--cache_file_dir", self.out / "cache",
             *settings.passages.split()))
 
     def features(self, name: str) -> Path:
@@ -71,16 +73,18 @@ class Study:
         examples = summarise([self.features(features)], Problems()).examples
         in_an_epoch, stages = -(-examples // training.batch_size), 2 if "tinybert" in flags else 1
         steps = max(stages, round(training.epochs(examples) * in_an_epoch))
-        often = STUDENT_FLAGS.format(log=-(-steps // 20), validate=-(-steps // training.validations))
-        half = ["--intermediate_epochs", steps // 2 / in_an_epoch] if stages == 2 else []
-        needs = [start / "model.safetensors"] if start.is_relative_to(self.out) else []
+        last = steps - steps // 2 if stages == 2 else steps      # the only ones that are validated
+        half = ["--intermediate_epochs", (steps - last) / in_an_epoch] if stages == 2 else []
+        needs = [start / "model.safetensors"] if start in self.made else []
+        self.made.add(output)
         return Step(name, output / "model.safetensors", self.command(
             "distill.py", "--features_file", self.features(features), "--general_student_model", start,
             "--output_student_dir", output, "--dev_features_file", self.features("dev"), "--dev_qrels_file",
             self.files["qrels.dev"], "--cache_file_dir", self.out / "cache", "--device", self.args.device, "--resume",
-            "--seed", seed, "--learning_rate", rate, "--num_train_epochs",
-            (steps - steps // 2 if half else steps) / in_an_epoch, *half,
-            "--train_batch_size", training.batch_size, *often.split(), *training.flags.split(), *flags), needs)
+            "--seed", seed, "--learning_rate", rate, "--num_train_epochs", last / in_an_epoch, *half,
+            "--train_batch_size", training.batch_size, "--eval_step", -(-last // training.validations),
+            "--train_loss_step", -(-steps // ROWS), "--save_model_step", -(-steps // ROWS), "--keep_checkpoints", 1,
+            *training.flags.split(), *flags), needs)
 
     def make_models(self) -> Path:
         """Make the general students and the teacher; returns the one that does best on the dev queries."""
@@ -136,7 +140,8 @@ class Study:
             training.epochs(self.segments(texts)), "--max_seq_length", self.settings.max_seq_length,
             "--keep_checkpoints", 1, "--train_loss_step", 20, *training.flags.split()),
             [self.pre_trained() / "model.safetensors"] if self.warms_up() else []))
-        if not self.warms_up():
+        self.made.add(folder)
+        if not (self.warms_up() and warm_up.pairs):
             return name, folder
         warm = folder.with_name(f"{folder.name}-warm")
         steps.append(self.train(warm.name, warm, folder, "warm_up", warm_up, shape.general_learning_rate, 42,
@@ -166,7 +171,7 @@ class Study:
                 shutil.rmtree(checkpoint)
 
     def rerank(self, models: dict[str, Path]) -> None:
-        """runs/NAME.trec of each model, over the test queries."""
+        """runs/NAME.trec of each model, over the test queries. The name tells the learning rate as well."""
         runs = self.out / "runs"
         self.run("re-ranking", [Step(f"rerank-{name}", runs / f"{name}.tsv", self.command(
             "reranker.py", "--model_dir", model, "--features_file", self.features("test"), "--output_scores_file",
@@ -176,5 +181,5 @@ class Study:
             runs / f"{name}.trec")) for name in models])
 
 
-def run_name(shape: str, method: str, seed: int) -> str:
-    return f"{slug(shape)}-{slug(method)}-seed{seed}"
+def run_name(shape: str, method: str, rate: float, seed: int) -> str:
+    return f"{slug(shape)}-{slug(method)}-{rate:g}-seed{seed}"

@@ -37,9 +37,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def sample_texts(path: Path, most: int, random: Random, problems: Problems) -> list[list[str]]:
-    """The words of `most` of the documents, each document as likely as any other (reservoir sampling)."""
-    texts: list[list[str]] = []
+def sample_texts(path: Path, most: int, random: Random, problems: Problems) -> list[str]:
+    """Title and body of `most` of the documents, each document as likely as any other (reservoir sampling)."""
+    texts: list[str] = []
     for number, line in read_lines(path, problems):
         columns = line.split("\t")
         if len(columns) not in (2, 4):
@@ -48,23 +48,23 @@ def sample_texts(path: Path, most: int, random: Random, problems: Problems) -> l
             continue
         place = len(texts) if len(texts) < most else random.randrange(number)
         if place < most:
-            texts[place:place + 1] = [" ".join(columns[-2:] if len(columns) == 4 else columns[1:]).split()]
+            texts[place:place + 1] = [" ".join(" ".join(columns[-2:] if len(columns) == 4 else columns[1:]).split())]
     return texts
 
 
-def examples(texts: list[list[str]], count: int, random: Random) -> Iterator[tuple[str, str, int]]:
+def examples(texts: list[str], count: int, random: Random) -> Iterator[tuple[str, str, int]]:
     """(query, passage, label), a relevant passage and another one in turn; every text gives as many as any other."""
-    order: list[list[str]] = []
+    order: list[int] = []
     for number in range(count):
         if number % 2 == 0:
             if not order:
-                order = random.sample(texts, len(texts))
-            text = order.pop()
-            passage = window(text, PASSAGE, random)
+                order = random.sample(range(len(texts)), len(texts))
+            mine = order.pop()
+            passage = window(texts[mine].split(), PASSAGE, random)
             query = window(passage, random.randint(*QUERY), random)
         else:
-            passage = window(next(other for other in iter(lambda: random.choice(texts), None) if other is not text),
-                             PASSAGE, random)
+            other = (mine + random.randrange(1, len(texts))) % len(texts)
+            passage = window(texts[other].split(), PASSAGE, random)
         yield " ".join(query), " ".join(passage), 1 - number % 2
 
 
@@ -83,11 +83,11 @@ def main() -> None:
     found = check_input_file(args.docs, problems, "documents")
     texts = sample_texts(args.docs, args.max_documents, random, problems) if found else []
     problems.raise_if_any()
-    texts = [words for words in texts if words]
+    texts = [text for text in texts if text]
     if len(texts) < 2:
         raise UserError(f"{args.docs}: has {len(texts)} documents with words; expected 2 or more")
     with atomic_writer(args.texts) as handle:
-        handle.writelines(f"{' '.join(words)}\n" for words in texts)
+        handle.writelines(f"{text}\n" for text in texts)
     with atomic_writer(args.output) as handle:
         for number, (query, passage, label) in enumerate(examples(texts, args.examples, random)):
             handle.write(f"{number}\t{query}\t{passage}\t{label}\n")

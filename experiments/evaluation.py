@@ -5,6 +5,7 @@ teacher and all students against BM25, all students against the teacher, and the
 its shape.
 """
 import json
+import math
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -67,8 +68,9 @@ def family(values: Values, measure: str, pairs: dict[str, tuple[str, str]]) -> d
         first, second = (values[name][measure] for name in names)
         found[label] = compare(first, second, permutations=10_000)
         differences = np.array([first[query_id] - second[query_id] for query_id in sorted(first)])
-        half = stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
-        intervals[label] = [float(differences.mean() - half), float(differences.mean() + half)]
+        half = float(stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5) \
+            if len(differences) > 1 else math.inf
+        intervals[label] = [max(-1.0, differences.mean() - half), min(1.0, differences.mean() + half)]
     correct(list(found.values()))
     return {label: asdict(comparison) | {"interval": intervals[label]} for label, comparison in found.items()}
 

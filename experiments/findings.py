@@ -21,7 +21,7 @@ from simplified_tinybert.plots import INK, Point, effectiveness_figure, new_figu
 from simplified_tinybert.statistics import LEVEL
 from simplified_tinybert.tables import markdown, number
 
-NONE, TEST = "–", "t-test"
+NONE, TEST, UNDECIDED = "–", "t-test", "cannot be told apart"
 TERMS = {"att": ("attention", "#d9822b"), "rep": ("hidden", "#1f6fb4"), "soft": ("soft", "#3a9d5d"),
          "hard": ("hard", "#8c4fb0")}
 
@@ -58,11 +58,11 @@ def effectiveness_table(results: dict) -> str:
 
 def differs(results: dict, reference: str, measure: str, name: str) -> bool:
     found = results["comparisons"][reference][measure].get(name)
-    return bool(found) and found["holm"][TEST] is not None and found["holm"][TEST] < LEVEL
+    return bool(found) and verdict(found) != UNDECIDED
 
 
 def differences_table(results: dict) -> str:
-    """The proposed method less every other one, of each shape, by the first measure."""
+    """Every comparison of the three families, by the first measure."""
     measure, rows = results["settings"]["measures"][0], []
     for reference, by_measure in results["comparisons"].items():
         for name, found in by_measure[measure].items():
@@ -81,7 +81,7 @@ def p_value(p: float | None) -> str:
 def verdict(found: dict) -> str:
     p = found["holm"][TEST]
     if p is None or p >= LEVEL:
-        return "cannot be told apart"
+        return UNDECIDED
     return "better" if found["difference"] > 0 else "worse"
 
 
@@ -108,7 +108,7 @@ def text(results: dict) -> str:
     against = results["comparisons"]["BM25"][measure]["teacher"]
     if against["difference"] <= 0:
         judged = "**The teacher is worse than BM25: whatever its students retain of it, this is no success.**"
-    elif against["holm"][TEST] >= LEVEL:
+    elif verdict(against) == UNDECIDED:
         judged = "The teacher is not significantly better than BM25 here, which bounds what its students can show."
     else:
         judged = "The teacher is significantly better than BM25."
@@ -119,7 +119,9 @@ def text(results: dict) -> str:
         f"± standard deviation over the seeds. † differs from the teacher, ‡ from BM25: paired t-test over the queries "
         f"of the means over the seeds, p < {LEVEL} after Holm's correction over all rows by measure. Pairs per second: "
         f"{results['speed_note']}",
-        differences_table(results), *parts]) + "\n"
+        differences_table(results),
+        "Intervals are each by itself, p and verdict after Holm's correction over the comparisons with the same "
+        "system: an interval may leave out 0 where the two cannot be told apart.", *parts]) + "\n"
 
 
 def effectiveness_picture(results: dict, path: Path) -> None:
@@ -132,7 +134,7 @@ def effectiveness_picture(results: dict, path: Path) -> None:
 
 
 def losses_picture(results: dict, path: Path) -> None:
-    """A panel for each method that has all the terms, of the largest shape: losses as lines, gradients dashed."""
+    """A panel for each method with layers' losses, of the first shape: losses as lines, gradients' norms dashed."""
     shape = results["curves"][0]["shape"]
     chosen = [curve for curve in results["curves"] if curve["shape"] == shape and "att_grad" in curve["rows"][0]]
     figure = new_figure(max(1, len(chosen)), width=3.6, height=3.4)
@@ -177,6 +179,8 @@ def main() -> None:
         args.document, problems, "document") else ""
     for path in args.results:
         if check_input_file(path, problems, "results"):
+            if path.stem in studies:
+                problems.add(f"{path}: is called as another results file; rename one, tables are named after them")
             try:
                 studies[path.stem] = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:

@@ -30,11 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' 
 from commands import Study, run_name
 from evaluation import best_on_dev, comparisons, first_ranking, rows_of, speeds, values_of
 from findings import write_all
-from study import keep_settings, read_settings
+from study import keep_facts, read_settings
+from transformers import BertConfig
 
+from simplified_tinybert.checkpoints import weights_fingerprint
+from simplified_tinybert.collection import by_query, read_rows
 from simplified_tinybert.files import Problems, atomic_writer, check_input_file, locked, run_main, say
-from simplified_tinybert.preflight import find_models
+from simplified_tinybert.measures import check_common_queries, first_ten
+from simplified_tinybert.preflight import check_pair, find_models
 from simplified_tinybert.runtime import select_device
+from simplified_tinybert.tokenization import load_vocabulary
 from simplified_tinybert.trec import read_qrels, read_run
 
 FILES = {"docs": "docs.tsv", **{f"{kind}.{split}": f"{kind}.{split}.{ending}" for split in ("train", "dev", "test")
@@ -61,9 +66,38 @@ def find_files(collection: Path, problems: Problems) -> dict[str, Path]:
     files = {}
     for name, file in FILES.items():
         packed = collection / f"{file}.gz"
-        files[name] = packed if packed.exists() else collection / file
+        files[name] = packed if packed.exists() and not (collection / file).exists() else collection / file
         check_input_file(files[name], problems, f"{name} of the collection")
     return files
+
+
+def check_judgements(files: dict[str, Path], problems: Problems) -> None:
+    """Complain about judgements that cannot be read, or judge none of the candidates' queries: now, not after hours."""
+    for split in ("train", "dev", "test"):
+        path = files[f"qrels.{split}"]
+        qrels = read_qrels(path, problems) if path.is_file() else {}
+        if split != "train" and files[f"bm25.{split}"].is_file():
+            ranked = {query_id: {} for query_id, _ in by_query(read_rows(files[f"bm25.{split}"], problems), "", 1,
+                                                               Problems())}
+            check_common_queries(path, qrels, {files[f"bm25.{split}"]: ranked}, problems)
+            if missing := [query_id for query_id in qrels if query_id not in ranked]:
+                say(f"{path}: {len(missing)} judged queries have no candidates and are left out for all systems: "
+                    f"{first_ten(missing)}")
+
+
+def check_models(folders: dict[str, tuple[Path, BertConfig]], problems: Problems) -> None:
+    """Complain about models of different vocabularies, and general students that do not go with their teacher."""
+    folder, teacher = folders.get("teacher", folders["pre-trained BERT"])
+    vocabulary = load_vocabulary(folder).fingerprint()
+    for role, (other, config) in folders.items():
+        if load_vocabulary(other).fingerprint() != vocabulary:
+            problems.add(f"{other}: the {role} has another vocabulary than {folder}; all read the same features")
+        if role.startswith("student"):
+            check_pair(teacher, config, problems)
+    if (teacher.hidden_size, teacher.num_attention_heads) != (
+            folders["pre-trained BERT"][1].hidden_size, folders["pre-trained BERT"][1].num_attention_heads):
+        problems.add(f"{folder}: the teacher is not as wide as --bert_model {folders['pre-trained BERT'][0]}, of which "
+                     f"general students are made")
 
 
 def tune(study: Study, teacher: Path) -> dict[tuple[str, str], float]:
@@ -83,7 +117,8 @@ def collect(study: Study, chosen: dict[tuple[str, str], float]) -> dict:
     stages = {"BM25": statistics.fmean(values["nDCG@10"].values())}
     if study.warms_up():
         stages |= {"BERT after its warm-up": best_on_dev(study.pre_trained())}
-        stages |= {f"general student {size}": best_on_dev(folder) for size, folder in study.students.items()}
+        stages |= {f"general student {size}": best_on_dev(folder) for size, folder in study.students.items()
+                   if (folder / "dev.jsonl").is_file()}
     if not study.args.teacher_model:
         stages |= {f"teacher, learning rate {rate:g}": best_on_dev(study.teacher(rate))
                    for rate in settings.teacher.learning_rates}
@@ -100,20 +135,21 @@ def collect(study: Study, chosen: dict[tuple[str, str], float]) -> dict:
 def look_at_test(study: Study, teacher: Path, chosen: dict[tuple[str, str], float]) -> dict:
     """The test queries, re-ranked by teacher and students, and compared."""
     settings, runs = study.settings, study.out / "runs"
-    models = {"teacher": teacher} | {run_name(*pair, seed): study.student(*pair, rate, seed) / "best"
+    taught_by = "teacher" if study.args.teacher_model else teacher.parent.name
+    models = {taught_by: teacher} | {run_name(*pair, rate, seed): study.student(*pair, rate, seed) / "best"
                                      for pair, rate in chosen.items() for seed in settings.seeds}
     study.rerank(models)
     qrels, averages, values = read_qrels(study.files["qrels.test"], Problems()), {}, {}
     systems = {"BM25": [first_ranking(study.out / "data" / "test.tsv")],
-               "teacher": [read_run(runs / "teacher.trec", Problems())]}
-    for pair in chosen:
-        systems[" ".join(pair)] = [read_run(runs / f"{run_name(*pair, seed)}.trec", Problems())
+               "teacher": [read_run(runs / f"{taught_by}.trec", Problems())]}
+    for pair, rate in chosen.items():
+        systems[" ".join(pair)] = [read_run(runs / f"{run_name(*pair, rate, seed)}.trec", Problems())
                                    for seed in settings.seeds]
     for name, found in systems.items():
         averages[name], values[name] = values_of(qrels, found, settings.measures)
     shapes = {" ".join(pair): pair[0] for pair in chosen}
-    fastest = {shape: models[run_name(*pair, settings.seeds[0])] for pair in chosen for shape in pair[:1]}
-    rates, note = speeds({"teacher": teacher, **fastest}, study.features("test"), select_device(study.args.device))
+    of_shape = {pair[0]: models[run_name(*pair, rate, settings.seeds[0])] for pair, rate in chosen.items()}
+    rates, note = speeds({"teacher": teacher, **of_shape}, study.features("test"), select_device(study.args.device))
     rows = [{"name": name, "method": name.removeprefix(f"{shapes.get(name)} "), "shape": None, "seeds": averages[name],
              **rates.get(shapes.get(name, name), {})} for name in systems]
     return {"queries": len(values["BM25"][settings.measures[0]]), "systems": rows, "speed_note": note,
@@ -128,14 +164,17 @@ def main() -> None:
         f"student {name}": shape.model for name, shape in (settings.students.items() if settings else ())}, problems)
     if args.jobs < 1:
         problems.add(f"--jobs {args.jobs}: expected 1 or more")
+    check_judgements(files, problems)
+    problems.raise_if_any()
+    check_models(models, problems)
     problems.raise_if_any()
     args.bert_model = models["pre-trained BERT"][0]
     args.teacher_model = models["teacher"][0] if args.teacher_model else None
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with locked(args.output_dir):
-        keep_settings(args.output_dir / "settings.json", settings, {
-            "collection": str(args.collection.resolve()), "bert_model": str(args.bert_model),
-            "teacher_model": str(args.teacher_model)})
+        keep_facts(args.output_dir / "inputs.json", {
+            **{name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()},
+            **{role: weights_fingerprint(folder) for role, (folder, _) in models.items()}})
         study = Study(args, settings, files)
         study.prepare()
         teacher, chosen = study.make_models(), {}

@@ -2,10 +2,11 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import time
 import tomllib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from simplified_tinybert.files import Problems, UserError, atomic_writer
 from simplified_tinybert.measures import parse_measures
 
 LAST_LINES = 12             # of the log of a command that failed
+# Flags that follow from other settings
+OWN = {"--learning_rate", "--seed", "--num_train_epochs", "--intermediate_epochs", "--train_batch_size", "--eval_step",
+       "--gradient_accumulation_steps", "--resume", "--device", "--output_student_dir", "--teacher_model", "--depth"}
 TRAININGS = ("warm_up", "teacher", "general", "student_warm_up", "distillation")
 
 
@@ -32,7 +36,7 @@ class Shape:
 class Training:
     """How a model learns. `pairs` of examples are seen in all, but none more than `most_epochs` times.
 
-    learning_rates: those of the teacher; students have their own.
+    learning_rates: the one of the warm-up, those that are tried for the teacher; students have their own.
     """
     pairs: int
     most_epochs: float
@@ -76,21 +80,34 @@ class Settings:
         for name in ("max_seq_length", "dev_depth", "test_depth"):
             if getattr(self, name) < 1:
                 problems.add(f"{path}: {name} = {getattr(self, name)}: expected 1 or more")
+        if len(set(self.seeds)) < len(self.seeds) or any(type(seed) is not int or seed < 0 for seed in self.seeds):
+            problems.add(f"{path}: seeds = {self.seeds}: expected whole numbers from 0, each once")
         for name in TRAININGS:
             training = getattr(self, name)
-            if min(training.batch_size, training.validations) < 1 or min(training.most_epochs, training.pairs) <= 0:
-                if "warm_up" not in name or training.pairs:     # which may be left out
-                    problems.add(f"{path}: {name}: expected pairs, most_epochs, batch_size and validations above 0")
-            if not isinstance(training.flags, str):
-                problems.add(f"{path}: {name}: flags = {training.flags!r}: expected a text: \"--padding masked\"")
-        trained = {"warm_up": self.warm_up, "teacher": self.teacher} | self.students
-        for name, each in trained.items():
-            if not each.learning_rates or min(each.learning_rates) <= 0:
-                problems.add(f"{path}: {name}: expected one of learning_rates or more, above 0")
+            least = 0 if "warm_up" in name else 1               # which may be left out
+            counts = training.batch_size, training.validations, training.pairs - least + 1
+            if min(counts) < 1 or training.most_epochs <= 0:
+                problems.add(f"{path}: {name}: expected pairs, most_epochs, batch_size and validations above 0")
+        texts = {"passages": self.passages, "sampling": self.sampling} | {
+            f"methods.{name}": flags for name, flags in self.methods.items()} | {
+            f"{name}.flags": getattr(self, name).flags for name in TRAININGS}
+        for name, text in texts.items():
+            words = text.split() if isinstance(text, str) else [None]
+            if wrong := [word for word in words if word is None or word in OWN or re.match("--.*=", word)]:
+                problems.add(f"{path}: {name} = {text!r}: expected a text of flags, each as \"--flag value\", and none "
+                             f"that the study sets itself ({wrong[0]})")
+        if len(self.warm_up.learning_rates) != 1:
+            problems.add(f"{path}: warm_up: expected one learning rate; the dev queries cannot choose it")
+        for name, each in ({"warm_up": self.warm_up, "teacher": self.teacher} | self.students).items():
+            rates = each.learning_rates
+            if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
+                problems.add(f"{path}: {name}: learning_rates = {rates}: expected one or more above 0, each once")
         for name, shape in self.students.items():
             if not (0 < shape.depth <= 1 and 0 < shape.width <= 1):
                 problems.add(f"{path}: students.{name}: expected shares of the teacher's depth and width, above 0 to 1")
-        parse_measures(self.measures, 1, problems)
+            elif shape.depth == shape.width == 1 and not shape.model:
+                problems.add(f"{path}: students.{name}: is as large as the teacher; take a share of depth or width")
+        self.measures = list(map(str, parse_measures(self.measures, 1, problems)))
 
 
 def read_settings(path: Path, problems: Problems) -> Settings | None:
@@ -116,39 +133,43 @@ def read_settings(path: Path, problems: Problems) -> Settings | None:
     return None
 
 
-def frozen(settings: Settings, facts: dict[str, str]) -> dict[str, object]:
-    """What a study cannot go on with if it changes: the settings that commands were made of, by their names.
-
-    Seeds, learning rates, measures and the proposed method may change, students and methods may be added.
-    """
-    free = {"seeds", "measures", "proposed"}
-    flat = dict(facts)
-    for name, value in asdict(settings).items():
-        if name not in free:
-            flat |= {f"{name}.{key}": each for key, each in value.items() if key != "learning_rates"} if isinstance(
-                value, dict) else {name: value}
-    return flat
-
-
-def keep_settings(path: Path, settings: Settings, facts: dict[str, str]) -> None:
-    """Note what the study is made with, or raise UserError if it was begun with something else."""
-    now = frozen(settings, facts)
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    changed = [f"{name} was {old!r}, is {now.get(name)!r}" for name, old in before.items() if old != now.get(name)]
+def keep_facts(path: Path, facts: dict[str, object]) -> None:
+    """Note what a study is made of, or raise UserError if it was begun with something else."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else facts
+    changed = [f"{name} was {old!r}, is {facts.get(name)!r}" for name, old in before.items() if old != facts.get(name)]
     if changed:
-        raise UserError(f"{path.parent}: was begun with other settings: {'; '.join(changed)}; name another "
-                        f"--output_dir, or remove what was made with the old ones, and {path}")
+        raise UserError(f"{path.parent}: was begun with other inputs: {'; '.join(changed)}; name another --output_dir, "
+                        f"or remove what was made of the old ones, and {path}")
     with atomic_writer(path) as handle:
-        json.dump(now, handle, indent=1)
+        json.dump(facts, handle, indent=1)
 
 
 @dataclass
 class Step:
-    """A command, done when `output`, which it writes as its last, is there; started when all that it `needs` is."""
+    """A command, done when its `output` is there; started when all that it `needs` is."""
     name: str
     output: Path
     command: list[str] = field(repr=False)
     needs: list[Path] = field(default_factory=list)
+
+    def is_done(self, logs: Path) -> bool:
+        """Whether the output is there. Raises UserError if it was made by another command, of other settings, say."""
+        made_by = logs / f"{self.name}.command.json"
+        if not self.output.exists():
+            with atomic_writer(made_by) as handle:
+                json.dump(self.command, handle)
+            return False
+        before = json.loads(made_by.read_text(encoding="utf-8")) if made_by.is_file() else self.command
+        if essence(before) != essence(self.command):
+            raise UserError(f"{self.output}: was made by another command; remove it and what was made of it, or name "
+                            f"another --output_dir\nthen {shlex.join(before)}\nnow  {shlex.join(self.command)}")
+        return True
+
+
+def essence(command: list[str]) -> list[str]:
+    """A command without where Python, this repository and the device are, which change nothing of what it makes."""
+    words = [Path(command[1]).name, *command[2:]]
+    return [word for before, word in zip(["", *words], words) if before != "--device"]
 
 
 def run_all(title: str, steps: list[Step], jobs: int, logs: Path) -> None:
@@ -157,38 +178,42 @@ def run_all(title: str, steps: list[Step], jobs: int, logs: Path) -> None:
     CPU threads are shared out evenly. Raises UserError with the end of the log when a command fails; the others are
     asked to end then, as they are when this process is: each saves what it has.
     """
-    waiting = [step for step in steps if not step.output.exists()]
+    waiting = [step for step in steps if not step.is_done(logs)]
     threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(waiting))))
     environment = {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "30", **os.environ}
-    running: dict[int, tuple[Step, subprocess.Popen]] = {}
+    running: list[tuple[Step, subprocess.Popen]] = []
     with tqdm(total=len(steps), initial=len(steps) - len(waiting), desc=title, unit=" commands") as progress:
         try:
             while waiting or running:
                 ready = [step for step in waiting if all(path.exists() for path in step.needs)]
                 for step in ready[:jobs - len(running)]:
                     waiting.remove(step)
-                    with open(logs / f"{step.name}.log", "ab") as log:
-                        process = subprocess.Popen(step.command, stdout=log, stderr=log, env=environment)
-                    running[process.pid] = step, process
-                for pid, (step, process) in list(running.items()):
+                    with open(logs / f"{step.name}.log", "ab") as log:      # a session of its own: Ctrl-C is for us
+                        running.append((step, subprocess.Popen(step.command, stdout=log, stderr=log, env=environment,
+                                                               start_new_session=True)))
+                if not running:
+                    raise UserError(f"{waiting[0].name} waits for {waiting[0].needs}, which nothing makes")
+                for step, process in running[:]:
                     if process.poll() is not None:
-                        del running[pid]
+                        running.remove((step, process))
                         check(step, process.returncode, logs / f"{step.name}.log")
                         progress.update()
                 time.sleep(0.1)
         finally:
-            for _, process in running.values():
+            for _, process in running:
                 process.terminate()
-            for _, process in running.values():
+            for _, process in running:
                 process.wait()
 
 
 def check(step: Step, code: int, log: Path) -> None:
     """Raise UserError if a command failed."""
     if code or not step.output.exists():
-        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
-        raise UserError(f"{step.name} ended with exit code {code}; its command: {' '.join(step.command)}\n{end}\n"
-                        f"all of it is in {log}; the same command goes on from here once the cause is mended")
+        text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+        said = [line for line in text.splitlines() if line.strip() and "/s]" not in line][-LAST_LINES:]
+        raise UserError("\n".join([f"{step.name} ended with exit code {code}: {shlex.join(step.command)}", *said,
+                                   f"all it said is in {log}; the same command goes on from here once the cause is "
+                                   f"mended"]))
 
 
 def slug(name: str) -> str:

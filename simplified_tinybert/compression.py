@@ -25,33 +25,36 @@ class Observed(NamedTuple):
     """What the teacher computes at the real tokens of some batches, float32: (T, D'), neurons (T, intermediate)."""
     summed: Tensor                      # embeddings before their layer norm
     states: list[Tensor]                # embedding output, then of each layer the attention's and the layer's output
-    neurons: list[Tensor]               # of each layer
+    neurons: dict[int, Tensor]          # by layer, from 1
 
 
 def compress(student: CrossEncoder, teacher: CrossEncoder, batches: Iterable[Batch]) -> None:
     """Fill in the student's weights. The two have equally many heads, and layers that can be mapped evenly."""
     with torch.no_grad():
         batches = [batch.to(teacher.classifier.weight.device) for batch in batches]
-        seen = observe(teacher, batches)
+        depths = layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+        seen = observe(teacher, batches, depths)
         basis = principal_directions(seen.states, student.config.hidden_size)                            # (D', D)
         stream = compress_embeddings(student, teacher, seen, basis)                                      # (T, D)
-        depths = layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
         for layer, depth in zip(student.bert.encoder.layer, depths):
             source = teacher.bert.encoder.layer[depth - 1]
             entering, between, leaving = (state.double() for state in seen.states[2 * depth - 2:2 * depth + 1])
             compress_attention(layer, source, stream, entering, basis)
             added = attended(layer, stream, batches)
             middle = fit_norm(layer.attention.output.LayerNorm, added + stream, between @ basis)
-            stream = compress_neurons(layer, source, middle, seen.neurons[depth - 1].double(), between, leaving, basis)
+            stream = compress_neurons(layer, source, middle, seen.neurons[depth].double(), between, leaving, basis)
+        pooler = teacher.bert.pooler.dense
+        student.bert.pooler.dense.weight.copy_(basis.T @ pooler.weight.double() @ basis)
+        student.bert.pooler.dense.bias.copy_(pooler.bias.double() @ basis)
         for projection in student.projections:          # the way back
             projection.weight.copy_(basis)
             projection.bias.zero_()
 
 
-def observe(teacher: CrossEncoder, batches: list[Batch]) -> Observed:
-    """Run the teacher and keep what its real tokens get."""
+def observe(teacher: CrossEncoder, batches: list[Batch], depths: list[int]) -> Observed:
+    """Run the teacher and keep what its real tokens get; neurons of the layers `depths` (from 1) alone."""
     embeddings, layers = teacher.bert.embeddings, teacher.bert.encoder.layer
-    summed, states, neurons = [], [[] for _ in range(2 * len(layers) + 1)], [[] for _ in layers]
+    summed, states, neurons = [], [[] for _ in range(2 * len(layers) + 1)], {depth: [] for depth in depths}
     for batch in batches:
         real, hidden = batch.attention_mask.bool(), teacher.bert.embeddings(batch)
         words = embeddings.word_embeddings(batch.input_ids) + embeddings.token_type_embeddings(batch.token_type_ids)
@@ -63,8 +66,10 @@ def observe(teacher: CrossEncoder, batches: list[Batch]) -> Observed:
             hidden = layer.output(active, middle)
             states[2 * number + 1].append(middle[real])
             states[2 * number + 2].append(hidden[real])
-            neurons[number].append(active[real])
-    return Observed(torch.cat(summed), list(map(torch.cat, states)), list(map(torch.cat, neurons)))
+            if number + 1 in neurons:
+                neurons[number + 1].append(active[real])
+    return Observed(torch.cat(summed), list(map(torch.cat, states)),
+                    {depth: torch.cat(active) for depth, active in neurons.items()})
 
 
 def context(layer: Layer, hidden: Tensor, batch: Batch) -> Tensor:

@@ -180,12 +180,13 @@ class Training:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             with autocast(self.device, self.dtype):
                 terms = self.objective(batch, share=share)
-            norms = {}
+            norms, scale = {}, 2.0 ** 10 if self.dtype == torch.float16 else 1.0
             for term, name in GRADIENTS.items():
                 if term in terms:
-                    gradients = torch.autograd.grad(terms[term], learning, retain_graph=True, allow_unused=True)
+                    # in float16 what is small would vanish without the scale
+                    gradients = torch.autograd.grad(terms[term] * scale, learning, retain_graph=True, allow_unused=True)
                     flat = torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
-                    norms[name] = float(self.processes.total(flat).norm())
+                    norms[name] = float(self.processes.total(flat).norm()) / scale
         return norms
 
     def _validate(self, step: int) -> dict[str, float]:

@@ -97,7 +97,9 @@ def test_the_whole_study(golden_models, tmp_path, monkeypatch):
     results = json.loads((out / "results.json").read_text())
     (tmp_path / "small.toml").write_text(SETTINGS.replace("test_depth = 5", "test_depth = 6"))
     other = replicate(tmp_path, golden_models["teacher"])
-    assert other.returncode == 2 and "was begun with other settings: test_depth was 5, is 6" in other.stderr
+    assert other.returncode == 2 and "test.tsv: was made by another command" in other.stderr
+    other = replicate(tmp_path, golden_models["student_4x48"])
+    assert other.returncode == 2 and "was begun with other inputs: pre-trained BERT was" in other.stderr
     check_students(results, out)
     check_figures(results, tmp_path)
 
@@ -125,10 +127,13 @@ def check_students(results, out):
 def check_figures(results, folder):
     """Averages as msmarco_mrr_eval.py has them for the same runs."""
     qrels = folder / "raw" / "qrels.test.txt"
+    rates = {f"{run['shape']} {run['method']}": run["learning_rate"] for run in results["tuned"] if run["chosen"]}
     for system in results["systems"][1:]:
         name = "teacher" if system["name"] == "teacher" else system["name"].replace("/", "-").replace(" ", "-")
-        runs = [folder / "out" / "runs" / (f"{name}.trec" if name == "teacher" else f"{name}-seed{seed}.trec")
-                for seed in (1, 2)[:len(system["seeds"]["nDCG@10"])]]
+        rate = rates.get(system["name"], 0.001)
+        names = [f"{name}-{rate:g}" + seed for seed in ([""] if name == "teacher" else ["-seed1", "-seed2"])]
+        assert len(names) == len(system["seeds"]["nDCG@10"])
+        runs = [folder / "out" / "runs" / f"{name}.trec" for name in names]
         for number, run in enumerate(runs):
             told = run_script("msmarco_mrr_eval.py", qrels, run, "--measures", "nDCG@10").stdout
             assert f"{system['seeds']['nDCG@10'][number]:.10f}"[:8] in told, told
@@ -158,10 +163,15 @@ def test_what_is_wrong_is_told_at_once(golden_models, tmp_path):
 
 @pytest.mark.parametrize(("old", "new", "complaint"), [
     ("seeds = [1, 2]", "seeds = []", "seeds is empty"), ("seeds = [1, 2]", "sedes = [1]", "sedes"),
+    ("seeds = [1, 2]", "seeds = [1, 1]", "each once"), ("seeds = [1, 2]", "seeds = 3", "wrong kind"),
     ("[warm_up]", "[warm_up", "is not TOML"), ("depth = 0.25", "depth = 25", "shares of the teacher's"),
     ('measures = ["nDCG@10", "RR@10"]', 'measures = ["nDCG@10", "XY"]', "XY"), ("pairs = 30", "pairs = 0", "pairs"),
-    ("flags = \"--padding masked\"", "flags = 1", "flags"), ("learning_rates = [1e-3, 1e-2]", "learning_rates = []",
-                                                             "learning_rates")])
+    ("learning_rates = [1e-3, 1e-2]", "learning_rates = [1e-3, 1e-3]", "each once"),
+    ("learning_rates = [1e-3, 1e-2]", "learning_rates = []", "learning_rates"),
+    ('flags = "--padding masked"', "flags = 1", "teacher.flags = 1"),
+    ('flags = "--padding masked"', 'flags = "--seed 3"', "sets itself (--seed)"),
+    ('"--distill_model tinybert"', '"--distill_model=tinybert"', "--distill_model=tinybert"),
+    ('"TinyBERT" = ', '"Simplified-TinyBERT" = ', "differ in signs alone")])
 def test_wrong_settings(tmp_path, old, new, complaint):
     problems = Problems()
     (tmp_path / "small.toml").write_text(SETTINGS.replace(old, new))
@@ -218,10 +228,11 @@ def test_means_over_seeds(tmp_path):
 @given(st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=40), min_size=2, max_size=6),
        st.integers(1, 30))
 def test_queries_are_cut_out_of_their_passages(texts, count):
+    texts = [" ".join(text) for text in texts]
     found = list(examples(texts, count, Random(1)))
     assert [label for _, _, label in found] == [1, 0] * (count // 2) + [1] * (count % 2)
     for (query, passage, label), (before, _, _) in zip(found, [found[0], *found]):
-        assert any(passage in " ".join(text) for text in texts) and len(passage.split()) <= 24
+        assert any(passage in text for text in texts) and len(passage.split()) <= 24
         assert label == 0 and query == before or label == 1 and query in passage and len(query.split()) <= 8
 
 
@@ -229,8 +240,8 @@ def test_texts_are_drawn_evenly(tmp_path):
     (tmp_path / "docs.tsv").write_text("".join(f"D{number}\tw{number}\n" for number in range(10)))
     counts = dict.fromkeys((f"w{number}" for number in range(10)), 0)
     for seed in range(600):
-        for words in sample_texts(tmp_path / "docs.tsv", 3, Random(seed), Problems()):
-            counts[words[0]] += 1
+        for text in sample_texts(tmp_path / "docs.tsv", 3, Random(seed), Problems()):
+            counts[text] += 1
     assert sum(counts.values()) == 1800 and all(130 < count < 230 for count in counts.values())
 
 
