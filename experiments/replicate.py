@@ -24,6 +24,7 @@ import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' shared module
 
@@ -114,7 +115,7 @@ def collect(study: Study, chosen: dict[tuple[str, str], float]) -> dict:
     seed, settings = study.settings.seeds[0], study.settings
     _, values = values_of(read_qrels(study.files["qrels.dev"], Problems()),
                           [first_ranking(study.out / "data" / "dev.tsv")], ["nDCG@10"])
-    stages = {"BM25": statistics.fmean(values["nDCG@10"].values())}
+    stages = {"random order": at_random(study), "BM25": statistics.fmean(values["nDCG@10"].values())}
     if study.warms_up():
         stages |= {"BERT after its warm-up": best_on_dev(study.pre_trained())}
         stages |= {f"general student {size}": best_on_dev(folder) for size, folder in study.students.items()
@@ -130,6 +131,15 @@ def collect(study: Study, chosen: dict[tuple[str, str], float]) -> dict:
             "curves": [{"shape": shape, "method": method,
                         "rows": rows_of(study.student(shape, method, rate, seed) / "train_loss.jsonl")}
                        for (shape, method), rate in chosen.items()]}
+
+
+def at_random(study: Study, rounds: int = 20) -> float:
+    """nDCG@10 of the dev candidates in random order, the mean of some: where a ranking that knows nothing begins."""
+    random, candidates = Random(42), first_ranking(study.out / "data" / "dev.tsv")
+    runs = [{query_id: {document_id: random.random() for document_id in documents}
+             for query_id, documents in candidates.items()} for _ in range(rounds)]
+    averages, _ = values_of(read_qrels(study.files["qrels.dev"], Problems()), runs, ["nDCG@10"])
+    return statistics.fmean(averages["nDCG@10"])
 
 
 def look_at_test(study: Study, teacher: Path, chosen: dict[tuple[str, str], float]) -> dict:

@@ -111,9 +111,12 @@ class Settings:
 
 
 def read_settings(path: Path, problems: Problems) -> Settings | None:
-    """Settings of a TOML file; what is wrong with it is added to `problems`."""
+    """Settings of a TOML file; what is wrong with it is added to `problems`.
+
+    like = "other.toml" takes over what this file does not say itself.
+    """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = read_toml(path)
         for name in TRAININGS:
             content[name] = Training(**content[name])
         content["students"] = {name: Shape(**shape) for name, shape in content["students"].items()}
@@ -131,6 +134,15 @@ def read_settings(path: Path, problems: Problems) -> Settings | None:
         except TypeError as error:
             problems.add(f"{path}: a value is of a wrong kind ({error}); compare it with experiments/small.toml")
     return None
+
+
+def read_toml(path: Path) -> dict:
+    """The file's content, in that of the file that it is `like`, if any."""
+    own = tomllib.loads(path.read_text(encoding="utf-8"))
+    merged = read_toml(path.parent / own.pop("like")) if "like" in own else {}
+    for name, value in own.items():
+        merged[name] = merged.get(name, {}) | value if isinstance(value, dict) else value
+    return merged
 
 
 def keep_facts(path: Path, facts: dict[str, object]) -> None:

@@ -179,6 +179,14 @@ def test_wrong_settings(tmp_path, old, new, complaint):
     assert problems.count and complaint in " ".join(problems.messages), problems.messages
 
 
+def test_settings_like_others(tmp_path):
+    (tmp_path / "small.toml").write_text(SETTINGS)
+    (tmp_path / "other.toml").write_text('like = "small.toml"\nseeds = [7]\n[teacher]\npairs = 99\n')
+    plain, other = (read_settings(tmp_path / f"{name}.toml", Problems()) for name in ("small", "other"))
+    assert other.seeds == [7] and other.teacher.pairs == 99
+    assert other.teacher.flags == plain.teacher.flags and other.methods == plain.methods
+
+
 def test_the_settings_that_are_there_are_right():
     for path in (ROOT / "experiments").glob("*.toml"):
         problems = Problems()
