@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from simplified_tinybert.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
-from simplified_tinybert.plots import INK, Point, effectiveness_figure, new_figure, save, style
+from simplified_tinybert.plots import INK, LINE, TEACHER, new_figure, plain_ticks, save, style
 from simplified_tinybert.statistics import LEVEL
 from simplified_tinybert.tables import markdown, number
 
@@ -125,19 +125,45 @@ def text(results: dict) -> str:
 
 
 def effectiveness_picture(results: dict, path: Path) -> None:
-    measure = results["settings"]["measures"][0]
-    points = [Point(system["name"], statistics.fmean(system["seeds"][measure]),
-                    system["pairs_per_second"] if system["shape"] else None, system["name"] == "teacher")
-              for system in results["systems"]]
-    title = f"{results['collection']}: {measure}, {results['queries']} queries"
-    save(effectiveness_figure(points, measure, title), path)
+    """The first measure against speed: a column of methods for each shape, spread so that none hides another."""
+    measure, systems = results["settings"]["measures"][0], results["systems"]
+    methods = list(dict.fromkeys(run["method"] for run in results["tuned"]))
+    figure = new_figure(1, width=7.5, height=4.4)
+    axes, = figure.axes
+    for system in systems:
+        values = system["seeds"][measure]
+        mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        if system["name"] == "BM25":
+            axes.axhline(mean, color=LINE, linestyle=(0, (5, 3)), linewidth=1.2, label="BM25")
+        elif system["name"] == "teacher":
+            axes.plot(system["pairs_per_second"], mean, "D", color=TEACHER, label=f"teacher, {system['shape']}")
+        else:
+            place = methods.index(system["method"])
+            known = system["shape"] != results["tuned"][0]["shape"]          # which has named the methods already
+            axes.errorbar(system["pairs_per_second"] * 1.06 ** (place - (len(methods) - 1) / 2), mean, spread, fmt="o",
+                          color=f"C{place}", markersize=6, linewidth=1, label=None if known else system["method"])
+    rates = [system["pairs_per_second"] for system in systems if system["shape"]]
+    axes.set_xscale("log")
+    axes.set_xticks(*plain_ticks(min(rates) / 1.5, max(rates) * 1.5))
+    axes.minorticks_off()
+    axes.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
+    axes.set_xlabel("pairs per second (of one shape all are equally fast; spread to be legible)", fontsize=9, color=INK)
+    axes.set_ylabel(f"{measure}, ± over the seeds", fontsize=9, color=INK)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    style(axes, f"{results['collection']}: {measure}, {results['queries']} test queries")
+    save(figure, path)
 
 
 def losses_picture(results: dict, path: Path) -> None:
-    """A panel for each method with layers' losses, of the first shape: losses as lines, gradients' norms dashed."""
-    shape = results["curves"][0]["shape"]
-    chosen = [curve for curve in results["curves"] if curve["shape"] == shape and "att_grad" in curve["rows"][0]]
+    """Losses as lines, their gradients' norms dashed: of the first shape, by the proposed method and two others."""
+    shape, proposed = results["curves"][0]["shape"], results["settings"]["proposed"]
+    with_layers = [curve for curve in results["curves"]
+                   if curve["shape"] == shape and "att_grad" in curve["rows"][0]]
+    chosen = [curve for number, curve in enumerate(with_layers)
+              if curve["method"] == proposed or number in (0, len(with_layers) - 1)]
     figure = new_figure(max(1, len(chosen)), width=3.6, height=3.4)
+    seen = [row[f"{term}_{ending}"] for curve in chosen for row in curve["rows"] for term in TERMS
+            for ending in ("loss", "grad") if row.get(f"{term}_{ending}")]
     for axes, curve in zip(figure.axes, chosen):
         for term, (name, colour) in TERMS.items():
             for ending, dash in (("loss", "-"), ("grad", (0, (4, 2)))):
@@ -147,9 +173,11 @@ def losses_picture(results: dict, path: Path) -> None:
                     axes.plot(*zip(*points), color=colour, linestyle=dash, linewidth=1.4,
                               label=name if ending == "loss" else None)
         axes.set_yscale("log")
-        axes.set_xlabel("steps", fontsize=9, color=INK)
-        axes.legend(fontsize=8, frameon=False)
+        axes.set_ylim(min(seen) / 1.5, max(seen) * 1.5)
+        axes.set_xlabel("steps (dashed: norm of the gradient)", fontsize=9, color=INK)
         style(axes, f"{curve['method']}, {shape}")
+    if chosen:
+        figure.axes[-1].legend(fontsize=8, frameon=False)
     save(figure, path)
 
 
