@@ -39,6 +39,7 @@ from simplified_tinybert.collection import by_query, read_rows
 from simplified_tinybert.files import Problems, atomic_writer, check_input_file, locked, run_main, say
 from simplified_tinybert.measures import check_common_queries, first_ten
 from simplified_tinybert.preflight import check_pair, find_models
+from simplified_tinybert.records import content_facts
 from simplified_tinybert.runtime import select_device
 from simplified_tinybert.tokenization import load_vocabulary
 from simplified_tinybert.trec import read_qrels, read_run
@@ -183,7 +184,7 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with locked(args.output_dir):
         keep_facts(args.output_dir / "inputs.json", {
-            **{name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()},
+            **{name: content_facts(path) for name, path in files.items()},
             **{role: weights_fingerprint(folder) for role, (folder, _) in models.items()}})
         study = Study(args, settings, files)
         study.prepare()

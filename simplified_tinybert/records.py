@@ -60,6 +60,15 @@ def file_facts(path: Path) -> dict:
     return facts
 
 
+def content_facts(path: Path) -> dict:
+    """What tells that a file is still the same one: its SHA-256, or, where it is huge, its time of change.
+
+    A copy of a file has another time of change; that is no reason to give up work that is half done.
+    """
+    facts = file_facts(path)
+    return {name: facts[name] for name in ("bytes", "sha256" if "sha256" in facts else "changed")}
+
+
 def record_path(path: Path) -> Path:
     """Where the record of a file lies: beside it."""
     return path.with_name(path.name + ".run.json")

@@ -1,5 +1,6 @@
 """experiments/: the study from a collection to its tables on made-up words; queries cut out of texts; the documents."""
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -90,6 +91,8 @@ def test_the_whole_study(golden_models, tmp_path, monkeypatch):
     assert "systems" not in results and len(results["tuned"]) == 4 and len(results["curves"]) == 2
     assert results["curves"][1]["rows"][0]["att_grad"] > 0
 
+    for path in (tmp_path / "raw").iterdir():                   # as a copy of the collection would have it
+        os.utime(path)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".safetensors", ".pkl")}
     done = replicate(tmp_path, golden_models["teacher"])
     assert done.returncode == 0, done.stderr
@@ -98,8 +101,11 @@ def test_the_whole_study(golden_models, tmp_path, monkeypatch):
     (tmp_path / "small.toml").write_text(SETTINGS.replace("test_depth = 5", "test_depth = 6"))
     other = replicate(tmp_path, golden_models["teacher"])
     assert other.returncode == 2 and "test.tsv: was made by another command" in other.stderr
+    with open(tmp_path / "raw" / "queries.test.tsv", "a") as queries:
+        queries.write("one-more\tquery\n")
     other = replicate(tmp_path, golden_models["student_4x48"])
-    assert other.returncode == 2 and "was begun with other inputs: pre-trained BERT was" in other.stderr
+    assert other.returncode == 2 and "was begun with other inputs: queries.test was" in other.stderr
+    assert "pre-trained BERT was" in other.stderr
     check_students(results, out)
     check_figures(results, tmp_path)
 
