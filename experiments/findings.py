@@ -4,8 +4,9 @@
         --document docs/replication.md
 
 Out, in --output_dir, for each results file NAME.json: NAME.md, tables of effectiveness (means over the seeds ± their
-standard deviation), of differences with 95 % intervals over the queries, and of what was tuned on the dev queries;
-NAME.png, effectiveness against speed; NAME-losses.png, size and gradient of each loss term while the students learn.
+standard deviation), of differences with 95 % intervals over the queries, of what was tuned on the dev queries, of the
+size of gradients; NAME.png, effectiveness against speed; NAME-losses.png, size and gradient of each loss term while the
+students learn.
 With --document the tables are also put into that file, between the lines <!-- NAME --> and <!-- end of NAME -->.
 """
 import argparse
@@ -95,13 +96,27 @@ def tuning_table(results: dict) -> str:
                     [[method, shape, ", ".join(cells)] for (shape, method), cells in rows.items()])
 
 
+def gradients_table(results: dict) -> str:
+    """Norm of each loss term's gradient, as first and as last logged: which term a student listens to."""
+    rows = []
+    for curve in results["curves"]:
+        cells = []
+        for term in TERMS:
+            norms = [row[f"{term}_grad"] for row in curve["rows"] if row.get(f"{term}_grad")]
+            cells.append(f"{norms[0]:.2g} → {norms[-1]:.2g}" if norms else NONE)
+        rows.append([curve["method"], curve["shape"], *cells])
+    return markdown(["method", "shape", *(name for name, _ in TERMS.values())], rows)
+
+
 def text(results: dict) -> str:
     """The tables, and what a reader must know to judge them."""
     dev, settings = results["dev"], results["settings"]
     parts = [f"On the {dev['queries']} dev queries, candidates: BM25's first {settings['dev_depth']}:",
              markdown(["", "nDCG@10"], [[name, f"{value:.4f}"] for name, value in dev["nDCG@10"].items()])]
     if results["tuned"]:
-        parts += ["Each method there, by learning rate (first seed, chosen in bold):", tuning_table(results)]
+        parts += ["Each method there, by learning rate (first seed, chosen in bold):", tuning_table(results),
+                  "Norm of the gradient of each loss term by itself, without its weight, as first and as last logged "
+                  "(first seed, chosen learning rate):", gradients_table(results)]
     if "systems" not in results:
         return "\n\n".join(parts) + "\n"
     measure = settings["measures"][0]
