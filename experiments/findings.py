@@ -132,11 +132,12 @@ def text(results: dict) -> str:
         f"{settings['test_depth']}. {judged}",
         effectiveness_table(results),
         f"± standard deviation over the seeds. † differs from the teacher, ‡ from BM25: paired t-test over the queries "
-        f"of the means over the seeds, p < {LEVEL} after Holm's correction over all rows by measure. Pairs per second: "
-        f"{results['speed_note']}",
+        f"of the means over the seeds, p < {LEVEL} after Holm's correction over all rows by measure. Pairs per second, "
+        f"and the speed-up round by round: {results['speed_note']}",
         differences_table(results),
-        "Intervals are each by itself, p and verdict after Holm's correction over the comparisons with the same "
-        "system: an interval may leave out 0 where the two cannot be told apart.", *parts]) + "\n"
+        "Intervals are over the queries, for these seeds, and each by itself; p and verdict after Holm's correction "
+        "over the comparisons with the same system: an interval may leave out 0 where the two cannot be told apart.",
+        *parts]) + "\n"
 
 
 def effectiveness_picture(results: dict, path: Path) -> None:
