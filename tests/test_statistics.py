@@ -108,9 +108,14 @@ def test_t_test_is_scipys(queries):
 
 @given(st.lists(value, min_size=2, max_size=9))
 def test_exact_randomization_is_scipys(numbers):
-    differences = np.array(numbers) - 0.25
+    """On numbers whose sums are exact: of others SciPy counts sums as less extreme that only rounding makes so."""
+    differences = np.round(np.array(numbers) * 64) / 64 - 0.25
     whole = stats.permutation_test((differences,), np.mean, permutation_type="samples", n_resamples=np.inf)
     assert statistics.randomization_test(differences) == pytest.approx(whole.pvalue)
+
+
+def test_a_sum_that_rounds_to_not_quite_zero_is_zero():
+    assert statistics.randomization_test(np.array([0, 0.25, 0.7, 0.1, 0.1, 0.1, 0.25, 0.5]) - 0.25) == 1.0
 
 
 def test_sampled_randomization_is_near_scipys_and_repeatable():
