@@ -33,7 +33,7 @@ import torch
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import read_config, save_cross_encoder
-from simplified_tinybert.files import Problems, UserError, check_input_file, run_main, say
+from simplified_tinybert.files import Problems, UserError, check_input_file, reason, run_main, say
 from simplified_tinybert.modeling import CrossEncoder, describe
 from simplified_tinybert.preflight import check_output_dir
 from simplified_tinybert.records import record
@@ -138,12 +138,8 @@ def open_checkpoint(prefix: Path) -> Any:
     try:
         return tensorflow.train.load_checkpoint(str(prefix))
     except Exception as error:                          # a damaged file makes the library raise almost anything
-        raise UserError(f"{prefix}.index: is damaged or no TensorFlow checkpoint ({first_line(error)}); fetch it again"
+        raise UserError(f"{prefix}.index: is damaged or no TensorFlow checkpoint ({reason(error)}); fetch it again"
                         ) from error
-
-
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def read_model(reader: Any, config: BertConfig, prefix: Path) -> tuple[CrossEncoder, bool, dict[str, int]]:
@@ -168,7 +164,7 @@ def read_variable(reader: Any, name: str, prefix: Path, problems: Problems) -> t
     try:
         value = reader.get_tensor(name)
     except Exception as error:
-        problems.add(f"{prefix}: {name} cannot be read: its data file is damaged or cut off ({first_line(error)}); "
+        problems.add(f"{prefix}: {name} cannot be read: its data file is damaged or cut off ({reason(error)}); "
                      f"fetch it again")
         return None
     if not reader.get_variable_to_dtype_map()[name].is_floating:

@@ -38,18 +38,14 @@ from pathlib import Path
 import torch
 
 from simplified_tinybert import objectives
-from simplified_tinybert.checkpoints import (
-    fit_projections,
-    load_cross_encoder,
-    save_cross_encoder,
-    weights_fingerprint,
-)
+from simplified_tinybert.checkpoints import fit_projections, load_ranker, save_cross_encoder
 from simplified_tinybert.description import describe_run, model_card
 from simplified_tinybert.distillation import SETTINGS, add_training_flags, check_apex, make_plan, make_student, train
 from simplified_tinybert.distributed import Processes, process_group
 from simplified_tinybert.feature_cache import map_examples
 from simplified_tinybert.features import FeatureSummary, ids_of, summarise
-from simplified_tinybert.files import Problems, UserError, process_count, run_main, say
+from simplified_tinybert.files import Problems, process_count, run_main, say
+from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.modeling import CrossEncoder
 from simplified_tinybert.objectives import Weights
 from simplified_tinybert.precision import select_precision
@@ -112,18 +108,14 @@ def load_models(args: argparse.Namespace, stages: list[Weights], models: dict, c
     """Student (from a checkpoint if given) and teacher on the device, with the head that --pooled_relu asks for."""
     generator = torch.Generator().manual_seed(args.seed)
     folder, config = models["general student"]
-    student, notes = load_cross_encoder(checkpoint or folder, None if checkpoint else config, new_head=generator)
+    student, notes = load_ranker(checkpoint or folder, None if checkpoint else config, new_head=generator)
     teacher = None
     if "teacher" in models:
-        teacher, more = load_cross_encoder(*models["teacher"])
+        teacher, more = load_ranker(*models["teacher"])
         teacher.requires_grad_(False)
         notes += more
-    for role, model in (("general student", student), ("teacher", teacher)):
-        if model and model.config.num_labels != 2:
-            raise UserError(f"{models[role][0]}: the {role} has {model.config.num_labels} classes; expected 2 (not "
-                            f"relevant, relevant)")
-        if model:
-            model.config.pooled_relu = args.pooled_relu or getattr(model.config, "pooled_relu", False)
+    for model in filter(None, (student, teacher)):
+        model.config.pooled_relu = args.pooled_relu or getattr(model.config, "pooled_relu", False)
     if any("hidden" in weights for weights in stages):
         notes += fit_projections(student, teacher.config.hidden_size, generator)
     for note in notes:

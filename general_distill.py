@@ -36,7 +36,6 @@ from simplified_tinybert.checkpoints import (
     new_cross_encoder,
     read_config,
     save_cross_encoder,
-    weights_fingerprint,
 )
 from simplified_tinybert.compression import compress
 from simplified_tinybert.corpus import DOCUMENTS, check_corpus, map_corpus
@@ -45,6 +44,7 @@ from simplified_tinybert.distillation import SETTINGS, add_training_flags, check
 from simplified_tinybert.distributed import Processes, process_group
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, process_count, run_main, say
+from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.modeling import Batch, CrossEncoder
 from simplified_tinybert.precision import select_precision
 from simplified_tinybert.preflight import check_flags, check_output_dir, check_pair, find_models, find_run

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.checkpoints import load_cross_encoder, weights_fingerprint
+from simplified_tinybert.checkpoints import load_ranker
 from simplified_tinybert.distributed import Processes, process_group
 from simplified_tinybert.features import Examples, FeatureSummary, summarise
 from simplified_tinybert.files import (
@@ -40,6 +40,7 @@ from simplified_tinybert.files import (
     say,
     sync_folder,
 )
+from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.modeling import CrossEncoder, count_parameters, describe
 from simplified_tinybert.precision import select_precision
 from simplified_tinybert.preflight import check_length, check_model_fits, find_models
@@ -122,11 +123,9 @@ def written_pairs(partial: Path, about: Path, wanted: dict, chunks: list[int]) -
 def load_model(args: argparse.Namespace, folder: Path, config: BertConfig, device: torch.device,
                dtype: torch.dtype | None) -> tuple[CrossEncoder, int]:
     """The model on the device, in the precision that is asked for, and its parameters. Raises UserError."""
-    model, notes = load_cross_encoder(folder, config)
+    model, notes = load_ranker(folder, config)
     for note in notes:
         say(f"note         {note}")
-    if model.config.num_labels not in (1, 2):
-        raise UserError(f"{folder}: the model has {model.config.num_labels} classes; expected 2, or 1 logit")
     model.config.pooled_relu = args.pooled_relu or getattr(config, "pooled_relu", False)
     say(f"model        {describe(model)}")
     parameters = count_parameters(model)

@@ -37,7 +37,7 @@ def timed(name, function):
         spent[name] += time.perf_counter() - begin
         return result
     return call
-reranker.load_cross_encoder = timed("model", reranker.load_cross_encoder)
+reranker.load_ranker = timed("model", reranker.load_ranker)
 reranker.write_scores = timed("scoring", reranker.write_scores)
 reranker.main()
 import json

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from simplified_tinybert.checkpoints import load_cross_encoder
+from simplified_tinybert.checkpoints import load_ranker
 from simplified_tinybert.features import summarise
 from simplified_tinybert.files import Problems
 from simplified_tinybert.measures import PerQuery, Qrels, Run, evaluate, parse_measures
@@ -90,7 +90,7 @@ def speeds(models: dict[str, Path], features: Path, device: torch.device) -> tup
     """Shape, parameters, pairs per second and speed-up over the teacher of each model; and how it was measured."""
     loaded, facts = {}, machine(device)
     for name, folder in models.items():
-        loaded[name] = load_cross_encoder(folder)[0].to(device)
+        loaded[name] = load_ranker(folder)[0].to(device)
         prepare(loaded[name], None, False)
     pairs = sample_pairs([features], summarise([features], Problems()).examples, SPEED_PAIRS[device.type])
     rates = measure(loaded, pairs, device, SPEED_ROUNDS)

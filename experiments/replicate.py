@@ -34,10 +34,10 @@ from findings import write_all
 from study import keep_facts, read_settings
 from transformers import BertConfig
 
-from simplified_tinybert.checkpoints import weights_fingerprint
 from simplified_tinybert.collection import by_query, read_rows
 from simplified_tinybert.files import Problems, atomic_writer, check_input_file, locked, run_main, say
 from simplified_tinybert.measures import check_common_queries, first_ten
+from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.preflight import check_pair, find_models
 from simplified_tinybert.records import content_facts
 from simplified_tinybert.runtime import select_device

@@ -4,9 +4,7 @@ Two layouts are read: config.json with model.safetensors or pytorch_model.bin (H
 bert_config.json with pytorch_model.bin. Weights are read without running any code of the file. What is written is a
 normal Hugging Face folder; the projections that only distillation needs go into fit_dense.safetensors beside it.
 """
-import hashlib
 import json
-import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -14,121 +12,29 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import BertConfig
 
-from simplified_tinybert.files import Problems, UserError, atomic_writer
-from simplified_tinybert.hub import CONFIG_FILES, PROJECTION_FILE, WEIGHT_FILES
+from simplified_tinybert.files import Problems, UserError, atomic_writer, reason, warn
+from simplified_tinybert.hub import PROJECTION_FILE
 from simplified_tinybert.losses import layer_map
-from simplified_tinybert.modeling import ACTIVATIONS, CrossEncoder, activation_named
+from simplified_tinybert.model.configuration import read_config, reversed_labels
+from simplified_tinybert.model.weights import read_weights, some
+from simplified_tinybert.modeling import CrossEncoder
 from simplified_tinybert.tokenization import TOKENIZER_FILES, has_vocabulary
 
 BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")           # constants that older libraries stored
 PRETRAINING_HEADS = ("cls.", "qa_outputs.")
-
-
-def read_config(folder: Path) -> BertConfig:
-    """BERT configuration from config.json or bert_config.json of a folder, or from such a file. Raises UserError."""
-    path = folder if folder.is_file() else next((folder / name for name in CONFIG_FILES if (folder / name).is_file()),
-                                                None)
-    if path is None:
-        raise UserError(f"{folder}: holds neither {' nor '.join(CONFIG_FILES)}; is it a model folder?")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.get("model_type", "bert") != "bert":
-            raise UserError(f"{path}: is a model of type {content['model_type']}; expected bert")
-        if content.get("position_embedding_type", "absolute") != "absolute":
-            raise UserError(f"{path}: has {content['position_embedding_type']} positions; expected absolute ones")
-        content = {key: value for key, value in content.items() if key not in ("dtype", "torch_dtype", "is_decoder")}
-        config = BertConfig(**content)
-        try:
-            activation_named(config.hidden_act)
-        except KeyError as error:
-            raise UserError(f"{path}: hidden_act is {error}; expected one of {', '.join(ACTIVATIONS)}, or another one "
-                            f"that transformers knows") from error
-        if config.hidden_size % config.num_attention_heads:
-            raise UserError(f"{path}: hidden_size {config.hidden_size} is no multiple of num_attention_heads "
-                            f"{config.num_attention_heads}; these describe no BERT model")
-        return config
-    except UserError:
-        raise
-    except Exception as error:        # whatever a malformed file makes the library raise, the file is to blame
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: is not a valid BERT configuration: {reason}") from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model's tensors. Raises UserError if there are none."""
-    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if path is None:
-        raise UserError(f"{folder}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
-    paths = [path]
-    if path.name.endswith(".index.json"):
-        try:
-            shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-            paths = [folder / Path(shard).name for shard in sorted(shards)]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: is not an index of safetensors files ({error!r}); fetch it again") from error
-        absent = [shard.name for shard in paths if not shard.is_file()]
-        if absent or not paths:
-            raise UserError(f"{path}: names files that are not there ({', '.join(absent)}); fetch them too")
-    return paths + [path for path in [folder / PROJECTION_FILE] if path.is_file()]
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """SHA-256 over the weight files."""
-    digest = hashlib.sha256()
-    for path in weight_files(folder):
-        with open(path, "rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
-    return digest.hexdigest()
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model folder under the names used here. Raises UserError."""
-    weights = {}
-    for path in weight_files(folder):
-        weights.update(read_tensors(path))
-    return canonical_names(weights)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of a PyTorch file that holds nothing else. Raises UserError."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: holds more than tensors, or is damaged; it is refused, because loading it could run "
-                        f"code. Have its author save it as safetensors") from error
-    except PermissionError:
-        raise
-    except Exception as error:                          # a damaged file makes the libraries raise almost anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: is damaged or cut off ({reason}); copy or fetch it again") from error
-    if not isinstance(weights, dict) or not all(isinstance(name, str) and _is_plain(value)
-                                                for name, value in weights.items()):
-        raise UserError(f"{path}: expected a state dict (names and tensors), found {type(weights).__name__}")
-    return weights
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-
-
-def canonical_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename old parameter names: LayerNorm gamma/beta, DataParallel's prefix, a bare encoder's missing prefix."""
-    renamed = {}
-    for name, tensor in weights.items():
-        name = name.removeprefix("module.")
-        if name.startswith(("embeddings.", "encoder.", "pooler.")):
-            name = "bert." + name
-        name = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
-        name = re.sub(r"^fit_dense\.", "projections.0.", re.sub(r"^fit_denses\.", "projections.", name))
-        renamed[name] = tensor
-    return renamed
+HEAD = ("bert.pooler.", "classifier.")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Sizes of a configuration, and where the weights show them: a tensor and its dimension
+SHOWN = {"vocab_size": ("bert.embeddings.word_embeddings.weight", 0),
+         "hidden_size": ("bert.embeddings.word_embeddings.weight", 1),
+         "max_position_embeddings": ("bert.embeddings.position_embeddings.weight", 0),
+         "type_vocab_size": ("bert.embeddings.token_type_embeddings.weight", 0),
+         "intermediate_size": ("bert.encoder.layer.0.intermediate.dense.weight", 0)}
+FOR_OTHERS = ("sentence_transformers", "sbert_ce_default_activation_function", "auto_map")      # of the model before
 
 
 def load_cross_encoder(folder: Path, config: BertConfig | None = None, new_head: torch.Generator | None = None,
@@ -137,12 +43,15 @@ def load_cross_encoder(folder: Path, config: BertConfig | None = None, new_head:
 
     Every parameter must be in the checkpoint and every tensor of the checkpoint must have a place, or a UserError
     lists what does not fit. With `new_head` (general students) pooler and classifier may be missing: they are then
-    drawn from this generator.
+    drawn from this generator, the classifier with two classes.
     """
     config = config or read_config(folder)
     weights = {name: tensor for name, tensor in read_weights(folder).items() if not BUFFERS.search(name)}
+    check_sizes(weights, config, folder)
     if "classifier.weight" in weights and weights["classifier.weight"].dim() == 2:
         config.num_labels = weights["classifier.weight"].shape[0]
+    elif new_head and "classifier.weight" not in weights:
+        config.id2label = {0: "not relevant", 1: "relevant"}
     ignored = sorted(name for name in weights if name.startswith(PRETRAINING_HEADS))
     weights = {name: tensor for name, tensor in weights.items() if name not in ignored}
     try:
@@ -150,8 +59,7 @@ def load_cross_encoder(folder: Path, config: BertConfig | None = None, new_head:
             model = CrossEncoder(config)
             add_projections(model, weights)
     except Exception as error:                          # sizes that no model can have; which, the library says
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: its configuration describes no possible model: {reason}") from error
+        raise UserError(f"{folder}: its configuration describes no possible model: {reason(error)}") from error
     model.to(dtype)
     notes = [f"{len(ignored)} tensors of pre-training heads are not used ({ignored[0]}, ...)"] if ignored else []
     notes += _fill(model, weights, folder, new_head)
@@ -168,29 +76,86 @@ class _WithoutInitialisation(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def check_sizes(weights: dict[str, Tensor], config: BertConfig, folder: Path) -> None:
+    """Raise UserError with each size of the configuration that the weights contradict: what follows from it is not."""
+    problems = Problems()
+    for size, (name, dimension) in SHOWN.items():
+        expected = getattr(config, size)
+        if name in weights and weights[name].dim() == 2 and weights[name].shape[dimension] != expected:
+            problems.add(f"{folder}: {name} has shape {list(weights[name].shape)}, which makes {size} "
+                         f"{weights[name].shape[dimension]}; the configuration says {expected}")
+    layers = {int(found[1]) for found in map(re.compile(r"bert\.encoder\.layer\.(\d+)\.").match, weights) if found}
+    if layers and layers == set(range(len(layers))) and len(layers) != config.num_hidden_layers:
+        problems.add(f"{folder}: the weights have {len(layers)} layers, which makes num_hidden_layers {len(layers)}; "
+                     f"the configuration says {config.num_hidden_layers}")
+    problems.raise_if_any()
+
+
 def _fill(model: CrossEncoder, weights: dict[str, Tensor], folder: Path, new_head: torch.Generator | None) -> list[str]:
     """Copy all weights into the model; complain about every name or shape that does not fit."""
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     missing = sorted(expected.keys() - weights.keys())
-    fresh = [name for name in missing if new_head and name.startswith(("bert.pooler.", "classifier."))]
+    fresh = [name for name in missing if new_head and name.startswith(HEAD)]
     problems = Problems()
-    for name in missing:
-        if name not in fresh:
-            hint = "; the model was not fine-tuned for ranking" if name.startswith("classifier.") else ""
-            problems.add(f"{folder}: the weights lack {name}{hint}")
-    for name in sorted(weights.keys() - expected.keys()):
-        problems.add(f"{folder}: the weights hold {name}, which has no place in this model")
+    complain_of_names([name for name in missing if name not in fresh], sorted(weights.keys() - expected.keys()),
+                      folder, problems)
     for name in sorted(expected.keys() & weights.keys()):
         if expected[name] != weights[name].shape:
             problems.add(f"{folder}: {name} has shape {list(weights[name].shape)}; expected {list(expected[name])} "
                          f"by the configuration")
-        elif not weights[name].is_floating_point():
-            problems.add(f"{folder}: {name} holds {weights[name].dtype}; expected floating-point numbers")
+    for dtype in sorted({tensor.dtype for tensor in weights.values()}.difference(FLOATS), key=str):
+        names = sorted(name for name, tensor in weights.items() if tensor.dtype == dtype)
+        problems.add(f"{folder}: the weights hold {dtype} in {some(names)}; expected floating-point numbers of 16 to "
+                     f"64 bits: fetch or save the model without quantization")
     problems.raise_if_any()
     for name in fresh:
         initialise(model.get_parameter(name), model.config.initializer_range, new_head)
     model.load_state_dict(weights, strict=False)
     return [f"newly initialised: {', '.join(fresh)}"] if fresh else []
+
+
+def complain_of_names(missing: list[str], unexpected: list[str], folder: Path, problems: Problems) -> None:
+    """What the weights lack, and beside it what they hold that has no place."""
+    if missing:
+        hint = "; the model was not fine-tuned for ranking" \
+            if not unexpected and all(name.startswith(HEAD) for name in missing) else ""
+        problems.add(f"{folder}: the weights lack {some(missing)}{hint}")
+    if unexpected:
+        hint = "; merge the LoRA weights into the model first (merge_and_unload of peft)" \
+            if any(".lora_" in name for name in unexpected) else ""
+        problems.add(f"{folder}: the weights hold {some(unexpected)}, which {'have' if unexpected[1:] else 'has'} no "
+                     f"place in this model{hint}")
+
+
+def load_ranker(folder: Path, config: BertConfig | None = None, new_head: torch.Generator | None = None) \
+        -> tuple[CrossEncoder, list[str]]:
+    """A model with the two classes not relevant and relevant, as `load_cross_encoder` does it. Raises UserError.
+
+    The head of a model with a single logit z is made to give the two logits (0, z), whose softmax is z's sigmoid.
+    Warns where the configuration names the classes the other way round.
+    """
+    model, notes = load_cross_encoder(folder, config, new_head)
+    if model.config.num_labels == 1:
+        notes.append(f"{folder}: {split_logit(model)}")
+    elif model.config.num_labels != 2:
+        raise UserError(f"{folder}: the model has {model.config.num_labels} classes; expected 2 (not relevant, "
+                        f"relevant), or 1 logit")
+    elif labels := reversed_labels(model.config):
+        warn(f"{folder}: {labels} in its configuration, but class 1 is taken as relevant; if the names are right, the "
+             f"ranking is upside down: exchange the two rows of classifier.weight and classifier.bias")
+    return model, notes
+
+
+def split_logit(model: CrossEncoder) -> str:
+    """Give a model with one logit z the two logits (0, z), in place. Returns a note for the user."""
+    head = model.classifier
+    head.weight, head.bias = (nn.Parameter(torch.cat([torch.zeros_like(tensor), tensor.detach()]))
+                              for tensor in (head.weight, head.bias))
+    head.out_features = model.config.num_labels = 2
+    kind, model.config.problem_type = model.config.problem_type, None
+    return ("its one logit z becomes the two (0, z); z is taken as the log-odds of relevance, " + (
+        "though its configuration says regression: the order of passages is right, their probabilities may not be"
+        if kind == "regression" else "as in models trained with a sigmoid"))
 
 
 def initialise(parameter: nn.Parameter, spread: float, generator: torch.Generator) -> None:
@@ -260,7 +225,8 @@ def save_cross_encoder(model: CrossEncoder, folder: Path, tokenizer_folder: Path
     else:
         (folder / PROJECTION_FILE).unlink(missing_ok=True)                  # of a model that was here before
     architecture = "BertModel" if general else "BertForSequenceClassification"
-    config = model.config.to_dict() | {"architectures": [architecture], "model_type": "bert",
+    config = {key: value for key, value in model.config.to_dict().items() if key not in FOR_OTHERS}
+    config |= {"architectures": [architecture], "model_type": "bert",
                                        "dtype": str(model.classifier.weight.dtype).removeprefix("torch.")}
     if model.config.num_labels == 2 and not general:
         config |= {"id2label": {"0": "not relevant", "1": "relevant"}, "label2id": {"not relevant": 0, "relevant": 1}}

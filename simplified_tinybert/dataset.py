@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from simplified_tinybert.collection import FLAGS, Documents, Row, wrong_query_id
 from simplified_tinybert.documents import Document
-from simplified_tinybert.files import Problems, UserError, shorten
+from simplified_tinybert.files import Problems, UserError, reason, shorten
 
 
 def open_dataset(args: argparse.Namespace, problems: Problems) -> Documents | None:
@@ -95,9 +95,8 @@ class Dataset:
         try:
             yield
         except Exception as error:                      # a download or a file that fails: it can raise almost anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"--dataset {self.name}: cannot be fetched or read ({shorten(reason, 300)}); ir_datasets "
-                            f"tells more: ir_datasets export {self.name} docs | head") from error
+            raise UserError(f"--dataset {self.name}: cannot be fetched or read ({shorten(reason(error), 300)}); "
+                            f"ir_datasets tells more: ir_datasets export {self.name} docs | head") from error
 
 
 def parts_of(document: object) -> Document:

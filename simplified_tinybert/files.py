@@ -119,6 +119,13 @@ def shorten(text: str, width: int = 60) -> str:
     return quoted if len(quoted) <= width else quoted[:width - 4] + "...'"
 
 
+def reason(error: BaseException, width: int = 300) -> str:
+    """What an error of a library says, in one line: the first, and those that it announces by a colon at its end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    end = next((number for number, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
+    return " ".join(lines[:end])[:width] or type(error).__name__
+
+
 def say(message: str) -> None:
     """Tell the user something: on stderr, for stdout belongs to results."""
     print(message, file=sys.stderr)

@@ -6,10 +6,11 @@ import numpy as np
 from tqdm import tqdm
 from transformers import BertConfig
 
-from simplified_tinybert.checkpoints import load_cross_encoder, read_config, weights_fingerprint
+from simplified_tinybert.checkpoints import load_ranker, read_config
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, say
 from simplified_tinybert.hub import find_model
+from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.modeling import describe
 from simplified_tinybert.precision import select_precision
 from simplified_tinybert.runtime import keep_freed_memory, select_device
@@ -40,7 +41,7 @@ class PassageFilter:
 
     def load(self) -> None:
         keep_freed_memory(self.device)
-        self.model, notes = load_cross_encoder(self.folder, self.config)
+        self.model, notes = load_ranker(self.folder, self.config)
         for note in notes:
             say(f"note         {note}")
         say(f"filter       {describe(self.model)}")

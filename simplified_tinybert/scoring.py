@@ -40,9 +40,9 @@ def token_batches(lengths: np.ndarray, batch_tokens: int, batch_size: int | None
 
 
 def relevance(logits: np.ndarray, score: str) -> np.ndarray:
-    """Scores (N) in float64 from float32 logits (N, 2), or (N, 1) of models with a single logit, their log-odds."""
+    """Scores (N) in float64 from float32 logits (N, 2)."""
     logits = logits.astype(np.float64)
-    log_odds = logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits[:, 0]
+    log_odds = logits[:, 1] - logits[:, 0]
     return log_odds if score == "log_odds" else np.exp(-np.logaddexp(0.0, -log_odds))
 
 

@@ -7,10 +7,11 @@ from statistics import median
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.checkpoints import load_cross_encoder, weights_fingerprint
+from simplified_tinybert.checkpoints import load_ranker
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, say, warn
 from simplified_tinybert.measures import MRR_CUTOFFS, PerQuery, Qrels, Run, evaluate, first_ten, parse_measures
+from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.modeling import CrossEncoder, count_parameters
 from simplified_tinybert.preflight import find_models
 from simplified_tinybert.records import read_record, script_of
@@ -135,7 +136,7 @@ def measure_systems(systems: list[System], pairs: Examples, device: torch.device
     for system in systems:
         system.rates, system.where = [], ""
         if system.folder:
-            models[system.name], notes = load_cross_encoder(system.folder, system.config)
+            models[system.name], notes = load_ranker(system.folder, system.config)
             for note in notes:
                 say(f"note         {system.name}: {note}")
             system.parameters = count_parameters(models[system.name])

@@ -1,0 +1,1 @@
+"""The BERT cross-encoder: its configuration, its weights, its layers."""
