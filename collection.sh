@@ -100,9 +100,10 @@ PYTHONPATH="$ROOT" "$PYTHON" -c '
 import sys
 from simplified_tinybert.files import run_main
 from simplified_tinybert.preflight import check_chain
-run_main(lambda: check_chain(*sys.argv[1:3], int(sys.argv[3]), sys.argv[4].split(), sys.argv[5].split()))' \
+run_main(lambda: check_chain(*sys.argv[1:3], int(sys.argv[3]), sys.argv[4].split(), sys.argv[5].split(),
+                             bool(sys.argv[6])))' \
     "$VOCABULARY" "${STUDENT_MODEL:-$BERT_MODEL}" "$NEW_LAYERS" "${METHODS[*]}" \
-    "${MEASURES[*]}"                      # fails now, not after hours
+    "${MEASURES[*]}" "$TEACHER_MODEL"                 # fails now, not after hours
 mkdir -p "$OUT"
 
 step "$OUT/train.tsv" run prepare_examples.py train --docs "$DOCS" --queries "$(file queries.train.tsv)" \

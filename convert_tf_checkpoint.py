@@ -32,8 +32,10 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.checkpoints import read_config, save_cross_encoder
+from simplified_tinybert.checkpoints import save_cross_encoder
 from simplified_tinybert.files import Problems, UserError, check_input_file, reason, run_main, say
+from simplified_tinybert.model.configuration import read_config
+from simplified_tinybert.model.weights import identify
 from simplified_tinybert.modeling import CrossEncoder, describe
 from simplified_tinybert.preflight import check_output_dir
 from simplified_tinybert.records import record
@@ -192,6 +194,9 @@ def check_all(args: argparse.Namespace) -> tuple[Path, list[Path], BertConfig, V
     prefix = tried(problems, find_checkpoint, args.tf_checkpoint)
     if prefix:
         files = tried(problems, checkpoint_files, prefix) or []
+        for path in files:
+            if instead := identify(path, text=True):
+                problems.add(f"{path}: {instead}")
         args.bert_config = args.bert_config or prefix.with_name("bert_config.json")
         args.vocab = args.vocab or prefix.with_name("vocab.txt")
     if args.bert_config and check_input_file(args.bert_config, problems, "configuration (--bert_config)"):

@@ -47,7 +47,14 @@ from simplified_tinybert.files import Problems, UserError, process_count, run_ma
 from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.modeling import Batch, CrossEncoder
 from simplified_tinybert.precision import select_precision
-from simplified_tinybert.preflight import check_flags, check_output_dir, check_pair, find_models, find_run
+from simplified_tinybert.preflight import (
+    check_flags,
+    check_output_dir,
+    check_pair,
+    check_vocabulary,
+    find_models,
+    find_run,
+)
 from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.tokenization import Vocabulary, load_vocabulary
 
@@ -123,9 +130,7 @@ def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertC
         config = student_config(args, teacher[1], problems)
         try:
             vocabulary = load_vocabulary(teacher[0])
-            if max(vocabulary.pieces.values()) >= teacher[1].vocab_size:
-                problems.add(f"{teacher[0]}: has {teacher[1].vocab_size} embeddings for a vocabulary of "
-                             f"{len(vocabulary.pieces)} word pieces; its files do not belong together")
+            check_vocabulary(*teacher, vocabulary, problems)
         except UserError as error:
             problems.add(str(error))
     corpus = check_corpus(args.corpus, problems)

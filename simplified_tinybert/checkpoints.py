@@ -122,7 +122,8 @@ def complain_of_names(missing: list[str], unexpected: list[str], folder: Path, p
         problems.add(f"{folder}: the weights lack {some(missing)}{hint}")
     if unexpected:
         hint = "; merge the LoRA weights into the model first (merge_and_unload of peft)" \
-            if any(".lora_" in name for name in unexpected) else ""
+            if any(".lora_" in name for name in unexpected) else \
+            "; if those are these under other names, save the state dict of the BERT itself" if missing else ""
         problems.add(f"{folder}: the weights hold {some(unexpected)}, which {'have' if unexpected[1:] else 'has'} no "
                      f"place in this model{hint}")
 

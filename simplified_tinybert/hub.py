@@ -7,9 +7,10 @@ from simplified_tinybert.tokenization import TOKENIZER_FILES
 CONFIG_FILES = ("config.json", "bert_config.json")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                 "pytorch_model.bin.index.json")         # the first that is there holds the model, as in transformers
-SHARDS = ("model-*.safetensors", "pytorch_model-*.bin")
 ADAPTER_FILE = "adapter_config.json"
 PROJECTION_FILE = "fit_dense.safetensors"
+FETCHED = (*CONFIG_FILES, *WEIGHT_FILES, "model-*.safetensors", "pytorch_model-*.bin", PROJECTION_FILE, ADAPTER_FILE,
+           *TOKENIZER_FILES)
 
 
 def find_model(name: str) -> Path:
@@ -26,8 +27,7 @@ def find_model(name: str) -> Path:
                         f"or a hub id such as huawei-noah/TinyBERT_General_4L_312D")
     from huggingface_hub import errors, snapshot_download  # here, for it takes time, and local models do without
     try:
-        return Path(snapshot_download(name, allow_patterns=[*CONFIG_FILES, *WEIGHT_FILES, *SHARDS, PROJECTION_FILE,
-                                                            ADAPTER_FILE, *TOKENIZER_FILES]))
+        return Path(snapshot_download(name, allow_patterns=list(FETCHED)))
     except errors.RepositoryNotFoundError as error:
         raise UserError(f"{name}: neither a folder here nor a public model on the hub; check the spelling") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:

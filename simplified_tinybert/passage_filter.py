@@ -6,13 +6,15 @@ import numpy as np
 from tqdm import tqdm
 from transformers import BertConfig
 
-from simplified_tinybert.checkpoints import load_ranker, read_config
+from simplified_tinybert.checkpoints import load_ranker
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, say
 from simplified_tinybert.hub import find_model
+from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.modeling import describe
 from simplified_tinybert.precision import select_precision
+from simplified_tinybert.preflight import check_vocabulary
 from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.scoring import BATCH_TOKENS, finite, prepare, relevance, score_chunk, token_batches
 from simplified_tinybert.tokenization import PieceCutter, Vocabulary, load_vocabulary
@@ -21,40 +23,36 @@ Tokenize = Callable[[list[str], PieceCutter], Examples]
 
 
 class PassageFilter:
-    """Scores passages for queries with a cross-encoder; what is wrong with the request is added to `problems`.
-
-    The weights are loaded when first needed, so that everything can be checked before.
-    """
+    """Scores passages for queries with a cross-encoder; what is wrong with it or the request is added to `problems`."""
 
     def __init__(self, model: str, max_seq_length: int, device: str, bf16: bool, tokenize: Tokenize,
                  problems: Problems):
-        self.max_seq_length, self.tokenize, self.model = max_seq_length, tokenize, None
+        self.max_seq_length, self.tokenize = max_seq_length, tokenize
         try:
             self.device = select_device(device)
             self.dtype = select_precision(False, bf16, self.device, problems)
             self.folder = find_model(model)
-            self.config, self.vocabulary = read_config(self.folder), load_vocabulary(self.folder)
+            config, vocabulary = read_config(self.folder), load_vocabulary(self.folder)
+            check_ranker(self.folder, config, vocabulary, max_seq_length, problems)
+            if not problems.count:                      # which are told first, for this takes seconds
+                self._load(config, vocabulary)
         except UserError as error:
             problems.add(str(error))
-        else:
-            check_ranker(self.folder, self.config, self.vocabulary, max_seq_length, problems)
 
-    def load(self) -> None:
+    def _load(self, config: BertConfig, vocabulary: Vocabulary) -> None:
         keep_freed_memory(self.device)
-        self.model, notes = load_ranker(self.folder, self.config)
+        self.model, notes = load_ranker(self.folder, config)
         for note in notes:
             say(f"note         {note}")
         say(f"filter       {describe(self.model)}")
         prepare(self.model.to(self.device), self.dtype, int8=False)
-        self.cutter = PieceCutter(self.vocabulary, self.max_seq_length)
+        self.cutter = PieceCutter(vocabulary, self.max_seq_length)
 
     def fingerprint(self) -> str:
         return weights_fingerprint(self.folder)
 
     def probabilities(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """Probability of relevance (N), float64, of (query, passage) pairs without tabs or line ends."""
-        if not self.model:
-            self.load()
         lines = [f"{number}\t{query}\t{passage}" for number, (query, passage) in enumerate(pairs)]
         chunk = self.tokenize(lines, self.cutter)
         batches = token_batches(chunk.lengths, BATCH_TOKENS[self.device.type], None)
@@ -69,8 +67,4 @@ def check_ranker(folder: Path, config: BertConfig, vocabulary: Vocabulary, max_s
     if not 8 <= max_seq_length <= config.max_position_embeddings:
         problems.add(f"--max_seq_length {max_seq_length}: expected 8 to {config.max_position_embeddings}, the "
                      f"positions of {folder}")
-    if max(vocabulary.pieces.values()) >= config.vocab_size:
-        problems.add(f"{folder}: the vocabulary has {max(vocabulary.pieces.values()) + 1} word pieces, the model knows "
-                     f"{config.vocab_size}; fetch both from one place")
-    if config.num_labels not in (1, 2):
-        problems.add(f"{folder}: the model has {config.num_labels} classes; expected a ranker with 2, or 1 logit")
+    check_vocabulary(folder, config, vocabulary, problems)

@@ -7,16 +7,18 @@ import copy
 import math
 from pathlib import Path
 
+import torch
 from transformers import BertConfig
 
-from simplified_tinybert.checkpoints import read_config
+from simplified_tinybert.checkpoints import load_cross_encoder, load_ranker
 from simplified_tinybert.features import FeatureSummary
 from simplified_tinybert.files import Problems, UserError, process_count, warn
 from simplified_tinybert.hub import find_model
 from simplified_tinybert.measures import parse_measures
+from simplified_tinybert.model.configuration import find_config, read_config
 from simplified_tinybert.objectives import METHODS, stage_weights, uses_layers
 from simplified_tinybert.records import read_record
-from simplified_tinybert.tokenization import has_vocabulary, load_vocabulary
+from simplified_tinybert.tokenization import Vocabulary, has_vocabulary, load_vocabulary
 from simplified_tinybert.training import newest_checkpoint
 
 
@@ -74,10 +76,10 @@ def check_model_fits(role: str, folder: Path, config: BertConfig, summary: Featu
         way_out = ("leave --max_seq_length out" if header["max_seq_length"] <= positions else
                    f"tokenize again with --max_seq_length {positions} (MAX_SEQ_LENGTH={positions} for the .sh scripts)")
         problems.add(f"{folder}: the {role} has {positions} positions, {width} are asked for; {way_out}")
-    if header["vocabulary_size"] > config.vocab_size:
-        problems.add(f"{folder}: the {role} knows {config.vocab_size} word pieces, the features have "
-                     f"{header['vocabulary_size']}; tokenize with --bert_model_dir {folder}")
     if not has_vocabulary(folder):
+        if header["vocabulary_size"] > config.vocab_size:
+            problems.add(f"{folder}: the {role} has {config.vocab_size} embeddings, the features were made with "
+                         f"{header['vocabulary_size']} tokens; tokenize with the {role}'s own vocabulary")
         warn(f"{folder}: the {role} has no vocabulary file, so it is not checked that the features were made with it")
         return
     try:
@@ -85,6 +87,7 @@ def check_model_fits(role: str, folder: Path, config: BertConfig, summary: Featu
     except UserError as error:
         problems.add(str(error))
         return
+    check_vocabulary(folder, config, vocabulary, problems)
     if vocabulary.fingerprint() != header["vocabulary"]:
         problems.add(f"{folder}: the features were made with another vocabulary than the {role}'s; tokenize with "
                      f"--bert_model_dir {folder}")
@@ -92,6 +95,17 @@ def check_model_fits(role: str, folder: Path, config: BertConfig, summary: Featu
         names = {True: "lower-cased", False: "cased"}
         warn(f"{folder}: the {role}'s texts should be {names[vocabulary.lower_case]}, the features are "
              f"{names[header['lower_case']]}")
+
+
+def check_vocabulary(folder: Path, config: BertConfig, vocabulary: Vocabulary, problems: Problems) -> None:
+    """Complain about a model whose own tokenizer has tokens that its own embedding matrix has no row for."""
+    size = max(vocabulary.pieces.values()) + 1
+    if size > config.vocab_size:
+        tokenizer = next(name for name in ("vocab.txt", "tokenizer.json") if (folder / name).is_file())
+        problems.add(f"{folder / tokenizer}: has {size} tokens, the embedding matrix {config.vocab_size} rows "
+                     f"(vocab_size in {find_config(folder)}): these two files of the model do not go together; fetch "
+                     f"both from one place or, if tokens were added, call resize_token_embeddings({size}) and save the "
+                     f"model again")
 
 
 def check_dev_set(dev: FeatureSummary, train: FeatureSummary | None, student: BertConfig, problems: Problems) -> None:
@@ -122,10 +136,12 @@ def check_pair(teacher: BertConfig, student: BertConfig, problems: Problems,
                      f"with as many")
 
 
-def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: list[str], measures: list[str]) -> None:
+def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: list[str], measures: list[str],
+                fine_tuned: bool) -> None:
     """Raise UserError if the steps of collection.sh do not go together: better now than when their turn comes.
 
-    The student is a general one, or, where `new_layers` is not 0, will be made with so many layers of this model.
+    The student is a general one, or, where `new_layers` is not 0, will be made with so many layers of this model. A
+    teacher that is not `fine_tuned` is still to be made of the model named.
     """
     problems = Problems()
     for method in methods:
@@ -135,7 +151,10 @@ def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: 
     models = find_models({"teacher": teacher_name, "student": student_name}, problems)
     problems.raise_if_any()
     (folder, teacher), (other, student) = models["teacher"], models["student"]
-    if load_vocabulary(folder).fingerprint() != load_vocabulary(other).fingerprint():
+    vocabularies = [load_vocabulary(place) for place in (folder, other)]
+    for (place, config), vocabulary in zip(dict(models.values()).items(), vocabularies):
+        check_vocabulary(place, config, vocabulary, problems)
+    if vocabularies[0].fingerprint() != vocabularies[1].fingerprint():
         problems.add(f"{student_name}: has another vocabulary than {teacher_name}; teacher and students read the same "
                      f"features, name models of one vocabulary")
     if new_layers:
@@ -146,6 +165,9 @@ def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: 
     if folder != other and any(map(uses_layers, (stage for method in methods for stage in stage_weights(method)))):
         check_pair(teacher, student, problems)
     problems.raise_if_any()
+    load_ranker(folder, teacher, None if fine_tuned else torch.Generator())
+    if other != folder:                                 # of a model that students are made of the head is not used
+        (load_cross_encoder if new_layers else load_ranker)(other, models["student"][1], torch.Generator())
 
 
 def check_output_dir(folder: Path, resume: bool | None, problems: Problems) -> None:

@@ -6,7 +6,7 @@ from transformers import BertConfig
 
 from simplified_tinybert.files import Problems, UserError, reason
 from simplified_tinybert.hub import ADAPTER_FILE, CONFIG_FILES
-from simplified_tinybert.model.weights import read_json
+from simplified_tinybert.model.weights import read_json, some
 from simplified_tinybert.modeling import ACTIVATIONS, activation_named
 
 LEAST = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 1,
@@ -44,6 +44,9 @@ def read_config(folder: Path) -> BertConfig:
     content, problems = read_json(path, "BERT configuration"), Problems()
     if content.get("model_type", "bert") != "bert":
         raise UserError(f"{path}: is a model of type {content['model_type']}; expected bert, which alone is read here")
+    if not {"model_type", "architectures", *LEAST} & content.keys():
+        raise UserError(f"{path}: is not a valid BERT configuration: has none of its settings, such as hidden_size "
+                        f"(found: {some(content) or 'nothing'}); fetch it again")
     _check_content(path, content, problems)
     problems.raise_if_any()
     try:

@@ -51,17 +51,20 @@ def identify(path: Path, text: bool = False) -> str | None:
     """
     with open(path, "rb") as handle:
         start = handle.read(1024)
-    if not start.strip(b"\0 \t\r\n"):
-        return "is empty; fetch it again" if not start.strip() else "holds zeros only; fetch it again"
+    if not start.strip():
+        return "is empty; fetch it again"
+    start = start.removeprefix(b"\xef\xbb\xbf")          # a byte order mark
     if re.match(rb"version https://[\w.-]+/spec/v1\b", start):
         size = re.search(rb"^size (\d+)", start, re.MULTILINE)
         return (f"is a Git LFS pointer to the file, of {int(size[1]) if size else 0:,} bytes, not the file itself; "
                 f"fetch that: git lfs pull in the clone, or hf download")
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|\?xml|error|!--)", start, re.IGNORECASE):
+    if re.match(rb"\s*<(!doctype|html|head|body|\?xml|error|!--)", start, re.IGNORECASE):
         return ("is a web page (HTML or XML), not the file itself; fetch that by hf download, or from the address "
                 "with /resolve/ in place of /blob/; a private model needs a login")
     if text:
         return None
+    if not start.strip(b"\0"):
+        return "holds zeros in place of data, as an interrupted download does; fetch it again"
     if words := _text(start).strip():
         return f"holds text, {shorten(words)}, perhaps a server's answer in place of the file; fetch it again"
     for magic, what in MAGIC.items():
@@ -169,14 +172,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"holds {found[1]}, which is no tensor," if found else "holds more than tensors, or is damaged;"
+        what = f"holds {found[1]}, which is no tensor," if found else "holds more than tensors, or is damaged,"
         raise UserError(f"{path}: {what} and is refused, because loading it could run code. Have its author save the "
                         f"state dict alone, as safetensors") from error
     except PermissionError:
         raise
     except Exception as error:                          # a damaged file makes the libraries raise almost anything
-        raise UserError(f"{path}: is damaged or cut off after {path.stat().st_size:,} bytes ({reason(error)}); copy or "
-                        f"fetch it again") from error
+        raise UserError(f"{path}: is damaged or cut off after {path.stat().st_size:,} bytes "
+                        f"({reason(error).split('. ')[0]}); copy or fetch it again") from error
     return _state_dict(content, path)
 
 
