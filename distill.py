@@ -5,7 +5,8 @@
         --distill_model simplified --device 0 --bf16
 
 In: feature file(s) of labelled training pairs (tokenize_to_features.py --set_name train), a teacher fine-tuned for
-ranking, and a general student (a pre-trained small BERT). Models are folders or Hugging Face hub ids.
+ranking, and a general student (a pre-trained small BERT). Models are folders or Hugging Face hub ids. A teacher or
+student with a single logit z, as most cross-encoders on the hub have it, becomes one with the two logits (0, z).
 
     finetune      hard                                      no teacher: how a teacher is made; the baseline without KD
     standard      alpha · soft + (1 - alpha) · hard         standard KD

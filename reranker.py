@@ -6,7 +6,8 @@ In: a fine-tuned or distilled model (folder or Hugging Face hub id; teachers can
 pairs (tokenize_to_features.py --set_name test).
 Out: query_id <tab> passage_id <tab> score, a line for each pair in input order. The score is the probability of
 relevance (softmax over the two classes, class 1; printed in full so that close scores stay apart), or with --score
-log_odds the difference of the two logits, which does not crowd at 0 and 1.
+log_odds the difference of the two logits, which does not crowd at 0 and 1. A model with a single logit z has the two
+logits (0, z): its probability is z's sigmoid, its log-odds z.
 
 Memory does not grow with the number of pairs: they are read, scored and written a chunk at a time. Within a chunk pairs
 of similar length share a batch and only the [CLS] position of the last layer is computed, which changes no score (but

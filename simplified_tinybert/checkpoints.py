@@ -7,6 +7,7 @@ normal Hugging Face folder; the projections that only distillation needs go into
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,7 @@ SHOWN = {"vocab_size": ("bert.embeddings.word_embeddings.weight", 0),
          "max_position_embeddings": ("bert.embeddings.position_embeddings.weight", 0),
          "type_vocab_size": ("bert.embeddings.token_type_embeddings.weight", 0),
          "intermediate_size": ("bert.encoder.layer.0.intermediate.dense.weight", 0)}
+IN_A_LAYER = 16                                         # parameters
 FOR_OTHERS = ("sentence_transformers", "sbert_ce_default_activation_function", "auto_map")      # of the model before
 
 
@@ -84,8 +86,8 @@ def check_sizes(weights: dict[str, Tensor], config: BertConfig, folder: Path) ->
         if name in weights and weights[name].dim() == 2 and weights[name].shape[dimension] != expected:
             problems.add(f"{folder}: {name} has shape {list(weights[name].shape)}, which makes {size} "
                          f"{weights[name].shape[dimension]}; the configuration says {expected}")
-    layers = {int(found[1]) for found in map(re.compile(r"bert\.encoder\.layer\.(\d+)\.").match, weights) if found}
-    if layers and layers == set(range(len(layers))) and len(layers) != config.num_hidden_layers:
+    layers = Counter(found[1] for found in map(re.compile(r"bert\.encoder\.layer\.(\d+)\.").match, weights) if found)
+    if set(layers.values()) == {IN_A_LAYER} and len(layers) != config.num_hidden_layers:
         problems.add(f"{folder}: the weights have {len(layers)} layers, which makes num_hidden_layers {len(layers)}; "
                      f"the configuration says {config.num_hidden_layers}")
     problems.raise_if_any()
@@ -123,7 +125,7 @@ def complain_of_names(missing: list[str], unexpected: list[str], folder: Path, p
     if unexpected:
         hint = "; merge the LoRA weights into the model first (merge_and_unload of peft)" \
             if any(".lora_" in name for name in unexpected) else \
-            "; if those are these under other names, save the state dict of the BERT itself" if missing else ""
+            "; if these are the missing ones, save them under those names" if missing else ""
         problems.add(f"{folder}: the weights hold {some(unexpected)}, which {'have' if unexpected[1:] else 'has'} no "
                      f"place in this model{hint}")
 

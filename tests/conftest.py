@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import load_file, save_file
 
 from simplified_tinybert import features
 from simplified_tinybert.features import Examples, FeatureWriter
@@ -63,6 +64,23 @@ def golden_models(tmp_path_factory) -> dict[str, Path]:
         shutil.copyfile(DATA / f"{name}.config.json", folder / "config.json")
         (folder / "vocab.txt").write_text("\n".join(tiny_vocabulary()) + "\n")
     return folders
+
+
+def single_logit(source: Path, target: Path, **settings: object) -> Path:
+    """The model with the one logit z = the difference of its two, as most cross-encoders on the hub have it."""
+    shutil.copytree(source, target)
+    weights = load_file(target / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        weights[name] = weights[name][1:] - weights[name][:1]
+    save_file(weights, target / "model.safetensors")
+    return change_config(target, num_labels=1, id2label={"0": "LABEL_0"}, **settings)
+
+
+def change_config(folder: Path, **changes: object) -> Path:
+    """The folder, with other settings in its config.json."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def tiny_vocabulary() -> list[str]:

@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_rows, run_script, write_features
+from conftest import ROOT, change_config, random_rows, run_script, single_logit, tiny_vocabulary, write_features
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 import distill
 from simplified_tinybert.checkpoints import load_cross_encoder
@@ -206,28 +207,79 @@ def test_all_problems_are_told_at_once_and_nothing_is_left(golden_models, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def change_config(source, target, **changes):
-    shutil.copytree(source, target)
-    config = json.loads((target / "config.json").read_text()) | changes
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
 @pytest.mark.parametrize("rows, changes, more, message", [
     (random_rows(8), {"num_attention_heads": 2}, [], "attention heads"),
     ([(i, t, q, -1) for i, t, q, _ in random_rows(8)], {}, [], "8 of 8 examples have no label"),
     (random_rows(8), {}, ["--max_seq_length", 16], "made with 32"),
     (random_rows(8), {}, ["--max_seq_length", 65], "64 positions"),
-    (random_rows(8), {"vocab_size": 100}, [], "knows 100 word pieces"),
+    (random_rows(8), {"vocab_size": 100}, [], "has 200 tokens, the embedding matrix 100 rows"),
+    (random_rows(8), {"type_vocab_size": 1}, [], "config.json: .*type_vocab_size is 1; expected .* 2 or more"),
+    (random_rows(8), {"layer_norm_eps": "1e-12"}, [], "config.json: .*layer_norm_eps.*expected float, got str"),
     (random_rows(8), {"num_hidden_layers": 3}, [], "cannot be mapped evenly"),
     (random_rows(8), {}, ["--fp16_backend", "apex", "--fp16"], "apex"),
 ])
 def test_models_and_features_that_do_not_fit(golden_models, tmp_path, run_main, rows, changes, more, message):
     features = write_features(tmp_path / "train.pkl", rows)
-    models = golden_models | {"student_2x24": change_config(golden_models["student_2x24"], tmp_path / "s", **changes)}
+    models = golden_models | {"student_2x24": change_config(
+        shutil.copytree(golden_models["student_2x24"], tmp_path / "s"), **changes)}
     with pytest.raises(UserError, match=message):
         run_main(distill, *arguments(features, models, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json"])
+def test_a_vocabulary_larger_than_the_embeddings_is_told_from_features_of_another_model(golden_models, tmp_path,
+                                                                                        run_main, file):
+    features = write_features(tmp_path / "train.pkl", random_rows(8))
+    teacher = shutil.copytree(golden_models["teacher"], tmp_path / "teacher")
+    tokens = [*tiny_vocabulary(), "covid"]
+    if file == "vocab.txt":
+        (teacher / file).write_text("\n".join(tokens) + "\n")
+    else:
+        (teacher / "vocab.txt").unlink()
+        content = {"model": {"type": "WordPiece", "vocab": {token: number for number, token in enumerate(tokens)}}}
+        (teacher / file).write_text(json.dumps(content))
+    with pytest.raises(UserError) as raised:
+        run_main(distill, *arguments(features, golden_models | {"teacher": teacher}, tmp_path / "out"))
+    first = str(raised.value).splitlines()[0]
+    for part in (str(teacher / file), "201", str(teacher / "config.json"), "200", "do not go together"):
+        assert part in first
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_teacher_with_one_logit_teaches_as_the_one_with_two(golden_models, tmp_path, run_main):
+    """(0, z) has the softmax of the two logits whose difference is z: the student is the same."""
+    features = write_features(tmp_path / "train.pkl", random_rows(16))
+    single = single_logit(golden_models["teacher"], tmp_path / "single", problem_type="regression")
+    students = []
+    for name, teacher in (("two", golden_models["teacher"]), ("one", single)):
+        told = run_main(distill, *arguments(features, golden_models | {"teacher": teacher}, tmp_path / name,
+                                            "--train_batch_size", 8, "--learning_rate", 1e-3))
+        assert ("(0, z)" in told) == (name == "one") == ("regression" in told)
+        students.append(load_file(tmp_path / name / "model.safetensors"))
+    for name, tensor in students[0].items():
+        torch.testing.assert_close(students[1][name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_general_student_with_one_logit_keeps_its_head(golden_models, tmp_path, run_main):
+    """It starts from (0, z), and ends as a directory of two classes that other libraries score alike."""
+    features = write_features(tmp_path / "train.pkl", random_rows(16))
+    single = single_logit(golden_models["student_2x24"], tmp_path / "single", sentence_transformers={
+        "activation_fn": "torch.nn.modules.activation.Sigmoid"})
+    told = run_main(distill, *arguments(features, golden_models | {"student_2x24": single}, tmp_path / "out",
+                                        "--learning_rate", 1e-3))
+    assert "(0, z)" in told and "newly initialised" not in told
+    before, start = (load_file(path / "model.safetensors") for path in (single, tmp_path / "out" / "checkpoint-0"))
+    for name in ("classifier.weight", "classifier.bias"):
+        assert torch.equal(start[name][1:], before[name].float()) and not start[name][0].any()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["id2label"] == {"0": "not relevant", "1": "relevant"} and "sentence_transformers" not in config
+    batch = next(read_chunks(features)).batch(np.arange(16), 32)
+    with torch.inference_mode():
+        ours = load_cross_encoder(tmp_path / "out")[0](batch).logits
+        theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()(
+            input_ids=batch.input_ids, token_type_ids=batch.token_type_ids, attention_mask=batch.attention_mask).logits
+    assert theirs.shape == (16, 2) and torch.allclose(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_features_of_another_vocabulary_are_refused(golden_models, tmp_path, run_main):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import random_rows, run_script, write_features
+from conftest import random_rows, run_script, single_logit, write_features
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -72,9 +72,16 @@ def test_distinct_margins_stay_distinct():
     assert extreme.tolist() == pytest.approx([1.0, 0.0])
 
 
-def test_single_logit_models_score_by_the_sigmoid():
-    assert scoring.relevance(np.array([[math.log(3)]], np.float32), "probability")[0] == pytest.approx(0.75)
-    assert scoring.relevance(np.array([[2.5]], np.float32), "log_odds")[0] == 2.5
+def test_single_logit_models_score_by_the_sigmoid(golden_models, tmp_path, run_main):
+    rows, model = random_rows(30), single_logit(golden_models["teacher"], tmp_path / "single")
+    file = write_features(tmp_path / "test.pkl", rows, set_name="test")
+    single, _ = load_cross_encoder(model)
+    assert single.classifier.out_features == 1
+    logits = one_by_one(model, rows)[:, 0]
+    for score, expected, error in (("log_odds", logits, 2e-5), ("probability", 1 / (1 + np.exp(-logits)), 1e-6)):
+        told = run_main(reranker, *arguments(model, file, tmp_path / score, "--score", score))
+        assert "(0, z)" in told
+        np.testing.assert_allclose([row[2] for row in read_scores(tmp_path / score)], expected, rtol=0, atol=error)
 
 
 @given(st.lists(st.integers(5, 300), min_size=1, max_size=200), st.integers(1, 3000),
