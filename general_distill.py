@@ -2,16 +2,19 @@
 
     python general_distill.py --corpus texts.txt more.txt.gz --teacher_model google-bert/bert-base-uncased \\
         --student_config student_config.json --output_student_dir general_student --device 0 --bf16
-    python general_distill.py --corpus texts.txt --teacher_model google-bert/bert-base-uncased \\
+    python general_distill.py --docs docs.tsv --teacher_model google-bert/bert-base-uncased \\
         --student_layers 6 --init_from_teacher --output_student_dir general_student
 
-In: text files in UTF-8, plain or gzip, one document a line (--documents paragraphs: documents separated by blank
-lines). Each is cut into segments [CLS] up to max_seq_length - 2 word pieces [SEP]; nothing is masked. The student has
-the shape of --student_config (a config.json, or the folder of one), or the teacher's with --student_layers; its weights
-are random, or with --init_from_teacher, where it has the teacher's width, the teacher's embeddings, pooler and every
-k-th layer, or with --compress_teacher, whatever its width, fitted to what the teacher computes on some of the text
-(simplified_tinybert/compression.py): nearer to the teacher from the start, which a narrow student needs where there is
-too little text to learn a language from. It learns attention + hidden (Jiao et al. 2020, as TinyBERT's general stage).
+In, UTF-8, plain or gzip: --corpus, text files with one document a line (--documents paragraphs: documents separated by
+blank lines); or --docs, documents as prepare_examples.py takes them (document_id <tab> url <tab> title <tab> body, or
+document_id <tab> text), of which title and body are used. Each document is cut into segments [CLS] up to
+max_seq_length - 2 word pieces [SEP]; nothing is masked.
+The student has the shape of --student_config (a config.json, or the folder of one), or the teacher's with
+--student_layers; its weights are random, or with --init_from_teacher, where it has the teacher's width, the teacher's
+embeddings, pooler and every k-th layer, or with --compress_teacher, whatever its width, fitted to what the teacher
+computes on some of the text (simplified_tinybert/compression.py): nearer to the teacher from the start, which a narrow
+student needs where there is too little text to learn a language from. It learns attention + hidden (Jiao et al. 2020,
+as TinyBERT's general stage).
 
 Out, in --output_student_dir: the general student, which distill.py takes as --general_student_model, as a Hugging Face
 folder (without classifier; fit_dense.safetensors holds the projection to the teacher's width), train_loss.jsonl and
@@ -38,7 +41,7 @@ from simplified_tinybert.checkpoints import (
     save_cross_encoder,
 )
 from simplified_tinybert.compression import compress
-from simplified_tinybert.corpus import DOCUMENTS, check_corpus, map_corpus
+from simplified_tinybert.corpus import COLUMNS, DOCUMENTS, check_corpus, map_corpus
 from simplified_tinybert.description import describe_run, general_card
 from simplified_tinybert.distillation import SETTINGS, add_training_flags, check_apex, make_plan, make_student, train
 from simplified_tinybert.distributed import Processes, process_group
@@ -70,8 +73,10 @@ SHAPE = (*MADE_ALIKE, "num_hidden_layers", "hidden_act", "hidden_dropout_prob", 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--corpus", type=Path, nargs="+", required=True, help="text file(s), plain or .gz")
-    add("--documents", choices=DOCUMENTS, default="lines", help="what a document is, see above (default: lines)")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--corpus", type=Path, nargs="+", help="text file(s), plain or .gz")
+    texts.add_argument("--docs", type=Path, nargs="+", help="file(s) of documents in columns, plain or .gz")
+    add("--documents", choices=DOCUMENTS, help="what a document of --corpus is, see above (default: lines)")
     add("--teacher_model", required=True, help="folder or hub id of a BERT")
     shape = parser.add_mutually_exclusive_group(required=True)
     shape.add_argument("--student_config", type=Path, help="config.json of the student's shape, or its folder")
@@ -81,7 +86,11 @@ def parse_args() -> argparse.Namespace:
     start.add_argument("--compress_teacher", action="store_true", help="start from the teacher compressed, see above")
     add("--max_seq_length", type=int, default=128, help="word pieces of a segment with [CLS] and [SEP] (default: 128)")
     add_training_flags(parser, batch_size=256, learning_rate=1e-4, epochs=3)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.docs and args.documents:
+        parser.error("--documents: is for --corpus; a line of --docs is a document")
+    args.documents = COLUMNS if args.docs else args.documents or DOCUMENTS[0]
+    return args
 
 
 def student_config(args: argparse.Namespace, teacher: BertConfig, problems: Problems) -> BertConfig | None:
@@ -133,7 +142,7 @@ def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertC
             check_vocabulary(*teacher, vocabulary, problems)
         except UserError as error:
             problems.add(str(error))
-    corpus = check_corpus(args.corpus, problems)
+    corpus = check_corpus(args.docs or args.corpus, args.documents, problems)
     problems.raise_if_any()
     return *teacher, config, vocabulary, corpus
 
@@ -179,7 +188,8 @@ def general_distill(args: argparse.Namespace, device: torch.device, processes: P
 
     student, teacher = load_models(args, folder, teacher_config, config, checkpoint, device)
     with processes.first_on_machine():
-        examples = map_corpus(args.corpus, args.documents, vocabulary, args.max_seq_length, corpus, args.cache_file_dir)
+        examples = map_corpus(args.docs or args.corpus, args.documents, vocabulary, args.max_seq_length, corpus,
+                              args.cache_file_dir)
     plans = [make_plan(args, WEIGHTS, args.max_seq_length, args.num_train_epochs, args.learning_rate)]
     if args.compress_teacher and not checkpoint:
         compress(student, teacher, some_batches(examples, args.seed))

@@ -31,7 +31,14 @@ from pathlib import Path
 
 from simplified_tinybert import statistics
 from simplified_tinybert.files import Problems, check_input_file, run_main, say, warn
-from simplified_tinybert.measures import Evaluation, check_common_queries, evaluate, first_ten, parse_measures
+from simplified_tinybert.measures import (
+    Evaluation,
+    check_common_queries,
+    check_grades,
+    evaluate,
+    first_ten,
+    parse_measures,
+)
 from simplified_tinybert.statistics import EXACT_QUERIES, LEVEL, PERMUTATIONS, TESTS, Comparison
 from simplified_tinybert.tables import markdown
 from simplified_tinybert.trec import read_qrels, read_run
@@ -160,6 +167,7 @@ def main() -> None:
         qrels, runs = read_qrels(args.qrels, problems), {path: read_run(path, problems) for path in paths}
     problems.raise_if_any()
     check_common_queries(args.qrels, qrels, runs, problems)
+    check_grades(measures, args.qrels, qrels, runs, args.complete, problems)
     problems.raise_if_any()
 
     evaluations = {path: evaluate(qrels, run, measures, args.relevance_level, args.complete)

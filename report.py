@@ -33,9 +33,10 @@ import torch
 import transformers
 
 from simplified_tinybert import statistics
+from simplified_tinybert.common.text import argument_text
 from simplified_tinybert.features import Examples, FeatureSummary, summarise
 from simplified_tinybert.files import Problems, atomic_writer, check_input_file, check_output_files, run_main, say
-from simplified_tinybert.measures import Qrels, Run, check_common_queries
+from simplified_tinybert.measures import Qrels, Run, check_common_queries, check_grades
 from simplified_tinybert.plots import Point, effectiveness_figure, save
 from simplified_tinybert.precision import select_precision
 from simplified_tinybert.preflight import check_model_fits
@@ -62,8 +63,10 @@ def parse_args() -> argparse.Namespace:
     add("--qrels", type=Path, required=True, help="relevance judgements")
     add("--system", nargs="+", action="append", required=True, metavar=("NAME RUN", "MODEL"),
         help="a row: name, TREC run and, if there is one, model; once for each system, in the order of the table")
-    add("--teacher", metavar="NAME", help="what the others are compared with (default: the first system with a model)")
-    add("--baseline", metavar="NAME", help="another system to compare all others with, such as BM25")
+    add("--teacher", type=argument_text, metavar="NAME",
+        help="what the others are compared with (default: the first system with a model)")
+    add("--baseline", type=argument_text, metavar="NAME",
+        help="another system to compare all others with, such as BM25")
     add("--output_dir", type=Path, required=True, help="folder for the results; a report in it is replaced")
     add("--measures", nargs="+", default=["nDCG@10", "RR@10", "AP"], metavar="M",
         help="MRR, MRR@10, MRR@100 or measures of ir_measures; the first is drawn (default: nDCG@10 RR@10 AP)")
@@ -253,6 +256,7 @@ def main() -> None:
     check_flags(args, systems, device, problems)
     measures, others = choose_measures(args.measures, args.relevance_level, problems)
     qrels, runs, summary = read_inputs(args, systems, problems)
+    check_grades(others, args.qrels, qrels, runs, args.complete, problems)
     problems.raise_if_any()
 
     queries = evaluate_systems(systems, qrels, runs, others, args.relevance_level, args.complete)

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from simplified_tinybert.common.text import lines_of, open_binary, read_blocks, read_lines
 from simplified_tinybert.duplicates import DuplicateFinder
 from simplified_tinybert.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
 from simplified_tinybert.files import (
@@ -31,10 +32,6 @@ from simplified_tinybert.files import (
     atomic_writer,
     check_input_file,
     check_output_file,
-    lines_of,
-    open_binary,
-    read_blocks,
-    read_lines,
     run_main,
     say,
     shorten,

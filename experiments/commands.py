@@ -152,7 +152,7 @@ class Study:
         """How many segments general_distill.py makes of the texts; it finds them in the cache then."""
         vocabulary = load_vocabulary(self.args.teacher_model or self.args.bert_model)
         return len(map_corpus([texts], "lines", vocabulary, self.settings.max_seq_length,
-                              check_corpus([texts], Problems()), self.out / "cache"))
+                              check_corpus([texts], "lines", Problems()), self.out / "cache"))
 
     def student(self, size: str, method: str, rate: float, seed: int) -> Path:
         return self.out / "students" / slug(size) / f"{slug(method)}-{rate:g}-seed{seed}"

@@ -20,7 +20,8 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from simplified_tinybert.files import Problems, UserError, atomic_writer, check_input_file, read_lines, run_main, say
+from simplified_tinybert.documents import read_documents
+from simplified_tinybert.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
 
 PASSAGE, QUERY = 24, (4, 8)     # words
 
@@ -40,15 +41,10 @@ def parse_args() -> argparse.Namespace:
 def sample_texts(path: Path, most: int, random: Random, problems: Problems) -> list[str]:
     """Title and body of `most` of the documents, each document as likely as any other (reservoir sampling)."""
     texts: list[str] = []
-    for number, line in read_lines(path, problems):
-        columns = line.split("\t")
-        if len(columns) not in (2, 4):
-            problems.add(f"{path}:{number}: found {len(columns)} tab-separated columns; expected document_id, url, "
-                         f"title, body or document_id, text")
-            continue
+    for number, document in enumerate(read_documents(path, problems), start=1):
         place = len(texts) if len(texts) < most else random.randrange(number)
         if place < most:
-            texts[place:place + 1] = [" ".join(" ".join(columns[-2:] if len(columns) == 4 else columns[1:]).split())]
+            texts[place:place + 1] = [" ".join(f"{document.title} {document.body}".split())]
     return texts
 
 

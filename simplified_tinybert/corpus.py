@@ -4,50 +4,59 @@ A document is cut into such segments from its start; its last one is as long as 
 two documents, and nothing is masked.
 """
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from simplified_tinybert.common.text import BLOCK, read_lines
+from simplified_tinybert.documents import read_documents
 from simplified_tinybert.feature_cache import mapped
 from simplified_tinybert.features import Examples
-from simplified_tinybert.files import BLOCK, Problems, UserError, check_input_file, read_lines
+from simplified_tinybert.files import Problems, UserError, check_input_file
 from simplified_tinybert.tokenization import PieceCutter, Vocabulary
 from simplified_tinybert.workers import default_workers, map_in_order
 
-DOCUMENTS = ("lines", "paragraphs")
+DOCUMENTS = ("lines", "paragraphs")     # of --corpus
+COLUMNS = "columns"                     # of --docs
 NO_LABEL = -1
 
 
 def documents(paths: list[Path], kind: str, problems: Problems) -> Iterator[str]:
-    """The documents of text files, plain or .gz: lines that are not blank, or paragraphs between blank lines."""
+    """The documents of files, plain or .gz: lines that are not blank, paragraphs between blank lines, or the texts
+    (title, blank, body) of the columns that documents.py reads.
+    """
     for path in paths:
-        paragraph = []
-        for _, line in read_lines(path, problems):
-            if line.strip() and kind == "lines":
-                yield line
-            elif line.strip():
-                paragraph.append(line)
-            elif paragraph:
-                yield " ".join(paragraph)
-                paragraph = []
-        if paragraph:
-            yield " ".join(paragraph)
+        if kind == COLUMNS:
+            texts = (f"{document.title} {document.body}".strip() for document in read_documents(path, problems))
+            yield from filter(None, texts)
+        elif kind == "lines":
+            yield from (line for _, line in read_lines(path, problems) if line.strip())
+        else:
+            yield from paragraphs(line for _, line in read_lines(path, problems))
 
 
-def check_corpus(paths: list[Path], problems: Problems) -> str:
+def paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    for blank, group in groupby(lines, lambda line: not line.strip()):
+        if not blank:
+            yield " ".join(group)
+
+
+def check_corpus(paths: list[Path], kind: str, problems: Problems) -> str:
     """SHA-256 over the content of all files; what cannot be used is added to `problems`."""
-    digest, text = hashlib.sha256(), False
+    digest, text, before = hashlib.sha256(), False, problems.count
     for path in paths:
-        if check_input_file(path, problems, "corpus", read_twice=True):
-            for _, line in tqdm(read_lines(path, problems), desc=f"checking {path.name}", unit=" lines",
-                                unit_scale=True, delay=2):
+        if check_input_file(path, problems, "documents" if kind == COLUMNS else "corpus", read_twice=True):
+            lines = (documents([path], kind, problems) if kind == COLUMNS else
+                     (line for _, line in read_lines(path, problems)))
+            for line in tqdm(lines, desc=f"checking {path.name}", unit=" lines", unit_scale=True, delay=2):
                 digest.update(line.encode() + b"\n")
                 text = text or bool(line.strip())
             digest.update(b"\0")
-    if not text and not problems.count:
+    if not text and problems.count == before:
         problems.add(f"{', '.join(map(str, paths))}: no text in the corpus")
     return digest.hexdigest()
 

@@ -1,12 +1,14 @@
 """A dataset of the ir_datasets package (https://ir-datasets.com) as documents, queries, judgements and candidates."""
 import argparse
 import difflib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from simplified_tinybert.collection import FLAGS, Documents, Row, wrong_query_id
 from simplified_tinybert.documents import Document
 from simplified_tinybert.files import Problems, UserError, reason, shorten
+from simplified_tinybert.trec import parse_grade, parse_score
 
 
 def open_dataset(args: argparse.Namespace, problems: Problems) -> Documents | None:
@@ -53,22 +55,40 @@ class Dataset:
     def queries(self, problems: Problems) -> dict[str, str]:
         queries = {}
         for query in self._read("queries_iter"):
+            with self._told():
+                text = text_of(query)
+            if text is None:
+                problems.add(f"--dataset {self.name}: its queries have neither text nor default_text, but "
+                             f"{fields_of(query)}; choose among them and give a file by --queries")
+                return {}
             if complaint := wrong_query_id(query.query_id):
                 problems.add(f"--dataset {self.name}: {complaint}")
-            queries[query.query_id] = clean(query.default_text() if hasattr(query, "default_text") else query.text)
+            queries[query.query_id] = text
         return queries
 
-    def grades(self) -> dict[str, dict[str, int]]:
+    def grades(self, problems: Problems) -> dict[str, dict[str, int]]:
         """Grades by query and document; of several judgements of a document, for its parts, the highest."""
         grades = {}
         for judgement in self._read("qrels_iter"):
+            if not hasattr(judgement, "relevance"):
+                problems.add(f"--dataset {self.name}: its judgements have no relevance, but {fields_of(judgement)}; "
+                             f"give a file by --qrels")
+                return {}
+            try:
+                grade = parse_grade(str(judgement.relevance))
+            except ValueError as error:
+                problems.add(f"--dataset {self.name}: query {shorten(judgement.query_id)}, document "
+                             f"{shorten(judgement.doc_id)}: {error}")
+                continue
             of_query = grades.setdefault(judgement.query_id, {})
-            of_query[judgement.doc_id] = max(judgement.relevance, of_query.get(judgement.doc_id, judgement.relevance))
+            of_query[judgement.doc_id] = max(grade, of_query.get(judgement.doc_id, grade))
         return grades
 
     def candidates(self) -> Iterator[Row]:
+        """A score that is not a finite number becomes NaN, of which `by_query` complains."""
         for number, row in enumerate(self._read("scoreddocs_iter"), start=1):
-            yield number, row.query_id, row.doc_id, row.score
+            score = parse_score(str(getattr(row, "score", None)))
+            yield number, row.query_id, row.doc_id, math.nan if score is None else score
 
     def get(self, document_id: str) -> Document | None:
         """The document, or None if the dataset has none of this id."""
@@ -94,6 +114,8 @@ class Dataset:
     def _told(self) -> Iterator[None]:
         try:
             yield
+        except UserError as error:
+            raise UserError(f"--dataset {self.name}: {error}") from error
         except Exception as error:                      # a download or a file that fails: it can raise almost anything
             raise UserError(f"--dataset {self.name}: cannot be fetched or read ({shorten(reason(error), 300)}); "
                             f"ir_datasets tells more: ir_datasets export {self.name} docs | head") from error
@@ -105,9 +127,26 @@ def parts_of(document: object) -> Document:
         if isinstance(body := getattr(document, name, None), str):
             title = getattr(document, "title", None)
             return Document(clean(title) if isinstance(title, str) else "", clean(body))
-    if hasattr(document, "default_text"):
-        return Document("", clean(document.default_text()))
-    return Document("", clean(" ".join(value for value in document[1:] if isinstance(value, str))))
+    text = text_of(document)
+    if text is None:
+        texts = [value for value in document[1:] if isinstance(value, str)]
+        if not texts:
+            raise UserError(f"document {shorten(document.doc_id)} has no text, but {fields_of(document)}; give a file "
+                            f"by --docs")
+        text = clean(" ".join(texts))
+    return Document("", text)
+
+
+def text_of(part: object) -> str | None:
+    """The one text of a query or a document, or None if its kind has none."""
+    if not (hasattr(part, "default_text") or hasattr(part, "text")):
+        return None
+    text = part.default_text() if hasattr(part, "default_text") else part.text
+    return clean(text) if isinstance(text, str) else ""
+
+
+def fields_of(part: object) -> str:
+    return ", ".join(getattr(part, "_fields", vars(type(part))))
 
 
 def clean(text: str) -> str:

@@ -4,13 +4,11 @@ The index, built once, is two arrays of 8 bytes a document (hash of the id, wher
 memory-mapped. It lies in a folder of its own in the cache, named after the file's path, size and time of change, with
 the unpacked text if the file is compressed, for a gzip file cannot be entered in its middle.
 """
-import codecs
 import gzip
 import hashlib
 import os
 import shutil
 import uuid
-import zlib
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,19 +18,11 @@ from typing import IO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from simplified_tinybert.files import (
-    Problems,
-    UserError,
-    atomic_writer,
-    not_utf8,
-    open_binary,
-    say,
-    shorten,
-    sync_folder,
-)
+from simplified_tinybert.common.text import BAD_GZIP, MARK, damaged, not_utf8, open_binary
+from simplified_tinybert.files import Problems, UserError, atomic_writer, say, shorten, sync_folder
 
 COLUMNS = {2: "document_id, text", 4: "document_id, url, title, body"}
-VERSION = 1                     # of the index, part of its folder's name
+VERSION = 2                     # of the index, part of its folder's name
 ENOUGH = 20                     # problems, after which a file is not read on
 LINES_A_STEP = 1000             # of the progress bar
 
@@ -60,13 +50,32 @@ class DocumentFile:
         for offset in self.offsets[first:last].tolist():                # more than one if hashes collide
             found, _, rest = _line_at(self.handle, offset).partition(b"\t")
             if found == wanted:
-                columns = rest.decode("utf-8").split("\t")
-                return Document(columns[-2] if len(columns) == 3 else "", columns[-1])
+                return _document(rest)
         return None
 
 
 def hash_of(document_id: bytes) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.blake2b(document_id, digest_size=8).digest(), "little"))
+
+
+def _document(columns: bytes) -> Document:
+    """Of a line's columns after the id."""
+    *_, title, body = ["", *columns.decode("utf-8").split("\t")]
+    return Document(title, body)
+
+
+def read_documents(path: Path, problems: Problems) -> Iterator[Document]:
+    """All documents of a plain or .gz file, one after the other.
+
+    A line that is wrong is added to `problems`, not yielded; after ENOUGH of them the rest of the file is not read.
+    Duplicate ids are not noticed.
+    """
+    try:
+        with open_binary(path) as source:
+            for _, _, line in _checked_lines(path, source, problems):
+                yield _document(line.removesuffix(b"\n").removesuffix(b"\r").partition(b"\t")[2])
+    except UserError as error:
+        problems.add(str(error))
 
 
 def open_documents(path: Path, cache_dir: Path, problems: Problems) -> DocumentFile | None:
@@ -100,6 +109,9 @@ def _build(path: Path, folder: Path, problems: Problems) -> bool:
             return False
         os.rename(aside, folder)
         sync_folder(folder.parent)
+    except UserError as error:                          # a file of another kind
+        problems.add(str(error))
+        return False
     except OSError:
         if not folder.is_dir():                         # otherwise another job was faster: its folder serves as well
             raise
@@ -116,7 +128,7 @@ def _write_index(path: Path, folder: Path, problems: Problems) -> bool:
             say(f"{path}: is compressed; unpacking it once into {folder.parent}, where it stays (MS MARCO's documents "
                 f"take 22 GB; {shutil.disk_usage(folder).free / 1e9:,.0f} GB are free there)")
             copy = stack.enter_context(atomic_writer(folder / "documents.tsv", "wb"))
-        for document_id, offset, line in _checked_lines(path, source, problems):
+        for document_id, offset, line in _checked_lines(path, source, problems, "indexing documents"):
             if copy:
                 copy.write(line)
             hashes.append(hash_of(document_id))
@@ -135,14 +147,19 @@ def _write_index(path: Path, folder: Path, problems: Problems) -> bool:
     return problems.count == before
 
 
-def _checked_lines(path: Path, source: IO[bytes], problems: Problems) -> Iterator[tuple[bytes, int, bytes]]:
-    """Yield (id, where its line begins once unpacked, line); after ENOUGH problems the rest of the file is not read."""
+def _checked_lines(path: Path, source: IO[bytes], problems: Problems, doing: str = "") -> Iterator[tuple[bytes, int, bytes]]:
+    """Yield (id, where its line begins once unpacked, line); after ENOUGH problems the rest of the file is not read.
+
+    A line begins after its byte order mark. Progress is shown under the name of `doing`.
+    """
     number, offset, expected, limit = 0, 0, 0, problems.count + ENOUGH
     on_disk = source.fileobj if isinstance(source, gzip.GzipFile) else source
-    with tqdm(total=path.stat().st_size, desc="indexing documents", unit="B", unit_scale=True) as progress:
+    with tqdm(total=path.stat().st_size, desc=doing, unit="B", unit_scale=True, disable=not doing) as progress:
         try:
             for number, line in enumerate(source, start=1):
-                start = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+                start = 0
+                while line.startswith(MARK, start):
+                    start += len(MARK)
                 columns = line.count(b"\t") + 1
                 expected = expected or (columns if columns in COLUMNS else 4)
                 document_id = line[start:max(line.find(b"\t"), start)]
@@ -150,12 +167,13 @@ def _checked_lines(path: Path, source: IO[bytes], problems: Problems) -> Iterato
                     problems.add(f"{path}:{number}: {complaint}")
                     if problems.count == limit:
                         return
-                yield document_id, offset + start, line
+                else:
+                    yield document_id, offset + start, line
                 offset += len(line)
                 if number % LINES_A_STEP == 0:
                     progress.update(on_disk.tell() - progress.n)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            problems.add(f"{path}:{number + 1}: the gzip file is damaged or cut off here ({error}); fetch it again")
+        except BAD_GZIP as error:
+            problems.add(f"{path}:{number + 1}: {damaged(error)}")
         progress.update(path.stat().st_size - progress.n)
 
 

@@ -1,15 +1,13 @@
-"""Text files in, whole files out, and one way to tell a user what is wrong.
+"""Whole files out, and one way to tell a user what is wrong. (Text files in: common/text.py.)
 
 Every reader collects its complaints in a `Problems` list and raises them together; every writer goes through
 `atomic_writer`; every script ends in `run_main`, which turns a `UserError` into a message and exit code 2.
 """
 import fcntl
-import gzip
 import io
 import os
 import sys
 import time
-import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -18,8 +16,6 @@ from typing import IO
 from simplified_tinybert.signals import Terminated, raise_on_sigterm
 
 PATIENCE = 5            # seconds
-BUFFER = 2 ** 17        # bytes; Python's own 8 KiB make a system call of every few lines
-BLOCK = 2 ** 18         # bytes
 
 
 class UserError(Exception):
@@ -53,6 +49,7 @@ def run_main(main: Callable[[], None], several: bool = False) -> None:
     then was alone with it, and speaks.
     """
     raise_on_sigterm()
+    show_what_can_be_shown()
     try:
         rank = process_number("RANK") if several else 0
     except UserError as error:
@@ -68,6 +65,13 @@ def run_main(main: Callable[[], None], several: bool = False) -> None:
                 sys.stderr.write(told.getvalue())
     if code:
         sys.exit(code)
+
+
+def show_what_can_be_shown() -> None:
+    """Write \\xNN for a character that stdout's encoding lacks (ASCII, Latin-1), as stderr always does."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _exit_code(main: Callable[[], None]) -> int:
@@ -182,10 +186,11 @@ def atomic_writer(path: Path | str, mode: str = "w") -> Iterator[IO]:
     """Open a file that appears under its name only when it is complete: write aside, sync, rename.
 
     If the body raises, the unfinished file is removed and whatever stood at `path` stays as it was. A link is followed.
+    Text is written in UTF-8; what that cannot hold, such as the name of a file that is not UTF-8, as \\xNN.
     """
     path = Path(os.path.realpath(path))
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     try:
         with naming(path), open(aside, mode, **text) as handle:
             yield handle
@@ -233,54 +238,3 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def open_binary(path: Path) -> Iterator[IO[bytes]]:
-    """Open a plain or gzip-compressed file for reading; which of the two is told by its first bytes, not its name."""
-    with open(path, "rb", buffering=BUFFER) as handle:
-        # Peeked at, not read and opened anew: what has been read from a pipe is gone.
-        if handle.peek(2)[:2] == b"\x1f\x8b":
-            with gzip.open(handle) as unpacked:
-                yield unpacked
-        else:
-            yield handle
-
-
-def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, text without its line end) of a plain or .gz file in UTF-8.
-
-    Only \\n (and \\r\\n) ends a line: other separators, such as U+2028 or a lone \\r, are part of the text. A byte
-    order mark is dropped. A line that is not UTF-8 and a damaged archive are added to `problems`, not yielded.
-    """
-    number = 0
-    with open_binary(path) as handle:
-        try:
-            for number, line in enumerate(handle, start=1):
-                line = line.removesuffix(b"\n").removesuffix(b"\r")
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                try:
-                    yield number, line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    problems.add(f"{path}:{number}: {not_utf8(line, error)}")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            problems.add(f"{path}:{number + 1}: the gzip file is damaged or cut off here ({error}); fetch it again")
-
-
-def not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
-    return (f"byte {error.start + 1} of the line ({line[error.start]:#04x}) is not UTF-8; convert the file first, for "
-            f"example: iconv -f LATIN1 -t UTF-8")
-
-
-def read_blocks(handle: IO[bytes]) -> Iterator[bytes]:
-    """A text file, without its byte order mark, in blocks of about 256 KiB that end where a line does."""
-    mark = b"\xef\xbb\xbf"
-    while block := handle.read(BLOCK):
-        yield (block + handle.readline()).removeprefix(mark)
-        mark = b""
-
-
-def lines_of(block: bytes) -> list[str]:
-    """The lines of such a block, as `read_lines` yields them. Raises UnicodeDecodeError."""
-    return [line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8") for line in io.BytesIO(block)]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from simplified_tinybert.files import Problems, UserError
-from simplified_tinybert.trec import float32_ties, rank, sum_in_order
+from simplified_tinybert.trec import float32_ties, line_of_judgement, rank, sum_in_order
 
+LARGEST_GRADE = {"gdeval": 4}      # of what ir_measures computes by other programs, where it is below trec_eval's
 MRR_CUTOFFS = {"MRR": None, "MRR@10": 10, "MRR@100": 100}  # documents of a ranking that are looked at; None: all
 
 PerQuery = dict[str, float]  # query id → value
@@ -87,6 +88,7 @@ def parse_measures(names: list[str], level: int, problems: Problems) -> list[Any
         try:
             measure = ir_measures.parse_measure(name)
             options = measure.SUPPORTED_PARAMS
+            takes = ", ".join(f"{option}{' (required)' if info.required else ''}" for option, info in options.items())
             # A default of 1 means binary: for measures such as RBP, no level at all means graded relevance.
             if level != 1 and "rel" in options and options["rel"].default == 1 and "rel" not in measure.params:
                 measure = measure(rel=level)
@@ -104,12 +106,41 @@ def parse_measures(names: list[str], level: int, problems: Problems) -> list[Any
             hint = f"did you mean {' or '.join(near)}? " if near else ""
             problems.add(f"--measures {name}: unknown measure; {hint}ir_measures offers {', '.join(sorted(known))}")
         except AssertionError:
-            takes = ", ".join(f"{option}{' (required)' if info.required else ''}" for option, info in options.items())
             problems.add(f"--measures {name}: a parameter is missing or wrong; {measure.NAME} takes: {takes}; written "
                          f"like nDCG@10 or AP(rel=2)@100")
         except (ValueError, TypeError) as error:
-            problems.add(f"--measures {name}: {' '.join(str(error).split())}")
+            reason = " ".join(str(error).split()).rstrip(".")
+            if "following providers" not in reason:     # of packages or programs to install
+                reason += f"; with its parameters as they are here, nothing computes {measure.NAME}; it takes: {takes}"
+            problems.add(f"--measures {name}: {reason}")
     return list(measures.values())
+
+
+def check_grades(measures: list[Any], path: Path, qrels: Qrels, runs: dict[Path, Run], complete: bool,
+                 problems: Problems) -> None:
+    """Complain about measures that cannot be computed with a grade of the queries that are averaged over.
+
+    `qrels` were read from `path`, to which the message leads.
+    """
+    grades = ((grade, query_id, document_id) for query_id, of_query in qrels.items()
+              if complete or any(query_id in run for run in runs.values())
+              for document_id, grade in of_query.items())
+    largest, query_id, document_id = max(grades, default=(0, "", ""))
+    for measure in measures:
+        provider = _provider(measure)
+        limit = LARGEST_GRADE.get(provider, largest)
+        if largest > limit:
+            line = line_of_judgement(path, query_id, document_id)
+            problems.add(f"{path}{f':{line}' if line else ''}: found grade {largest}; --measures {measure} is computed "
+                         f"by {provider}, which takes grades up to {limit}; leave the measure out, or map the grades "
+                         f"to 0 to {limit}")
+
+
+def _provider(measure: Any) -> str | None:
+    """Name of the part of ir_measures that computes this measure: the first of those installed that can."""
+    import ir_measures
+    return next((provider.NAME for provider in ir_measures.DefaultPipeline.providers
+                 if provider.supports(measure) and provider.is_available()), None)
 
 
 def other_measures(measures: list[Any], qrels: Qrels, rankings: Rankings) -> Iterator[tuple[str, PerQuery, float]]:

@@ -8,6 +8,7 @@ import torch
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import load_ranker
+from simplified_tinybert.common.text import argument_text
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, say, warn
 from simplified_tinybert.measures import MRR_CUTOFFS, PerQuery, Qrels, Run, evaluate, first_ten, parse_measures
@@ -53,6 +54,7 @@ def find_systems(rows: list[list[str]], problems: Problems) -> list[System]:
     """Systems of (name, run[, model]) as words; models are looked up and records read, no weights are loaded."""
     systems = []
     for words in rows:
+        words = [argument_text(words[0]), *words[1:]]           # the name, which is written to files
         if not 2 <= len(words) <= 3 or not words[0].strip() or not words[0].isprintable() or not Path(words[1]).name:
             problems.add(f"--system {' '.join(map(repr, words))}: expected a name, a run and at most one model; quote "
                          f"names with blanks")

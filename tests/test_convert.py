@@ -295,7 +295,7 @@ def test_collected_again_only_on_suspicion(tmp_path, monkeypatch):
     path.write_text("q\tA_0\t1\nq\tA_1\t1\n")
     read_lines = convert.read_lines
     monkeypatch.setattr(convert, "read_lines", lambda *args: reads.append(args) or read_lines(*args))
-    convert.collect(path, convert.MAX_P, Problems())
+    convert.collect(path, convert.aggregation("MaxP"), Problems())
     assert len(reads) == 1
 
 

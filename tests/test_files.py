@@ -13,6 +13,7 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simplified_tinybert.common.text import read_lines
 from simplified_tinybert.duplicates import DuplicateFinder
 from simplified_tinybert.files import (
     Problems,
@@ -20,12 +21,11 @@ from simplified_tinybert.files import (
     atomic_writer,
     check_input_file,
     check_output_file,
-    read_lines,
     run_main,
     shorten,
 )
 
-line_texts = st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), max_size=12)
+line_texts = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), max_size=12)   # NUL: test_text.py
 keys = st.text(max_size=2) | st.tuples(st.text(max_size=1), st.text(max_size=1))
 
 
@@ -122,9 +122,8 @@ def test_input_can_be_checked_beforehand(tmp_path):
 
 @given(st.lists(line_texts, max_size=6), st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.booleans(), st.booleans())
 def test_read_lines_gives_back_what_was_written(texts, end, closed, mark, packed):
+    texts = [text.lstrip("\ufeff") for text in texts]
     closed = closed or (bool(texts) and not texts[-1])              # "" without an end is no line at all
-    if texts and not mark and texts[0].startswith("\ufeff"):
-        texts[0] = "x" + texts[0]
     content = end.join(text.encode() for text in texts) + (end if texts and closed else b"")
     content = b"\xef\xbb\xbf" * (mark and bool(texts)) + content
     lines, problems = read(gzip.compress(content) if packed else content)
@@ -134,11 +133,6 @@ def test_read_lines_gives_back_what_was_written(texts, end, closed, mark, packed
 def test_only_line_feeds_end_lines():
     text = "a\u2028b\u2029c\x85d\x0be\x0cf\rg\x1ch"
     assert read(f"{text}\nnext".encode())[0] == [(1, text), (2, "next")]
-
-
-def test_only_the_first_byte_order_mark_is_dropped():
-    mark = b"\xef\xbb\xbf"
-    assert read(mark + mark + b"a\n" + mark + b"b\n")[0] == [(1, "\ufeffa"), (2, "\ufeffb")]
 
 
 def test_lines_that_are_not_utf8_are_named_and_left_out():

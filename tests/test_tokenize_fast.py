@@ -13,8 +13,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import tokenize_to_features
+from simplified_tinybert.common.text import lines_of, read_blocks, read_lines
 from simplified_tinybert.features import CHUNK_EXAMPLES, Examples, read_chunks
-from simplified_tinybert.files import UserError, lines_of, read_blocks, read_lines
+from simplified_tinybert.files import UserError
 from simplified_tinybert.tokenization import PieceCutter, Remembered, load_vocabulary
 from simplified_tinybert.workers import _receive, map_in_order
 

@@ -1,0 +1,1 @@
+"""What all parts share: files, text, checks, processes."""
