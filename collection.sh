@@ -43,19 +43,19 @@ MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-256}"
 DEPTH="${DEPTH:-100}"
 EVAL_STEP="${EVAL_STEP:-1000}"
 DEVICE="${DEVICE:-auto}"
-read -ra PASSAGE_FLAGS <<< "${PASSAGE_FLAGS:---title --window 150 --stride 75}"
-read -ra SAMPLE_FLAGS <<< "${SAMPLE_FLAGS:-}"
-read -ra TRAIN_FLAGS <<< "${TRAIN_FLAGS:-}"
-read -ra TEACHER_FLAGS <<< "${TEACHER_FLAGS:-}"
-read -ra GENERAL_FLAGS <<< "${GENERAL_FLAGS:-}"
-read -ra METHODS <<< "$METHODS"
-read -ra MEASURES <<< "$MEASURES"
+# until the end of the value, of several lines perhaps, which read takes for a failure
+read -r -d "" -a passage_flags <<< "${PASSAGE_FLAGS:---title --window 150 --stride 75}" || true
+read -r -d "" -a sample_flags <<< "${SAMPLE_FLAGS:-}" || true
+read -r -d "" -a train_flags <<< "${TRAIN_FLAGS:-}" || true
+read -r -d "" -a teacher_flags <<< "${TEACHER_FLAGS:-}" || true
+read -r -d "" -a general_flags <<< "${GENERAL_FLAGS:-}" || true
+read -r -d "" -a methods <<< "$METHODS" || true
+read -r -d "" -a measures <<< "$MEASURES" || true
 
 # file NAME: its path in the collection, plain or .gz
 file() {
     if [ -r "$COLLECTION/$1" ]; then echo "$COLLECTION/$1"; else echo "$COLLECTION/$1.gz"; fi
 }
-[[ "$STUDENT_LAYERS" =~ ^[1-9][0-9]*$ ]] || fail "STUDENT_LAYERS=$STUDENT_LAYERS: expected a number of layers, 1 or more"
 missing=()                                         # all that is, before hours are spent
 for name in docs.tsv {queries.{train,dev,test}.tsv,{qrels,bm25}.{train,dev,test}.txt}; do
     [ -r "$(file "$name")" ] || missing+=("$name")
@@ -73,16 +73,12 @@ step() {
 }
 run() { "$PYTHON" "$ROOT/$1" "${@:2}"; }
 run_on_device() { launch "$ROOT/$1" --device "$DEVICE" "${@:2}"; }
-texts() {
-    gzip -cdf "$DOCS" | awk -F '\t' '{ print (NF > 2 ? $3 " " $4 : $2) }' > "$OUT/texts.txt.part"
-    mv "$OUT/texts.txt.part" "$OUT/texts.txt"
-}
 
 # train OUTPUT STUDENT [more arguments of distill.py]
 train() {
     run_on_device distill.py --features_file "$OUT/train.pkl" --general_student_model "$2" --output_student_dir "$1" \
         --dev_features_file "$OUT/dev.pkl" --dev_qrels_file "$(file qrels.dev.txt)" --eval_step "$EVAL_STEP" \
-        --cache_file_dir "$OUT/cache" --resume "${TRAIN_FLAGS[@]}" "${@:3}"
+        --cache_file_dir "$OUT/cache" --resume "${train_flags[@]}" "${@:3}"
 }
 
 # rerank MODEL NAME: the scores and the ranking of the test pairs, NAME.tsv and NAME.trec
@@ -93,6 +89,16 @@ rerank() {
 }
 
 use_python requirements.txt
+QRELS_FILE="$(file qrels.test.txt)"
+RUN_FILE="$(file bm25.test.txt)"
+first=(--distill_model finetune "${train_flags[@]}" "${teacher_flags[@]}")
+[ -z "$TEACHER_MODEL" ] || first=(--distill_model "${methods[0]:-}" --teacher_model="$TEACHER_MODEL" "${train_flags[@]}")
+check_settings PROCESSES DEVICE STUDENT_LAYERS MAX_SEQ_LENGTH DEPTH EVAL_STEP MEASURES QRELS_FILE RUN_FILE \
+    BERT_MODEL TEACHER_MODEL STUDENT_MODEL \
+    -- parse prepare_examples.py train --output=- "${passage_flags[@]}" "${sample_flags[@]}" \
+    -- check_numbers distill.py --features_file=- --general_student_model=- --output_student_dir=- "${first[@]}" \
+    -- check_numbers general_distill.py --docs=- --teacher_model=- --student_layers 1 --output_student_dir=- \
+    "${general_flags[@]}"
 NEW_LAYERS="$STUDENT_LAYERS"
 [ -z "$STUDENT_MODEL" ] || NEW_LAYERS=0
 VOCABULARY="${TEACHER_MODEL:-$BERT_MODEL}"
@@ -110,11 +116,11 @@ step "$OUT/train.tsv" run prepare_examples.py train --docs "$DOCS" --queries "$(
     --qrels "$(file qrels.train.txt)" --candidates "$(file bm25.train.txt)" --output "$OUT/train.tsv" \
     --cache_file_dir "$OUT/cache" ${TEACHER_MODEL:+--filter_model "$TEACHER_MODEL"} \
     ${TEACHER_MODEL:+--device "$DEVICE" --max_seq_length "$MAX_SEQ_LENGTH"} \
-    "${PASSAGE_FLAGS[@]}" "${SAMPLE_FLAGS[@]}"
+    "${passage_flags[@]}" "${sample_flags[@]}"
 for split in dev test; do
     step "$OUT/$split.tsv" run prepare_examples.py test --docs "$DOCS" --queries "$(file "queries.$split.tsv")" \
         --candidates "$(file "bm25.$split.txt")" --output "$OUT/$split.tsv" --depth "$DEPTH" \
-        --cache_file_dir "$OUT/cache" "${PASSAGE_FLAGS[@]}"
+        --cache_file_dir "$OUT/cache" "${passage_flags[@]}"
 done
 for split in train dev test; do
     step "$OUT/$split.pkl" run tokenize_to_features.py --set_name $split --raw_data_file "$OUT/$split.tsv" \
@@ -124,25 +130,23 @@ done
 if [ -z "$TEACHER_MODEL" ]; then
     TEACHER_MODEL="$OUT/teacher"
     step "$TEACHER_MODEL/model.safetensors" train "$TEACHER_MODEL" "$BERT_MODEL" --distill_model finetune \
-        "${TEACHER_FLAGS[@]}"
+        "${teacher_flags[@]}"
 fi
 if [ -z "$STUDENT_MODEL" ]; then
     STUDENT_MODEL="$OUT/general"
-    step "$OUT/texts.txt" texts
-    step "$STUDENT_MODEL/model.safetensors" run_on_device general_distill.py --corpus "$OUT/texts.txt" \
+    step "$STUDENT_MODEL/model.safetensors" run_on_device general_distill.py --docs "$DOCS" \
         --teacher_model "$BERT_MODEL" --student_layers "$STUDENT_LAYERS" --init_from_teacher --resume \
-        --output_student_dir "$STUDENT_MODEL" --cache_file_dir "$OUT/cache" "${GENERAL_FLAGS[@]}"
+        --output_student_dir "$STUDENT_MODEL" --cache_file_dir "$OUT/cache" "${general_flags[@]}"
 fi
 
-BM25="$(file bm25.test.txt)"
 rerank "$TEACHER_MODEL" run-teacher
-systems=(--system BM25 "$BM25" --system teacher "$OUT/run-teacher.trec" "$TEACHER_MODEL")
-for method in "${METHODS[@]}"; do
+systems=(--system BM25 "$RUN_FILE" --system teacher "$OUT/run-teacher.trec" "$TEACHER_MODEL")
+for method in "${methods[@]}"; do
     student="$OUT/student-$method"
     step "$student/model.safetensors" train "$student" "$STUDENT_MODEL" --distill_model "$method" \
         --teacher_model "$TEACHER_MODEL"
     rerank "$student" "run-$method"
     systems+=(--system "$method" "$OUT/run-$method.trec" "$student")
 done
-run report.py --qrels "$(file qrels.test.txt)" "${systems[@]}" --teacher teacher --baseline BM25 \
-    --measures "${MEASURES[@]}" --features_file "$OUT/test.pkl" --device "$DEVICE" --output_dir "$OUT/report"
+run report.py --qrels "$QRELS_FILE" "${systems[@]}" --teacher teacher --baseline BM25 \
+    --measures "${measures[@]}" --features_file "$OUT/test.pkl" --device "$DEVICE" --output_dir "$OUT/report"

@@ -153,21 +153,35 @@ def find_stages(args: argparse.Namespace, problems: Problems) -> list[Weights]:
     return stages
 
 
-def check_all(args: argparse.Namespace, stages: list[Weights], problems: Problems) \
-        -> tuple[dict, FeatureSummary, int, DevSet | None]:
-    """Models, features, padded length, dev set, once everything is known to fit. Raises UserError otherwise."""
+def check_numbers(args: argparse.Namespace, problems: Problems) -> None:
     check_flags(args, problems, [
         ("num_train_epochs", 0 < args.num_train_epochs < math.inf, "more than 0"),
         ("alpha", 0 <= args.alpha <= 1, "0 to 1"), ("eval_step", args.eval_step >= 1, "1 or more"),
         ("temperature", 0 < args.temperature < math.inf, "more than 0"),
         ("intermediate_epochs", 0 < args.intermediate_epochs < math.inf, "more than 0"),
         ("intermediate_learning_rate", 0 <= args.intermediate_learning_rate < math.inf, "0 or more")])
+
+
+def check_settings(args: argparse.Namespace, problems: Problems) -> dict:
+    """Role → directory and configuration of the models; what is wrong before features are there is added to problems.
+    """
+    stages = find_stages(args, problems)
+    check_numbers(args, problems)
     check_apex(args, len(stages), problems)
     check_output_dir(args.output_student_dir, args.resume, problems)
     roles = {"general student": args.general_student_model}
     if any(map(objectives.uses_teacher, stages)):
         roles["teacher"] = args.teacher_model
-    models, summary, width = find_models(roles, problems), summarise(args.features_file, problems), 0
+    models = find_models(roles, problems)
+    if any(map(objectives.uses_layers, stages)) and len(models) == 2:
+        check_pair(models["teacher"][1], models["general student"][1], problems, args.layer_map)
+    return models
+
+
+def check_all(args: argparse.Namespace, stages: list[Weights], problems: Problems) \
+        -> tuple[dict, FeatureSummary, int, DevSet | None]:
+    """Models, features, padded length, dev set, once everything is known to fit. Raises UserError otherwise."""
+    models, summary, width = check_settings(args, problems), summarise(args.features_file, problems), 0
     dev_set = find_dev_set(args.dev_features_file, args.dev_qrels_file, problems)
     if dev_set and stages and not any(map(objectives.uses_labels, stages)):
         problems.add(f"--dev_features_file: --loss_weights {' '.join(args.loss_weights)} leaves the head untrained, so "
@@ -183,8 +197,6 @@ def check_all(args: argparse.Namespace, stages: list[Weights], problems: Problem
                          f"training needs features made with --set_name train")
         if args.do_lower_case and not summary.header["lower_case"]:
             problems.add("--do_lower_case: the features are cased; tokenize again with --do_lower_case")
-    if any(map(objectives.uses_layers, stages)) and len(models) == 2:
-        check_pair(models["teacher"][1], models["general student"][1], problems, args.layer_map)
     problems.raise_if_any()
     return models, summary, width, dev_set
 
@@ -199,7 +211,7 @@ def make_plans(args: argparse.Namespace, stages: list[Weights], width: int) -> l
 def distill(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
     problems = Problems()
     dtype = select_precision(args.fp16, args.bf16, device, problems)
-    stages = find_stages(args, problems)
+    stages = find_stages(args, Problems())
     models, summary, width, dev_set = check_all(args, stages, problems)
     facts = {"settings": settings(args, stages, models, summary, dev_set), "device": str(device)}
     finished, checkpoint = find_run(args.output_student_dir, facts["settings"])

@@ -32,7 +32,6 @@ DISTILL_MODEL="${DISTILL_MODEL:-simplified}"
 DEVICE="${DEVICE:-auto}"
 PROCESSES="${PROCESSES:-1}"
 MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-}"
-[[ "$PROCESSES" =~ ^[1-9][0-9]*$ ]] || fail "PROCESSES=$PROCESSES: expected a number from 1"
 if [ -n "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then     # the paper's settings, for data and models of your own
     [ -n "${STUDENT_MODEL:-}" ] || fail "set STUDENT_MODEL to the general student for your data (folder or hub id)"
     [ -n "${TEACHER_MODEL:-}" ] || [ "$DISTILL_MODEL" = finetune ] ||
@@ -58,7 +57,20 @@ else                                                       # the embedded exampl
     CACHE_FILE_DIR="${CACHE_FILE_DIR:-$EXAMPLE_DIR/cache}"
 fi
 
+settings=(--device="$DEVICE" ${TEACHER_MODEL:+--teacher_model="$TEACHER_MODEL"} --general_student_model="$STUDENT_MODEL"
+    --output_student_dir="$OUTPUT_STUDENT_DIR" --cache_file_dir="$CACHE_FILE_DIR" --distill_model="$DISTILL_MODEL" --resume)
+given=()                                                   # what is not made here
+if [ -n "${TRAIN_EXAMPLES:-}" ]; then
+    given=(TRAIN_EXAMPLES)
+    MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-256}"
+elif [ -n "${FEATURES_FILE:-}" ]; then
+    given=(FEATURES_FILE)
+fi
+
 use_python requirements.txt
+check_settings PROCESSES DEVICE TRAIN_BATCH_SIZE LEARNING_RATE NUM_TRAIN_EPOCHS TRAIN_LOSS_STEP SAVE_MODEL_STEP \
+    ${MAX_SEQ_LENGTH:+MAX_SEQ_LENGTH} OUTPUT_STUDENT_DIR CACHE_FILE_DIR "${given[@]}" \
+    -- check_settings distill.py --features_file=- "${settings[@]}" "$@"
 if [ -z "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then
     mkdir -p "$EXAMPLE_DIR"
     "$PYTHON" "$ROOT/examples/build_collection.py" --output_dir "$EXAMPLE_DIR/collection"
@@ -67,21 +79,16 @@ if [ -z "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then
 fi
 if [ -n "${TRAIN_EXAMPLES:-}" ]; then
     FEATURES_FILE="${FEATURES_FILE:-$TRAIN_EXAMPLES.pkl}"
-    "$PYTHON" "$ROOT/tokenize_to_features.py" --set_name train --raw_data_file "$TRAIN_EXAMPLES" \
-        --output_features_file "$FEATURES_FILE" --bert_model_dir "$STUDENT_MODEL" --max_seq_length "${MAX_SEQ_LENGTH:-256}"
+    "$PYTHON" "$ROOT/tokenize_to_features.py" --set_name train --raw_data_file="$TRAIN_EXAMPLES" \
+        --output_features_file="$FEATURES_FILE" --bert_model_dir="$STUDENT_MODEL" --max_seq_length "$MAX_SEQ_LENGTH"
 fi
 launch "$ROOT/distill.py" \
-    --device "$DEVICE" \
-    --features_file "$FEATURES_FILE" \
-    ${TEACHER_MODEL:+--teacher_model "$TEACHER_MODEL"} \
-    --general_student_model "$STUDENT_MODEL" \
-    --output_student_dir "$OUTPUT_STUDENT_DIR" \
-    --cache_file_dir "$CACHE_FILE_DIR" \
-    --distill_model "$DISTILL_MODEL" \
+    --features_file="$FEATURES_FILE" \
+    "${settings[@]}" \
     ${MAX_SEQ_LENGTH:+--max_seq_length "$MAX_SEQ_LENGTH"} \
     --train_batch_size "$TRAIN_BATCH_SIZE" \
     --learning_rate "$LEARNING_RATE" \
     --num_train_epochs "$NUM_TRAIN_EPOCHS" \
     --train_loss_step "$TRAIN_LOSS_STEP" \
     --save_model_step "$SAVE_MODEL_STEP" \
-    --resume "$@"
+    "$@"

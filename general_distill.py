@@ -128,13 +128,22 @@ def student_config(args: argparse.Namespace, teacher: BertConfig, problems: Prob
     return config
 
 
-def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertConfig, BertConfig, Vocabulary, str]:
-    """Teacher, both configurations, vocabulary, fingerprint of the corpus. Raises UserError with all that is wrong."""
+def check_numbers(args: argparse.Namespace, problems: Problems) -> None:
     check_flags(args, problems, [("max_seq_length", 8 <= args.max_seq_length < 2 ** 16, "8 to 65535"),
                                  ("num_train_epochs", 0 <= args.num_train_epochs < math.inf, "0 or more")])
+
+
+def check_settings(args: argparse.Namespace, problems: Problems) -> dict:
+    """Role → directory and configuration of the model; what is wrong before the text is there is added to problems."""
+    check_numbers(args, problems)
     check_apex(args, 1, problems)
     check_output_dir(args.output_student_dir, args.resume, problems)
-    teacher, config, vocabulary = find_models({"teacher": args.teacher_model}, problems).get("teacher"), None, None
+    return find_models({"teacher": args.teacher_model}, problems)
+
+
+def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertConfig, BertConfig, Vocabulary, str]:
+    """Teacher, both configurations, vocabulary, fingerprint of the corpus. Raises UserError with all that is wrong."""
+    teacher, config, vocabulary = check_settings(args, problems).get("teacher"), None, None
     if teacher:
         config = student_config(args, teacher[1], problems)
         try:

@@ -32,7 +32,7 @@ import pathlib
 import sys
 
 def pins(path):
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("-r "):
             yield from pins(path.parent / line[3:].strip())
         elif "==" in line and not line.startswith("#"):
@@ -48,6 +48,25 @@ assert sys.version_info >= (3, 11)
 for name, version in pins(pathlib.Path(sys.argv[1])):
     assert importlib.metadata.version(name).split("+")[0] == version, name
 PYTHON
+}
+
+# check_settings NAME ... [-- SCRIPT.py arguments] ...: end with all that is wrong with these variables and arguments
+check_settings() {
+    local settings=()
+    while [ $# -gt 0 ] && [ "$1" != -- ]; do
+        settings+=("$1=${!1:-}")
+        shift
+    done
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -m simplified_tinybert.common.shell "${settings[@]}" "$@" ||
+        exit
+}
+
+# is_yes VALUE, of a setting that was checked
+is_yes() {
+    case "$1" in
+        1 | [yY]* | [tT]*) ;;
+        *) return 1 ;;
+    esac
 }
 
 # launch SCRIPT [arguments]: run a Python script, in $PROCESSES processes if there are to be several

@@ -78,14 +78,21 @@ def score_lines(ids: list[str], scores: np.ndarray) -> str:
                    for example_id, score in zip(ids, scores.tolist()))
 
 
+def check_settings(args: argparse.Namespace, problems: Problems) -> dict:
+    """Role → directory and configuration of the model; what is wrong before features are there is added to problems."""
+    for name in ("eval_batch_size", "batch_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            problems.add(f"--{name} {getattr(args, name)}: expected 1 or more")
+    if args.int8 and (args.fp16 or args.bf16 or select_device(args.device, args.no_cuda).type != "cpu"):
+        problems.add("--int8: runs on a CPU alone and not with --fp16 or --bf16; add --device cpu, or leave it out")
+    return find_models({"model": args.model_dir}, problems)
+
+
 def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertConfig, FeatureSummary]:
     """Model folder, its configuration, and the features, once all is known to fit. Raises UserError otherwise."""
     if process_number("RANK") == 0:                     # which alone writes
         check_output_file(args.output_scores_file, problems, inputs=args.features_file)
-    for name in ("eval_batch_size", "batch_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            problems.add(f"--{name} {getattr(args, name)}: expected 1 or more")
-    models, summary = find_models({"model": args.model_dir}, problems), summarise(args.features_file, problems)
+    models, summary = check_settings(args, problems), summarise(args.features_file, problems)
     if summary:
         width = check_length(args.max_seq_length, summary, problems)
         for role, (folder, config) in models.items():
@@ -146,8 +153,6 @@ def write_scores(scored: Iterator[tuple[Examples, np.ndarray]], score: str, path
 def rerank(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
     problems = Problems()
     dtype = select_precision(args.fp16, args.bf16, device, problems)
-    if args.int8 and (dtype or device.type != "cpu"):
-        problems.add("--int8: runs on a CPU alone and not with --fp16 or --bf16; add --device cpu, or leave it out")
     folder, config, summary = check_all(args, problems)
     model, parameters = load_model(args, folder, config, device, dtype)
 

@@ -15,7 +15,8 @@
 #   OUTPUT_DIR        receives scores.tsv and run.trec (default results)
 #   QRELS_FILE        judgements, to evaluate the run
 #   MEASURES          of ir_measures (default "nDCG@10 AP")
-#   COMPLETE          1: average over all judged queries, those missing from the run as 0 (official for MS MARCO)
+#   COMPLETE          1, yes or true: average over all judged queries, those missing from the run as 0 (official for
+#                     MS MARCO); 0, no, false or nothing: over those in the run
 #   AGGREGATION       MaxP (default), FirstP, SumP, AvgP, 2-Max_and_AvgP, ...
 #   DEVICE            auto (default), cpu, or a CUDA index
 #   PROCESSES         1 (default); more, by torchrun, to share the pairs: as many as GPUs
@@ -29,19 +30,14 @@ DEVICE="${DEVICE:-auto}"
 PROCESSES="${PROCESSES:-1}"
 AGGREGATION="${AGGREGATION:-MaxP}"
 MEASURES="${MEASURES:-nDCG@10 AP}"
+COMPLETE="${COMPLETE:-}"
 
-case "$AGGREGATION" in                             # before hours are spent on scores
-    MaxP | FirstP | SumP | AvgP | [1-9]*-Max"&"AvgP | [1-9]*-Max_and_AvgP) ;;
-    *) fail "AGGREGATION=$AGGREGATION: expected MaxP, FirstP, SumP, AvgP or k-Max_and_AvgP with a number for k" ;;
-esac
-[[ "$PROCESSES" =~ ^[1-9][0-9]*$ ]] || fail "PROCESSES=$PROCESSES: expected a number from 1"
-[ -z "${QRELS_FILE:-}" ] || [ -r "$QRELS_FILE" ] || fail "QRELS_FILE=$QRELS_FILE: no such file"
 [ -n "${MODEL_DIR:-}" ] || [ -z "${FEATURES_FILE:-}${TEST_PAIRS:-}" ] ||
     fail "set MODEL_DIR to the folder or hub id of the model"
 
 # rerank MODEL FEATURES SCORES RUN [more arguments]: scores of passages, then the ranking of documents
 rerank() {
-    launch "$ROOT/reranker.py" --device "$DEVICE" --model_dir "$1" --features_file "$2" --output_scores_file "$3" \
+    launch "$ROOT/reranker.py" --device "$DEVICE" --model_dir="$1" --features_file="$2" --output_scores_file "$3" \
         --resume "${@:5}"
     "$PYTHON" "$ROOT/convert_to_trec_results.py" --scores_file "$3" --output_results_file "$4" \
         --aggregation "$AGGREGATION"
@@ -53,29 +49,50 @@ tokenize() {
         --bert_model_dir "$3" --max_seq_length "$4"
 }
 
+# check [NAME ...] -- [HOW SCRIPT arguments]: all settings, before hours are spent on scores
+check() {
+    # shellcheck disable=SC2046                    # two names or none
+    check_settings PROCESSES DEVICE AGGREGATION COMPLETE ${MAX_SEQ_LENGTH:+MAX_SEQ_LENGTH} \
+        $([ -z "${QRELS_FILE:-}" ] || echo QRELS_FILE MEASURES) "$@"
+}
+
 use_python requirements.txt
+command=(-- check_settings reranker.py --features_file=- --output_scores_file=- --device="$DEVICE" --resume)
 if [ -n "${FEATURES_FILE:-}${TEST_PAIRS:-}" ]; then
     OUTPUT_DIR="${OUTPUT_DIR:-results}"
+    given=(FEATURES_FILE)                          # what is not made here
+    if [ -n "${TEST_PAIRS:-}" ]; then
+        given=(TEST_PAIRS)
+        MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-256}"
+    fi
+    check OUTPUT_DIR "${given[@]}" "${command[@]}" --model_dir="$MODEL_DIR" "$@"
     mkdir -p "$OUTPUT_DIR"
     if [ -n "${TEST_PAIRS:-}" ]; then
         FEATURES_FILE="${FEATURES_FILE:-$OUTPUT_DIR/test.pkl}"
-        tokenize "$TEST_PAIRS" "$FEATURES_FILE" "$MODEL_DIR" "${MAX_SEQ_LENGTH:-256}"
+        tokenize "$TEST_PAIRS" "$FEATURES_FILE" "$MODEL_DIR" "$MAX_SEQ_LENGTH"
     fi
     rerank "$MODEL_DIR" "$FEATURES_FILE" "$OUTPUT_DIR/scores.tsv" "$OUTPUT_DIR/run.trec" "$@"
     if [ -n "${QRELS_FILE:-}" ]; then
-        # shellcheck disable=SC2086                  # MEASURES is a list
-        "$PYTHON" "$ROOT/msmarco_mrr_eval.py" "$QRELS_FILE" "$OUTPUT_DIR/run.trec" ${COMPLETE:+--complete} \
-            --measures $MEASURES
+        read -r -d "" -a measures <<< "$MEASURES" || true      # until the end, which read takes for a failure
+        complete=()
+        if is_yes "$COMPLETE"; then complete=(--complete); fi
+        "$PYTHON" "$ROOT/msmarco_mrr_eval.py" "${complete[@]}" "$QRELS_FILE" "$OUTPUT_DIR/run.trec" \
+            --measures "${measures[@]}"
     fi
     exit
 fi
 
 TEACHER_MODEL="${TEACHER_MODEL:-$ROOT/examples/teacher}"
 MODEL_DIR="${MODEL_DIR:-$EXAMPLE_DIR/student-${DISTILL_MODEL:-simplified}}"
-[ -f "$MODEL_DIR/model.safetensors" ] || fail "$MODEL_DIR holds no student yet; make it first: bash distill.sh"
+MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-128}"
+if [ ! -f "$MODEL_DIR/model.safetensors" ]; then
+    check
+    fail "$MODEL_DIR holds no student yet; make it first: bash distill.sh"
+fi
+check "${command[@]}" --model_dir="$MODEL_DIR" "$@"
 RESULTS="$EXAMPLE_DIR/results"
 mkdir -p "$RESULTS"
-tokenize "$EXAMPLE_DIR/collection/test.pairs.tsv" "$EXAMPLE_DIR/test.pkl" "$MODEL_DIR" "${MAX_SEQ_LENGTH:-128}"
+tokenize "$EXAMPLE_DIR/collection/test.pairs.tsv" "$EXAMPLE_DIR/test.pkl" "$MODEL_DIR" "$MAX_SEQ_LENGTH"
 rerank "$TEACHER_MODEL" "$EXAMPLE_DIR/test.pkl" "$RESULTS/teacher.tsv" "$RESULTS/teacher.trec" "$@"
 rerank "$MODEL_DIR/checkpoint-0" "$EXAMPLE_DIR/test.pkl" "$RESULTS/student-before.tsv" "$RESULTS/student-before.trec" "$@"
 rerank "$MODEL_DIR" "$EXAMPLE_DIR/test.pkl" "$RESULTS/student.tsv" "$RESULTS/student.trec" "$@"

@@ -147,7 +147,8 @@ def _write_index(path: Path, folder: Path, problems: Problems) -> bool:
     return problems.count == before
 
 
-def _checked_lines(path: Path, source: IO[bytes], problems: Problems, doing: str = "") -> Iterator[tuple[bytes, int, bytes]]:
+def _checked_lines(path: Path, source: IO[bytes], problems: Problems, doing: str = "") \
+        -> Iterator[tuple[bytes, int, bytes]]:
     """Yield (id, where its line begins once unpacked, line); after ENOUGH problems the rest of the file is not read.
 
     A line begins after its byte order mark. Progress is shown under the name of `doing`.

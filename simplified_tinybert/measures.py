@@ -85,6 +85,7 @@ def parse_measures(names: list[str], level: int, problems: Problems) -> list[Any
     known = ir_measures.measures.registry
     measures = {}
     for name in names:
+        measure = None
         try:
             measure = ir_measures.parse_measure(name)
             options = measure.SUPPORTED_PARAMS
@@ -110,7 +111,7 @@ def parse_measures(names: list[str], level: int, problems: Problems) -> list[Any
                          f"like nDCG@10 or AP(rel=2)@100")
         except (ValueError, TypeError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
-            if "following providers" not in reason:     # of packages or programs to install
+            if measure is not None and "following providers" not in reason:     # packages to install
                 reason += f"; with its parameters as they are here, nothing computes {measure.NAME}; it takes: {takes}"
             problems.add(f"--measures {name}: {reason}")
     return list(measures.values())
