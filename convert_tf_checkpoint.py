@@ -70,7 +70,8 @@ def find_checkpoint(path: Path) -> Path:
         raise UserError(f"{path}: holds no checkpoint; expected NAME.index and NAME.data-00000-of-00001 in it")
     named, state = None, path / "checkpoint"
     if state.is_file():
-        found = re.search(r'^model_checkpoint_path:\s*"(.*)"', state.read_text(errors="replace"), re.MULTILINE)
+        found = re.search(r'^model_checkpoint_path:\s*"(.*)"', state.read_text(encoding="utf-8", errors="replace"),
+                          re.MULTILINE)
         named = found and Path(found[1]).name
     if named not in names and len(names) > 1:
         raise UserError(f"{path}: holds {len(names)} checkpoints ({', '.join(names)}), and no file `checkpoint` that "

@@ -28,7 +28,7 @@ def occupied() -> int:
     """Bytes of the process in memory now, from which on the peak counts; elsewhere than on Linux the peak so far."""
     if not Path("/proc/self/clear_refs").is_file():
         return peak()
-    Path("/proc/self/clear_refs").write_text("5")                          # forget the peak of loading the models
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")         # forget the peak of loading the models
     return status("VmRSS")
 
 
@@ -39,7 +39,7 @@ def peak() -> int:
 
 
 def status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from simplified_tinybert.common.text import read_text
 from simplified_tinybert.files import Problems, UserError, atomic_writer
 from simplified_tinybert.measures import parse_measures
 
@@ -123,7 +124,9 @@ def read_settings(path: Path, problems: Problems) -> Settings | None:
         settings = Settings(**content)
     except OSError as error:
         problems.add(f"{path}: cannot read the settings: {error.strerror}")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UserError as error:
+        problems.add(str(error))
+    except tomllib.TOMLDecodeError as error:
         problems.add(f"{path}: is not TOML: {error}")
     except (KeyError, TypeError) as error:
         problems.add(f"{path}: {error}; expected the keys of experiments/small.toml")
@@ -138,7 +141,7 @@ def read_settings(path: Path, problems: Problems) -> Settings | None:
 
 def read_toml(path: Path) -> dict:
     """The file's content, in that of the file that it is `like`, if any."""
-    own = tomllib.loads(path.read_text(encoding="utf-8"))
+    own = tomllib.loads(read_text(path))
     merged = read_toml(path.parent / own.pop("like")) if "like" in own else {}
     for name, value in own.items():
         merged[name] = merged.get(name, {}) | value if isinstance(value, dict) else value

@@ -40,7 +40,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+    return Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if Path(path).is_file() else []
 
 
 def synchronise(device: torch.device) -> None:

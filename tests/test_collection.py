@@ -88,7 +88,7 @@ def test_documents_of_two_columns(golden_models, tmp_path):
     model = str(golden_models["teacher"])
     done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=model, TEACHER_MODEL=model, METHODS="standard")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "texts.txt").read_text().splitlines() == [row[3] for row in rows]
+    assert json.loads((tmp_path / "out" / "general" / "run.json").read_text())["settings"]["documents"] == "columns"
 
 
 @pytest.mark.parametrize("missing", [["docs.tsv.gz"], ["queries.dev.tsv", "bm25.test.txt"]])
@@ -107,13 +107,26 @@ def test_wrong_calls(golden_models, tmp_path):
     done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(tmp_path / "none"))
     assert done.returncode == 2 and "none" in done.stderr and "Traceback" not in done.stderr
     for setting, complaint in (({"METHODS": "finetune tinybrt"}, "there is no tinybrt; expected some of finetune"),
-                               ({"MEASURES": "nDCG@10 XY"}, "XY"), ({"STUDENT_LAYERS": "two"}, "STUDENT_LAYERS=two"),
+                               ({"MEASURES": "nDCG@10 XY"}, "XY"),
                                ({"STUDENT_LAYERS": "3"}, "a teacher of 4 layers cannot be mapped evenly"),
                                ({"STUDENT_MODEL": str(other_words(golden_models["student_2x24"], tmp_path / "other"))},
                                 "has another vocabulary")):
         done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(golden_models["teacher"]), **setting)
         assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_all_settings_are_checked_before_anything_is_made(golden_models, tmp_path):
+    write_collection(tmp_path / "raw")
+    (tmp_path / "raw" / "qrels.test.txt").write_text("q20 0 D20 5\n")
+    done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(golden_models["teacher"]), STUDENT_LAYERS="two",
+                 DEPTH="0", EVAL_STEP="08", PROCESSES="-1", MAX_SEQ_LENGTH="1e3", DEVICE="gpu", MEASURES="ERR@10\nXY",
+                 PASSAGE_FLAGS="--title\n--windw 3", TRAIN_FLAGS="--warmup_proportion 2", GENERAL_FLAGS="--epochs 2")
+    assert done.returncode == 2 and not (tmp_path / "out").exists() and "Traceback" not in done.stderr
+    for said in ("STUDENT_LAYERS=two:", "DEPTH=0:", "EVAL_STEP=08:", "PROCESSES=-1:", "MAX_SEQ_LENGTH=1e3:",
+                 "DEVICE=gpu:", "--measures XY:", "qrels.test.txt:1: found grade 5", "prepare_examples.py: ", "--windw",
+                 "--warmup_proportion 2.0", "general_distill.py: ", "--epochs"):
+        assert said in done.stderr, (said, done.stderr)
 
 
 def other_words(model, folder):

@@ -17,7 +17,7 @@ from transformers import AutoModel
 import distill
 import general_distill
 from simplified_tinybert.checkpoints import load_cross_encoder
-from simplified_tinybert.corpus import documents, map_corpus, segments
+from simplified_tinybert.corpus import COLUMNS, check_corpus, documents, map_corpus, segments
 from simplified_tinybert.files import Problems, UserError
 from simplified_tinybert.objectives import objective
 from simplified_tinybert.tokenization import PieceCutter
@@ -53,6 +53,44 @@ def test_documents_of_lines_and_paragraphs(tmp_path):
     paths = [tmp_path / "a", tmp_path / "b.gz"]
     assert list(documents(paths, "lines", Problems())) == ["one", "two words", "three", "vier", "fünf", "sechs"]
     assert list(documents(paths, "paragraphs", Problems())) == ["one", "two words three", "vier fünf", "sechs"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_documents_of_columns_are_title_and_body(tmp_path, packed):
+    """As prepare_examples.py takes them, two columns or four; the same text makes the same checksum."""
+    two, four = "D1\tone two\n\ufeffD2\t \nD3\tthree", "D1\tu\tone\ttwo\nD2\tu\t\t\nD3\tu\t\tthree\r\n"
+    checksums = set()
+    for name, text in (("two", two), ("four", four)):
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        assert list(documents([tmp_path / name], COLUMNS, Problems())) == ["one two", "three"]
+        checksums.add(check_corpus([tmp_path / name], COLUMNS, Problems()))
+    assert len(checksums) == 1
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"D1\tone\nD2\tu\tt\tbody\n", "docs:2: found 4 tab-separated columns"), (b"D1\tu\tx\n", "docs:1: found 3"),
+    (b"D 1\tone\n", "docs:1: found document id 'D 1'"), (b"D1\tna\xefve\n", "docs:1: byte 6"),
+    (b"D1\t \n", "no text in the corpus"), (gzip.compress(b"D1\tone\n" * 99)[:-9], "the gzip file is damaged"),
+    ("D1\tone\n".encode("utf-16"), "is in UTF-16"), (b"", "no text in the corpus")])
+def test_wrong_documents_are_told(tmp_path, content, said):
+    (tmp_path / "docs").write_bytes(content)
+    problems = Problems()
+    check_corpus([tmp_path / "docs"], COLUMNS, problems)
+    assert len(problems.messages) == 1 and said in problems.messages[0], problems.messages
+
+
+def test_columns_make_the_student_that_their_texts_make(golden_models, corpus, tmp_path, run_main):
+    texts = corpus.read_text().splitlines()
+    (tmp_path / "docs.tsv").write_text("".join(f"D{number}\t{text}\n" for number, text in enumerate(texts)))
+    run_main(general_distill, *arguments(corpus, golden_models, "lines", "--num_train_epochs", 1))
+    flags = ["--docs", tmp_path / "docs.tsv", *arguments(corpus, golden_models, "columns", "--num_train_epochs", 1)[2:]]
+    run_main(general_distill, *flags)
+    assert (tmp_path / "lines" / "model.safetensors").read_bytes() == (
+        tmp_path / "columns" / "model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "columns" / "run.json").read_text())["settings"]["documents"] == COLUMNS
+    assert "finished already" in run_main(general_distill, *flags, "--resume")
+    with pytest.raises(UserError, match="documents was columns, is lines"):
+        run_main(general_distill, *arguments(corpus, golden_models, "columns", "--num_train_epochs", 1, "--resume"))
 
 
 def test_segments_by_hand():

@@ -115,6 +115,7 @@ def test_reciprocal_rank_by_hand():
 def test_averages_over_judged_queries_in_the_run(figures):
     averages, _, told = figures(QRELS, RUN)
     assert averages == {"query_num": 3, "MRR": (1 + 1 / 2 + 0) / 3, "MRR@10": 0.5, "MRR@100": 0.5}
+    assert "run.trec:3: query 'q1': document 'C' of rank 3" in told.pop(0)
     assert told == ["averaged over 3 queries: judged and in the run",
                     "1 judged queries are missing from the run, left out (--complete counts them as 0): q4",
                     "1 queries of the run are not judged, left out: x"]
@@ -125,9 +126,9 @@ def test_complete_counts_missing_queries_as_0(figures):
     assert averages == {"query_num": 4, "MRR": 1.5 / 4, "MRR@10": 1.5 / 4, "MRR@100": 1.5 / 4, "P@1": 1 / 4,
                         "RR": 1.5 / 4}
     assert before[-5:] == ["q4\tMRR\t0.0", "q4\tMRR@10\t0.0", "q4\tMRR@100\t0.0", "q4\tP@1\t0.0", "q4\tRR\t0.0"]
-    assert told == ["averaged over 4 queries: all that are judged",
-                    "1 judged queries are missing from the run, counted as 0: q4",
-                    "1 queries of the run are not judged, left out: x"]
+    assert told[1:] == ["averaged over 4 queries: all that are judged",
+                        "1 judged queries are missing from the run, counted as 0: q4",
+                        "1 queries of the run are not judged, left out: x"]
 
 
 def test_per_query(figures):
@@ -253,8 +254,23 @@ def test_wrong_measures(measure, start):
 
 
 def test_a_measure_that_no_provider_computes_at_this_level(refused):
-    assert refused(QRELS, RUN, "--relevance_level", "2", "--measures", "NumRel") == [
-        "--measures NumRel: Unsupported measures {NumRel(rel=2)}."]
+    line, = refused(QRELS, RUN, "--relevance_level", "2", "--measures", "NumRel")
+    assert line.startswith("--measures NumRel: Unsupported measures {NumRel(rel=2)}; ")
+
+
+@pytest.mark.parametrize("name", ["ERR", "RBP", "SDCG(max_rel=4)@10", "alpha_nDCG@10", "nDCG@x", "ERR@10 nothing"])
+def test_measures_that_cannot_be_had_are_one_line_each(refused, name):
+    lines = refused(QRELS, RUN, "--measures", name, name + "1")
+    assert len(lines) == 2 and lines[0].startswith(f"--measures {name}: ") and len(lines[0]) > 60
+
+
+@pytest.mark.parametrize("measure", ["ERR@10", "nDCG(dcg='exp-log2')@10"])
+def test_grades_that_a_measure_cannot_take_are_named_by_their_line(refused, figures, measure):
+    line, = refused("q1 0 A 4\nq1 0 B 5\nq4 0 Z 9\n", "q1 Q0 A 1 1 t\n", "--measures", measure)
+    assert "qrels.txt:2: found grade 5" in line and measure in line and "0 to 4" in line
+    averages, _, _ = figures("q1 0 A 4\nq4 0 Z 9\n", "q1 Q0 A 1 1 t\n", "--measures", measure)   # q4: not averaged
+    assert averages[measure] > 0
+    assert len(refused("q1 0 A 4\nq4 0 Z 9\n", "q1 Q0 A 1 1 t\n", "--complete", "--measures", measure)) == 1
 
 
 def test_a_provider_that_fails_is_an_error(monkeypatch, refused):

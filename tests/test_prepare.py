@@ -1,14 +1,16 @@
 """From raw collections to examples and pairs: windows, draws, left-outs, the filter, bad input, ir_datasets."""
 import gzip
 import json
+import math
 import os
 import re
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, namedtuple
 from math import ceil
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -588,6 +590,57 @@ def test_a_dataset_that_cannot_be_read_is_told(dataset, run_main):
     dataset.write("run.txt", "q1 Q0 A 1 1 t\nq2 Q0 A 1 1 t\nq1 Q0 B 1 1 t\n")
     with pytest.raises(UserError, match="ir_datasets export test-collection scoreddocs"):
         run_main(prepare_examples, "test", "--dataset", "test-collection", "--output", dataset.folder / "o.tsv")
+
+
+@pytest.fixture
+def refused_rows(dataset, run_main):
+    """The error of a dataset whose queries, qrels or scoreddocs are these rows; its other parts are the files'."""
+    import ir_datasets
+    from ir_datasets.datasets.base import Dataset
+
+    def refuse(part, *rows):
+        given = SimpleNamespace(**{f"{part}_iter": lambda: iter(rows)})         # is asked before the other
+        ir_datasets.registry._registered["test-rows"] = Dataset(given, ir_datasets.load("test-collection"))
+        with pytest.raises(UserError) as raised:
+            run_main(prepare_examples, "train", "--dataset", "test-rows", "--output", dataset.folder / "o.tsv")
+        assert not (dataset.folder / "o.tsv").exists()
+        return str(raised.value)
+    return refuse
+
+
+def test_queries_without_a_text_name_the_fields_there_are(refused_rows):
+    """As those of wapo/v2/trec-news-2018."""
+    told = refused_rows("queries", namedtuple("Query", "query_id doc_id url")("q1", "A", "http://"))
+    assert "--dataset test-rows: its queries have neither text nor default_text, but query_id, doc_id, url;" in told
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, None, "high", "1_0"])
+def test_scores_of_a_dataset_are_finite_numbers(refused_rows, score):
+    row = namedtuple("Row", "query_id doc_id score")
+    told = refused_rows("scoreddocs", row("q1", "A", 2.5), row("q1", "B", score))
+    assert told == ("--dataset test-rows, candidate:2: the score of document 'B' for query 'q1' is not a finite number")
+
+
+def test_judgements_and_ids_of_a_dataset_are_checked_as_those_of_files(refused_rows):
+    row = namedtuple("Row", "query_id doc_id relevance")
+    assert "document 'A': grade 'L' is not a whole number" in refused_rows("qrels", row("q1", "A", "L"))
+    assert "query 'q1', document 'A': grade '20000' is too large" in refused_rows("qrels", row("q1", "A", 20000))
+    other = namedtuple("Other", "query_id doc_id method")("q1", "A", 1)
+    assert "have no relevance, but query_id, doc_id, method" in refused_rows("qrels", other)
+    scored = namedtuple("Scored", "query_id doc_id score")("q1", "A b", 1.0)
+    assert "found document id 'A b'" in refused_rows("scoreddocs", scored)
+
+
+def test_documents_without_a_text_name_the_fields_there_are():
+    from simplified_tinybert.dataset import parts_of
+    with pytest.raises(UserError, match="document 'D1' has no text, but doc_id, image"):
+        parts_of(namedtuple("Picture", "doc_id image")("D1", b"png"))
+
+
+def test_candidates_whose_ranks_contradict_their_scores_are_told_once(files, run_main):
+    files.write("run.txt", "".join(f"q1 Q0 {document} {place} 1.0 t\n" for place, document in enumerate("ABC", 1)))
+    told = run_main(prepare_examples, "test", *files.flags(False), "--depth", 1, *SMALL)
+    assert told.count("rank and score disagree in 1 of 1 queries") == 1 and "run.txt:3: query 'q1'" in told
 
 
 def test_documents_of_many_kinds():

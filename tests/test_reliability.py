@@ -356,6 +356,8 @@ def test_readers_of_noise_lose_nothing_in_silence(tmp_path, figures, reader):
             return
         assert problems.count or read == len(lines)
         assert read <= len(lines)
+        if any(message.startswith(f"{path}: ") for message in problems.messages):
+            return                                      # refused as a whole: it looks like UTF-16, say
         if reader in ("run", "qrels", "queries"):
             assert read + problems.count >= len(lines)
     check()

@@ -1,4 +1,5 @@
 """What a new user types: shell scripts from any folder, with data of their own; and what the README promises."""
+import argparse
 import importlib
 import os
 import re
@@ -10,6 +11,10 @@ import sys
 import pytest
 from conftest import ROOT, random_rows, words
 from torch.distributed.run import get_args_parser as torchrun_options
+
+import convert_to_trec_results
+from simplified_tinybert.common.shell import check_variables
+from simplified_tinybert.files import Problems
 
 SCRIPTS = ("distill.sh", "reranker.sh", "collection.sh", "test.sh")
 COMMANDS = ("prepare_examples.py", "tokenize_to_features.py", "general_distill.py", "distill.py", "reranker.py",
@@ -78,17 +83,99 @@ def test_reranking_before_distilling_says_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("script, environment, message", [
     ("reranker.sh", {"AGGREGATION": "MinP"}, "AGGREGATION=MinP: expected MaxP"),
-    ("reranker.sh", {"QRELS_FILE": "none.txt"}, "QRELS_FILE=none.txt: no such file"),
+    ("reranker.sh", {"QRELS_FILE": "none.txt"}, "none.txt: cannot read the judgements (QRELS_FILE)"),
     ("reranker.sh", {"FEATURES_FILE": "test.pkl"}, "set MODEL_DIR"),
     ("distill.sh", {"FEATURES_FILE": "train.pkl"}, "set STUDENT_MODEL"),
     ("distill.sh", {"FEATURES_FILE": "train.pkl", "STUDENT_MODEL": "s"}, "set TEACHER_MODEL"),
-    ("distill.sh", {"PROCESSES": "all"}, "PROCESSES=all: expected a number"),
-    ("reranker.sh", {"PROCESSES": "0"}, "PROCESSES=0: expected a number"),
+    ("distill.sh", {"PROCESSES": "all"}, "PROCESSES=all: expected a whole number"),
+    ("reranker.sh", {"PROCESSES": "0"}, "PROCESSES=0: expected a whole number"),
+    ("reranker.sh", {"AGGREGATION": "1x-Max_and_AvgP"}, "AGGREGATION=1x-Max_and_AvgP: expected MaxP"),
+    ("reranker.sh", {"COMPLETE": "maybe"}, "COMPLETE=maybe: expected 1, yes or true; or 0, no, false"),
     ("distill.sh", {"PYTHON": "no-such-python"}, "PYTHON=no-such-python is not an interpreter"),
 ])
 def test_mistakes_in_variables_are_told_at_once(tmp_path, script, environment, message):
     done = bash(script, cwd=tmp_path, **environment)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
+
+
+def complaints(**variables):
+    problems = Problems()
+    check_variables(variables, problems)
+    return problems.messages
+
+
+@pytest.mark.parametrize("name, right, wrong", [
+    ("AGGREGATION", ["MaxP", "FirstP", "SumP", "AvgP", "3-Max&AvgP", "12-Max_and_AvgP"],
+     ["", "maxp", "0-Max&AvgP", "1x-Max_and_AvgP", "-Max&AvgP", "1-MaxAvgP", "MaxP AvgP"]),
+    ("COMPLETE", ["", "0", "1", "no", "No", "YES", "yes", "true", "False"],
+     ["2", "y", "on", "-1", " ", "01", "yes no"]),
+    ("PROCESSES", ["1", "16"], ["", "0", "08", "-1", "1e3", "1.0", "two", "1 2", "١"]),
+    ("MAX_SEQ_LENGTH", ["8", "256"], ["7", "65536", "1e3", "128 "]),
+    ("LEARNING_RATE", ["5e-5", "0", ".1", "1"], ["", "-1", "nan", "inf", "fast", "1_0", "1e400"]),
+    ("NUM_TRAIN_EPOCHS", ["1", "0.5", "2e0"], ["0", "-1", "", "nan"]),
+    ("DEVICE", ["auto", "cpu", "cuda", "cuda:1", "0"], ["gpu", "", "cuda:", "-1", "0 1"]),
+    ("MEASURES", ["nDCG@10 AP", "nDCG@10\n AP(rel=2)@100"], [" ", "nDCG@x", "XY", "ERR"]),
+    ("OUTPUT_DIR", ["results", "", "a b"], ["-out"])])
+def test_each_setting_has_a_rule(name, right, wrong):
+    for value in right:
+        assert complaints(**{name: value}) == [], value
+    for value in wrong:
+        message, = complaints(**{name: value})
+        assert name in message and value in message or name == "MEASURES" and value.strip() in message
+
+
+def test_rules_of_the_scripts_and_of_the_shell_agree():
+    """AGGREGATION is no copy of the rule: whatever one takes the other takes."""
+    for value in ("MaxP", "1-Max&AvgP", "01-Max&AvgP", "1x-Max_and_AvgP", "9" * 30 + "-Max&AvgP", "\n1-Max&AvgP", "M"):
+        try:
+            convert_to_trec_results.aggregation(value)
+        except argparse.ArgumentTypeError:
+            assert complaints(AGGREGATION=value)
+        else:
+            assert not complaints(AGGREGATION=value)
+
+
+@pytest.mark.parametrize("value, meaning", [("", "no"), ("0", "no"), ("no", "no"), ("FALSE", "no"), ("1", "yes"),
+                                            ("Yes", "yes"), ("true", "yes"), ("TRUE", "yes")])
+def test_yes_and_no(value, meaning):
+    script = f'source "{ROOT}/python_env.sh"; if is_yes "$1"; then echo yes; else echo no; fi'
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script, "bash", value], capture_output=True, text=True,
+                          timeout=60)
+    assert done.stdout == meaning + "\n"
+
+
+def test_files_to_be_evaluated_at_the_end_are_read_at_the_beginning(tmp_path):
+    (tmp_path / "qrels").write_text("q1 0 D1 1\nq1 0 D2 7\n")
+    (tmp_path / "run").write_text("q1 Q0 D1 1 t\n")
+    two = complaints(QRELS_FILE=str(tmp_path / "qrels"), RUN_FILE=str(tmp_path / "run"), MEASURES="ERR@10")
+    assert [re.sub(r".*/(\w+:\d+): found (grade \d|\d columns).*", r"\1 \2", line) for line in two] == [
+        "qrels:2 grade 7", "run:1 5 columns"]
+    assert "no-such: cannot read the pairs (TEST_PAIRS)" in complaints(TEST_PAIRS="no-such")[0]
+
+
+def test_nothing_is_made_before_all_settings_are_right(own_data):
+    """Everything that is wrong at once, also what distill.py and reranker.py refuse."""
+    before = sorted(own_data.iterdir())
+    done = bash("distill.sh", "--warmup_proportion", "2", cwd=own_data, TRAIN_EXAMPLES="train.tsv", TEACHER_MODEL="none",
+                STUDENT_MODEL="my models/student_2x24", NUM_TRAIN_EPOCHS="0", LEARNING_RATE="fast",
+                MAX_SEQ_LENGTH="256")
+    assert done.returncode == 2 and sorted(own_data.iterdir()) == before
+    for said in ("NUM_TRAIN_EPOCHS=0", "LEARNING_RATE=fast", "none: ", "--warmup_proportion 2.0", "has 64 positions"):
+        assert said in done.stderr, done.stderr
+    done = bash("reranker.sh", "--bf17", cwd=own_data, MODEL_DIR="my models/student_2x24", TEST_PAIRS="pairs.tsv",
+                QRELS_FILE="qrels.txt", MEASURES="nDCG@10 nDGC@5", AGGREGATION="1x-Max_and_AvgP", COMPLETE="maybe")
+    assert done.returncode == 2 and sorted(own_data.iterdir()) == before
+    for said in ("AGGREGATION=1x-Max_and_AvgP", "COMPLETE=maybe", "--measures nDGC@5", "reranker.py: ", "--bf17"):
+        assert said in done.stderr, done.stderr
+
+
+def test_complete_is_no_unless_it_says_yes(own_data):
+    with open(own_data / "qrels.txt", "a") as handle:
+        handle.write("q9 0 D1 1\n")
+    for value, queries in (("0", 4), ("True", 5)):
+        done = bash("reranker.sh", cwd=own_data, MODEL_DIR="my models/student_2x24", TEST_PAIRS="pairs.tsv",
+                    OUTPUT_DIR="results", QRELS_FILE="qrels.txt", MAX_SEQ_LENGTH="32", DEVICE="cpu", COMPLETE=value)
+        assert done.returncode == 0 and f"query_num: {queries}\n" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("script", ["distill.sh", "ditill.sh", "reranker.sh"])

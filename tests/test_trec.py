@@ -10,6 +10,7 @@ import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
+from simplified_tinybert.collection import read_rows
 from simplified_tinybert.files import Problems
 from simplified_tinybert.trec import float32_ties, parse_score, rank, read_qrels, read_run, sum_in_order
 
@@ -148,6 +149,38 @@ def test_read_run_errors(tmp_path, line, message):
 def test_read_qrels_errors(tmp_path, line, message):
     path = written(tmp_path, f"7 0 D1 1\n{line}\n")
     assert read(read_qrels, path) == ({"7": {"D1": 1}}, [f"{path}:2: {message}"])
+
+
+@pytest.mark.parametrize("grade", ["10001", "999999999", "2147483648", "9223372036854775808", "-2000000000", "1" * 400])
+def test_grades_that_trec_eval_cannot_hold_are_refused(tmp_path, grade):
+    path = written(tmp_path, f"7 0 D1 10000\n7 0 D3 -999999999\n7 0 D2 {grade}\n")
+    qrels, (message,) = read(read_qrels, path)
+    assert qrels == {"7": {"D1": 10000, "D3": -999999999}}
+    assert message.startswith(f"{path}:3: grade '{grade[:20]}") and "10,000" in message
+
+
+@pytest.mark.parametrize("reader", [read_run, lambda path, problems: list(read_rows(path, problems, True))])
+@pytest.mark.parametrize("lines, said", [
+    (["q D1 1 .5", "q D2 2 .5", "q D3 3 .5"],
+     ":3: query 'q': document 'D3' of rank 3 stands before 'D2' of rank 2, for its score is 0.5, the other's 0.5; rank "
+     "and score disagree in 1 of 1 queries, in 1 of them only where scores are equal."),
+    (["q D1 1 .1", "q D2 2 .3", "p D1 1 2", "p D2 2 1", "r D1 0 2", "r D2 1 2"],
+     ":2: query 'q': document 'D2' of rank 2 stands before 'D1' of rank 1, for its score is 0.3, the other's 0.1; rank "
+     "and score disagree in 2 of 3 queries, in 1 of them only where scores are equal."),
+    (["q D1 2 .1", "q D2 1 .3"], ""), (["q D1 1 .1", "q D2 1 .3"], ""), (["q D1 0 .5", "q D2 0 .5"], ""),
+    (["q D1 first .1", "q D2 second .3"], ""), (["q D2 1 .5", "q D1 2 .5"], ""), (["q D1 7 1"], "")])
+def test_ranks_that_contradict_the_scores_are_told_once(tmp_path, capsys, reader, lines, said):
+    rows = (line.split() for line in lines)
+    path = written(tmp_path, "".join("{} Q0 {} {} {} t\n".format(*row) for row in rows))
+    problems = Problems()
+    reader(path, problems)
+    told = capsys.readouterr().err
+    assert not problems.count and told.count("\n") == bool(said) and f"{path}{said}" * bool(said) in told
+
+
+def test_ranks_of_a_run_whose_queries_are_mixed(tmp_path, capsys):
+    read(read_run, written(tmp_path, "q Q0 A 1 1 t\np Q0 A 1 1 t\nq Q0 B 2 2 t\np Q0 B 2 .5 t\n"))
+    assert "disagree in 1 of 2 queries." in capsys.readouterr().err
 
 
 def test_all_problems_of_a_file_are_told(tmp_path):
