@@ -46,7 +46,7 @@ from simplified_tinybert.distributed import Processes, process_group
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, process_count, run_main, say
 from simplified_tinybert.modeling import Batch, CrossEncoder
-from simplified_tinybert.precision import select_precision
+from simplified_tinybert.precision import select_precision, warn_if_emulated
 from simplified_tinybert.preflight import check_flags, check_output_dir, check_pair, find_models, find_run
 from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.tokenization import Vocabulary, load_vocabulary
@@ -172,6 +172,7 @@ def general_distill(args: argparse.Namespace, device: torch.device, processes: P
         say(f"{args.output_student_dir}: the student is finished already; remove the folder to make it again")
         return
 
+    warn_if_emulated(dtype, device)
     student, teacher = load_models(args, folder, teacher_config, config, checkpoint, device)
     with processes.first_on_machine():
         examples = map_corpus(args.corpus, args.documents, vocabulary, args.max_seq_length, corpus, args.cache_file_dir)

@@ -236,6 +236,8 @@ def main() -> None:
     check_args(args, problems)
     dataset, ranker = open_dataset(args, problems), open_filter(args, problems)
     problems.raise_if_any()
+    if ranker:
+        ranker.warn()
     collection = open_collection(args, dataset, problems)
     sizes = count_candidates(collection, problems)
     problems.raise_if_any()

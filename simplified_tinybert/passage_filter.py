@@ -11,7 +11,7 @@ from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, say
 from simplified_tinybert.hub import find_model
 from simplified_tinybert.modeling import describe
-from simplified_tinybert.precision import select_precision
+from simplified_tinybert.precision import select_precision, warn_if_emulated
 from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.scoring import BATCH_TOKENS, finite, prepare, relevance, score_chunk, token_batches
 from simplified_tinybert.tokenization import PieceCutter, Vocabulary, load_vocabulary
@@ -37,6 +37,10 @@ class PassageFilter:
             problems.add(str(error))
         else:
             check_ranker(self.folder, self.config, self.vocabulary, max_seq_length, problems)
+
+    def warn(self) -> None:
+        """Say what slows the scoring down, before the work starts."""
+        warn_if_emulated(self.dtype, self.device)
 
     def load(self) -> None:
         keep_freed_memory(self.device)
