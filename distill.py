@@ -49,7 +49,7 @@ from simplified_tinybert.files import Problems, process_count, run_main, say
 from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.modeling import CrossEncoder
 from simplified_tinybert.objectives import Weights
-from simplified_tinybert.precision import select_precision
+from simplified_tinybert.precision import select_precision, warn_if_emulated
 from simplified_tinybert.preflight import (
     check_dev_set,
     check_flags,
@@ -220,6 +220,7 @@ def distill(args: argparse.Namespace, device: torch.device, processes: Processes
         say(f"{args.output_student_dir}: the student is finished already; remove the folder to distill it again")
         return
 
+    warn_if_emulated(dtype, device)
     student, teacher = load_models(args, stages, models, checkpoint, device)
     args.cache_file_dir.mkdir(parents=True, exist_ok=True)
     with processes.first_on_machine():

@@ -49,7 +49,7 @@ from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, process_count, run_main, say
 from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.modeling import Batch, CrossEncoder
-from simplified_tinybert.precision import select_precision
+from simplified_tinybert.precision import select_precision, warn_if_emulated
 from simplified_tinybert.preflight import (
     check_flags,
     check_output_dir,
@@ -195,6 +195,7 @@ def general_distill(args: argparse.Namespace, device: torch.device, processes: P
         say(f"{args.output_student_dir}: the student is finished already; remove the folder to make it again")
         return
 
+    warn_if_emulated(dtype, device)
     student, teacher = load_models(args, folder, teacher_config, config, checkpoint, device)
     with processes.first_on_machine():
         examples = map_corpus(args.docs or args.corpus, args.documents, vocabulary, args.max_seq_length, corpus,

@@ -38,7 +38,7 @@ from simplified_tinybert.features import Examples, FeatureSummary, summarise
 from simplified_tinybert.files import Problems, atomic_writer, check_input_file, check_output_files, run_main, say
 from simplified_tinybert.measures import Qrels, Run, check_common_queries, check_grades
 from simplified_tinybert.plots import Point, effectiveness_figure, save
-from simplified_tinybert.precision import select_precision
+from simplified_tinybert.precision import select_precision, warn_if_emulated
 from simplified_tinybert.preflight import check_model_fits
 from simplified_tinybert.records import plain
 from simplified_tinybert.runtime import keep_freed_memory, select_device
@@ -258,6 +258,8 @@ def main() -> None:
     qrels, runs, summary = read_inputs(args, systems, problems)
     check_grades(others, args.qrels, qrels, runs, args.complete, problems)
     problems.raise_if_any()
+    if summary:
+        warn_if_emulated(dtype, device, "leave the flag out, or use --int8")
 
     queries = evaluate_systems(systems, qrels, runs, others, args.relevance_level, args.complete)
     args.output_dir.mkdir(parents=True, exist_ok=True)          # fails now if at all, not after minutes

@@ -10,8 +10,7 @@ log_odds the difference of the two logits, which does not crowd at 0 and 1. A mo
 logits (0, z): its probability is z's sigmoid, its log-odds z.
 
 Memory does not grow with the number of pairs: they are read, scored and written a chunk at a time. Within a chunk pairs
-of similar length share a batch and only the [CLS] position of the last layer is computed, which changes no score (but
-with --int8 the pairs of a batch share the scale to which they are rounded).
+of similar length share a batch and only the [CLS] position of the last layer is computed, which changes no score.
 
 Several GPUs of a machine, or processes on its CPU, compute batches in turn; the score file is the same to the byte:
 
@@ -43,7 +42,7 @@ from simplified_tinybert.files import (
 )
 from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.modeling import CrossEncoder, count_parameters, describe
-from simplified_tinybert.precision import select_precision
+from simplified_tinybert.precision import select_precision, warn_if_emulated
 from simplified_tinybert.preflight import check_length, check_model_fits, find_models
 from simplified_tinybert.records import read_record, record, record_file, record_path
 from simplified_tinybert.runtime import keep_freed_memory, select_device
@@ -154,6 +153,7 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
     problems = Problems()
     dtype = select_precision(args.fp16, args.bf16, device, problems)
     folder, config, summary = check_all(args, problems)
+    warn_if_emulated(dtype, device, "leave the flag out, or use --int8")
     model, parameters = load_model(args, folder, config, device, dtype)
 
     output = Path(os.path.realpath(args.output_scores_file))

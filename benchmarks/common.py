@@ -24,6 +24,7 @@ from simplified_tinybert.tables import number
 ROOT = Path(__file__).resolve().parent.parent
 M_MMAP_THRESHOLD = -3       # of glibc's malloc.h
 RATE_TOKENS = 2048          # rows of the products that measure the machine
+RATE_TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 RATE_SECONDS = {True: 0.01, False: 0.15}       # how long each of them is repeated, with and without --quick
 
 
@@ -73,20 +74,40 @@ def spread(values: list[float], unit: str = "") -> str:
     return f"{number(statistics.median(values))} {unit}({low} – {high})"
 
 
+def why_not_packed(dtype: torch.dtype) -> str | None:
+    """Why oneDNN does not bring weights of this type into its own layout on this machine; None if it does."""
+    try:
+        torch.ops.mkldnn._linear_pointwise  # noqa: B018
+        torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=dtype), RATE_TOKENS)
+    except (AttributeError, RuntimeError) as error:     # which types need which instructions, oneDNN alone knows
+        return str(error).splitlines()[0]
+    return None
+
+
+def packing(device: torch.device) -> dict[str, str]:
+    """A line for the machine's description: of which types oneDNN packs weights, and why not of the others."""
+    if device.type != "cpu":
+        return {}
+    reasons = {kind: why_not_packed(dtype) for kind, dtype in RATE_TYPES.items()}
+    return {"weights packed by oneDNN": ", ".join(f"{kind}: {f'no ({why})' if why else 'yes'}"
+                                                  for kind, why in reasons.items())}
+
+
 def matrix_rates(device: torch.device, dtype: torch.dtype, width: int, quick: bool) -> dict[str, float]:
     """FLOP per second of the products of a transformer layer of this width, as PyTorch computes them.
 
-    On a CPU also by oneDNN with weights that were brought into its own layout beforehand, where PyTorch offers it: what
-    the hardware can do is the largest of these figures.
+    On a CPU also by oneDNN with weights that were brought into its own layout beforehand, where it does that for this
+    type: what the hardware can do is the largest of these figures.
     """
     rates = {}
+    packs = device.type == "cpu" and not why_not_packed(dtype)
     with torch.inference_mode():
         for rows, columns in ((width, width), (width, 4 * width), (4 * width, width)):
             inputs = torch.randn(RATE_TOKENS, rows, device=device, dtype=dtype)
             weight, bias = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((columns, rows), (columns,)))
             work, shape = 2 * RATE_TOKENS * rows * columns, f"{RATE_TOKENS}×{rows}×{columns}"
             rates[shape] = work / _repeat(lambda: F.linear(inputs, weight, bias), device, quick)  # noqa: B023
-            if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            if packs:
                 packed = torch.ops.mkldnn._reorder_linear_weight(weight, RATE_TOKENS)
                 rates[f"{shape} packed"] = work / _repeat(lambda: torch.ops.mkldnn._linear_pointwise(
                     inputs, packed, bias, "none", [], ""), device, quick)  # noqa: B023

@@ -40,6 +40,7 @@ from simplified_tinybert.checkpoints import read_config  # noqa: E402
 from simplified_tinybert.features import Examples  # noqa: E402
 from simplified_tinybert.files import run_main, say  # noqa: E402
 from simplified_tinybert.modeling import Batch  # noqa: E402
+from simplified_tinybert.precision import warn_if_emulated  # noqa: E402
 from simplified_tinybert.runtime import select_device  # noqa: E402
 from simplified_tinybert.speed import machine, seconds  # noqa: E402
 from simplified_tinybert.tables import markdown  # noqa: E402
@@ -200,7 +201,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = select_device(args.device)
-    facts, sections, measured, memory = machine(device), [], {}, {}
+    warn_if_emulated(torch.bfloat16 if args.bf16 else None, device)
+    facts, sections, measured, memory = machine(device) | common.packing(device), [], {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = ours.vocabulary_folder(Path(scratch) / "vocabulary", args.vocab_file)
         sizes = {name: list(map(int, name.split("x"))) for name in [args.teacher, *args.students]}

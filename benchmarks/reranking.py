@@ -207,7 +207,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = select_device(args.device)
-    facts = machine(device)
+    facts = machine(device) | common.packing(device)
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = ours.vocabulary_folder(Path(scratch) / "vocabulary", args.vocab_file)
         pairs = real_sample(args.raw_data_file, vocabulary, max(pairs_of(args, name, device) for name in args.models))

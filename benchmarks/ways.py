@@ -9,7 +9,7 @@ import torch
 from benchmarks import ours, samples
 from benchmarks.original import RERANK_BATCH, RERANK_WIDTH, OriginalBert, original_scores
 from simplified_tinybert.features import Examples
-from simplified_tinybert.files import say
+from simplified_tinybert.files import UserError, say
 from simplified_tinybert.speed import seconds
 
 ORIGINAL, PEER, PEER_BF16 = "original", "sentence-transformers", "sentence-transformers, bf16"
@@ -66,8 +66,11 @@ def ways(folder: Path, sample: Sample, device: torch.device, batch_sizes: list[i
              OURS_TEXTS: lambda: ours.score(model, tokenize(sample.lines, sample.width), device),
              OURS_BF16: lambda: ours.score(half, sample.examples, device)}
     if device.type == "cpu":
-        rounded = ours.load_scorer(folder, device, int8=True)
-        found[OURS_INT8] = lambda: ours.score(rounded, sample.examples, device)
+        try:
+            rounded = ours.load_scorer(folder, device, int8=True)
+            found[OURS_INT8] = lambda: ours.score(rounded, sample.examples, device)
+        except UserError as error:
+            say(f"{error}: left out")
     return {way: run for way, run in found.items() if way in wanted}
 
 

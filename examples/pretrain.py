@@ -37,6 +37,7 @@ from transformers import BertConfig, BertForPreTraining
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' shared module
 from simplified_tinybert.files import UserError, atomic_writer, run_main  # noqa: E402
+from simplified_tinybert.precision import warn_if_emulated  # noqa: E402
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -233,6 +234,7 @@ def main() -> None:
     args = parse_args()
     if args.hidden_size % args.num_attention_heads:
         raise UserError(f"--hidden_size {args.hidden_size} cannot be shared by {args.num_attention_heads} heads")
+    warn_if_emulated(torch.bfloat16 if args.bf16 else None, torch.device(args.device))
     texts = read_corpus(args.corpus)
     tokenizer = make_tokenizer(texts, args.layers_of and args.layers_of / "vocab.txt", args.vocab_size)
     lines = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]

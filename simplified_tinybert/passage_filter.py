@@ -13,7 +13,7 @@ from simplified_tinybert.hub import find_model
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.modeling import describe
-from simplified_tinybert.precision import select_precision
+from simplified_tinybert.precision import select_precision, warn_if_emulated
 from simplified_tinybert.preflight import check_vocabulary
 from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.scoring import BATCH_TOKENS, finite, prepare, relevance, score_chunk, token_batches
@@ -40,6 +40,7 @@ class PassageFilter:
             problems.add(str(error))
 
     def _load(self, config: BertConfig, vocabulary: Vocabulary) -> None:
+        warn_if_emulated(self.dtype, self.device)
         keep_freed_memory(self.device)
         self.model, notes = load_ranker(self.folder, config)
         for note in notes:

@@ -1,12 +1,13 @@
 """Golden figures of the original implementation and tiny models, as every test file needs them."""
 import json
+import locale
 import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"                     # no test may reach out
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"                     # tiny models: more threads would only wait for each other
 torch.set_num_threads(1)
+for name in ("C.UTF-8", "en_US.UTF-8", "UTF-8"):         # what tests read is UTF-8, whatever the machine's locale is
+    with suppress(locale.Error):
+        locale.setlocale(locale.LC_CTYPE, name)
+        break
 settings.register_profile("patient", deadline=None)     # on a busy machine any example may take long
 settings.load_profile("patient")
 
@@ -97,7 +102,7 @@ def words(ids: list[int]) -> str:
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], capture_output=True, text=True,
-                          timeout=300, check=False)
+                          timeout=900, check=False)
 
 
 def write_features(path: Path, rows: list[tuple], max_seq_length: int = 32, set_name: str = "train") -> Path:

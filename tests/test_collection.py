@@ -40,7 +40,7 @@ def write_collection(folder):
 
 def chain(*arguments, **environment):
     return subprocess.run(["bash", str(ROOT / "collection.sh"), *map(str, arguments)], capture_output=True, text=True,
-                          timeout=600, env=os.environ | SETTINGS | {"PYTHON": sys.executable} | environment)
+                          timeout=1800, env=os.environ | SETTINGS | {"PYTHON": sys.executable} | environment)
 
 
 def test_from_documents_to_the_report(golden_models, tmp_path):

@@ -68,7 +68,7 @@ def test_scores_equal_those_of_the_cpu(golden_models, tmp_path, run_main, more, 
 def test_two_gpus_give_the_student_and_the_scores_of_one(golden_models, tmp_path, run_main):
     def on_two(script, *flags):
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                        str(ROOT / script), *map(str, flags)], check=True, timeout=300)
+                        str(ROOT / script), *map(str, flags)], check=True, timeout=900)
     train = write_features(tmp_path / "train.pkl", random_rows(27))
     for name, more in (("reference", []), ("masked", ["--padding", "masked"])):
         flags = arguments(train, golden_models, tmp_path / name, "--device", "cuda", "--train_batch_size", 8,

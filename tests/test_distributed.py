@@ -33,10 +33,10 @@ OBJECTIVES = {"reference": ["--padding", "reference"], "masked": ["--padding", "
 
 
 def torchrun(processes, script, *more):
-    """Exit code 124 if it hangs. It takes 20 seconds at most, unless the machine has much else to do."""
+    """Exit code 124 if it hangs. It takes 20 seconds on two cores, on a busy or slow machine minutes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                str(ROOT / script), *map(str, more)]
-    return subprocess.run(["timeout", "400", *command], capture_output=True, text=True, check=False)
+    return subprocess.run(["timeout", "1200", *command], capture_output=True, text=True, check=False)
 
 
 def run_cases(processes, folder, *cases):
@@ -52,19 +52,20 @@ def student_of(folder):
 
 
 def assert_same_student(folder, other):
-    """To 1e-5 of each tensor's norm and of each logged figure.
-
-    Biases of keys get 1e-4: softmax does not see them, so without an attention loss their gradients are but rounding.
-    """
+    """To 1e-5 of each tensor's norm and of each logged figure."""
     one, two = student_of(folder), student_of(other)
     assert one.keys() == two.keys()
     found = {name: ((one[name] - two[name]).norm() / one[name].norm()).item() for name in one if one[name].any()}
-    biases = max(found.pop(name) for name in list(found) if name.endswith("key.bias"))
+    keys = {name: found.pop(name) for name in list(found) if name.endswith("key.bias")}
+    # A bias of a key adds the same number to all scores of a query, which softmax does not see. Without an attention
+    # loss its exact gradient is 0; Adam scales the rounding errors that it has instead up to steps of full size.
+    if json.loads((folder / "run.json").read_text())["settings"]["loss_weights"][-1].get("attention"):
+        found |= keys
     rows = list(zip(log_of(folder), log_of(other), strict=True))
     names = [name for name in rows[0][0] if name != "examples_per_second"]
     losses = max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-9) for a, b in rows for name in names)
-    print(f"{other.name}: tensors {max(found.values()):.1e}, biases of keys {biases:.1e}, log {losses:.1e}")
-    assert max(found.values()) < 1e-5 and biases < 1e-4 and losses < 1e-5
+    print(f"{other.name}: tensors {max(found.values()):.1e}, keys {max(keys.values()):.1e}, log {losses:.1e}")
+    assert max(found.values()) < 1e-5 and losses < 1e-5
 
 
 def assert_same_bytes(folder, other):

@@ -403,7 +403,7 @@ def test_greedy_pickles_are_refused_without_taking_memory(tmp_path):
     for name, content in zip(names, GREEDY.values()):
         (tmp_path / name).write_bytes(content)
     done = subprocess.run([sys.executable, "-c", WITH_LITTLE_MEMORY, *names], cwd=tmp_path, capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=100)
+                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [f"{name} refused" for name in names]
 
@@ -579,6 +579,6 @@ def test_processes_that_build_the_same_cache_at_once(tmp_path):
     for builder in builders:
         builder.stdin.write("go\n")
         builder.stdin.flush()
-    told = [builder.communicate(timeout=100) for builder in builders]
+    told = [builder.communicate(timeout=600) for builder in builders]
     assert [int(out) for out, _ in told] == [total, total], told
     assert len(list((tmp_path / "cache").iterdir())) == 1

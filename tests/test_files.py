@@ -263,7 +263,7 @@ def test_checking_a_pipe_neither_waits_nor_disturbs_its_writer(tmp_path):
     check = [sys.executable, "-c", "import sys; from pathlib import Path\nfrom simplified_tinybert.files import *\n"
              "problems = Problems()\nchecked = check_input_file(Path(sys.argv[1]), problems, 'run')\n"
              "print(checked, problems.messages)"]
-    done = subprocess.run([*check, str(pipe)], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    done = subprocess.run([*check, str(pipe)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout == "True []\n"
     assert not check_input_file(pipe, problems, "pairs", read_twice=True)
     assert "is not a plain file, but the pairs have to be read twice" in problems.messages[0]

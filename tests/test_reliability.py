@@ -226,8 +226,9 @@ def test_killed_writers_leave_the_old_file_or_the_new_one(golden_models, raw, fi
 def test_a_full_disk_leaves_no_half_folder(golden_models, tmp_path, figures, script, limit):
     """What a folder holds is whole, and nothing in it says that it is finished."""
     (tmp_path / "corpus.txt").write_text("w7 w8 w9\n" * 50)
-    (tmp_path / "qrels.txt").write_text("q 0 D1 1\n")
-    (tmp_path / "run.trec").write_text("q Q0 D1 1 2 t\nq Q0 D2 2 1 t\n")
+    # So many queries make report.json longer than any limit, however short the paths are that it names
+    (tmp_path / "qrels.txt").write_text("".join(f"q{number} 0 D1 1\n" for number in range(300)))
+    (tmp_path / "run.trec").write_text("".join(f"q{number} Q0 D1 1 2 t\n" for number in range(300)))
     output = tmp_path / "output"
     call = {"general_distill": ["--corpus", tmp_path / "corpus.txt", "--teacher_model", golden_models["teacher"],
                                 "--student_layers", 2, "--output_student_dir", output, "--device", "cpu",

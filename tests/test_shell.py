@@ -23,7 +23,7 @@ COMMANDS = ("prepare_examples.py", "tokenize_to_features.py", "general_distill.p
 
 def bash(script, *arguments, cwd, **environment):
     return subprocess.run(["bash", str(ROOT / script), *arguments], cwd=cwd, capture_output=True, text=True,
-                          timeout=300, env=os.environ | {"PYTHON": sys.executable} | environment)
+                          timeout=900, env=os.environ | {"PYTHON": sys.executable} | environment)
 
 
 @pytest.mark.parametrize("name", [*SCRIPTS, "ditill.sh", "python_env.sh", ".ci/run"])

@@ -1,0 +1,138 @@
+"""--bf16 where bfloat16 is emulated: known by the instruction set, or found out, and said before the work starts."""
+import importlib
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_rows, write_features
+from test_distributed import torchrun
+
+from simplified_tinybert import precision
+from simplified_tinybert.precision import has_bf16, is_emulated, slowdown, warn_if_emulated
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+
+
+@pytest.fixture
+def features(tmp_path):
+    return write_features(tmp_path / "features.pkl", random_rows(60), set_name="test")
+
+
+X86 = {"architecture": "x86_64", "avx2": True}
+
+
+@needs_onednn
+@pytest.mark.parametrize("capabilities, limited, native", [
+    (X86, False, False),
+    (X86 | {"avx512_bf16": False, "amx_bf16": False}, False, False),
+    (X86 | {"avx512_f": True, "avx512_vnni": True}, True, False),
+    (X86 | {"avx512_bf16": True}, False, True),
+    (X86 | {"amx_bf16": True}, False, True),
+    (X86 | {"avx512_bf16": True}, True, None),          # what is left of it must be tried
+    ({"architecture": "aarch64", "bf16": True}, False, None),
+    ({"architecture": "aarch64", "bf16": False}, False, None),
+    ({}, False, None)])                                 # a PyTorch that does not tell
+def test_what_the_instruction_set_says_about_bf16(capabilities, limited, native):
+    assert has_bf16(capabilities, limited) is native
+
+
+@pytest.mark.parametrize("native, factor, emulated", [
+    (False, 6.4, True), (False, 1.1, True), (False, 0.7, False), (None, 6.4, True), (None, 1.2, False),
+    (None, 0.5, False), (True, 0.6, False), (True, 3.0, False)])
+def test_what_counts_as_emulated(native, factor, emulated):
+    assert is_emulated(native, factor) is emulated
+
+
+def test_the_factor_is_that_of_a_larger_product(capsys):
+    """On this machine, whatever it is: what the short trial says is what an encoder's layer meets, roughly."""
+    device = torch.device("cpu")
+
+    def spent(dtype):
+        inputs, weight = torch.ones(512, 384, dtype=dtype), torch.ones(768, 384, dtype=dtype)
+        times = []
+        for _ in range(6):
+            start = time.thread_time()
+            F.linear(inputs, weight)
+            times.append(time.thread_time() - start)
+        return float(np.median(times[1:]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        real = spent(torch.bfloat16) / spent(torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+    found = slowdown(torch.bfloat16, device)
+    assert torch.get_num_threads() == threads
+    assert 1 / 3 < found / real < 3
+    warn_if_emulated(torch.bfloat16, device, "go home")
+    told = capsys.readouterr().err
+    if has_bf16(torch.cpu.get_capabilities(), False) is False and real > 3:
+        assert told.count("emulated") == told.count("\n") == 1 and told.endswith("; go home\n")
+    if real < 0.5:
+        assert not told
+    warn_if_emulated(None, device)
+    assert not capsys.readouterr().err
+    assert slowdown(torch.float32, device) < 1.5
+
+
+@pytest.fixture
+def slow_bf16(monkeypatch):
+    """A processor of which is known that it emulates, so that these tests say the same on all."""
+    monkeypatch.setattr(precision, "has_bf16", lambda capabilities, limited: False)
+    monkeypatch.setattr(precision, "slowdown", lambda dtype, device: 6.43)
+
+
+def commands(models, folder, features) -> dict:
+    """Arguments of a short run of each script that takes --bf16."""
+    (folder / "texts.txt").write_text("w7 w8 w9\n" * 20)
+    (folder / "docs.tsv").write_text("D1\tu\tt\tw7 w8 w9\nD2\tu\tt\tw10 w11 w12\n")
+    (folder / "queries.tsv").write_text("q0\tw7 w8\n")
+    (folder / "qrels.txt").write_text("q0 0 D1 1\n")
+    (folder / "run.trec").write_text("q0 Q0 D1 1 2 t\nq0 Q0 D2 2 1 t\n")
+    train = write_features(folder / "train.pkl", random_rows(8))
+    cpu = ["--device", "cpu", "--bf16"]
+    cache = ["--cache_file_dir", folder / "cache", "--output_student_dir", folder / "student"]
+    return {
+        "reranker": ["--model_dir", models["teacher"], "--features_file", features, "--output_scores_file",
+                     folder / "scores.tsv", *cpu],
+        "distill": ["--features_file", train, "--teacher_model", models["teacher"], "--general_student_model",
+                    models["student_2x24"], "--num_train_epochs", 1, *cache, *cpu],
+        "general_distill": ["--corpus", folder / "texts.txt", "--teacher_model", models["teacher"], "--student_layers",
+                            2, "--max_seq_length", 16, "--num_train_epochs", 1, *cache, *cpu],
+        "report": ["--qrels", folder / "qrels.txt", "--system", "one", folder / "run.trec", models["teacher"],
+                   "--features_file", features, "--speed_rounds", 1, "--output_dir", folder / "report", *cpu],
+        "prepare_examples": ["train", "--docs", folder / "docs.tsv", "--queries", folder / "queries.tsv", "--qrels",
+                             folder / "qrels.txt", "--candidates", folder / "run.trec", "--output", folder / "out.tsv",
+                             "--cache_file_dir", folder / "cache", "--filter_model", models["teacher"],
+                             "--max_seq_length", 32, "--window", 2, "--stride", 1, *cpu]}
+
+
+@pytest.mark.parametrize("script", ["reranker", "distill", "general_distill", "report", "prepare_examples"])
+def test_every_script_says_that_bf16_is_emulated(golden_models, features, tmp_path, run_main, slow_bf16, script):
+    call = commands(golden_models, tmp_path, features)[script]
+    told = run_main(importlib.import_module(script), *call).splitlines()
+    lines = [number for number, line in enumerate(told) if "emulated" in line]
+    assert len(lines) == 1
+    line = told[lines[0]]
+    assert "--bf16" in line and "6.4 times" in line and "leave the flag out" in line
+    assert ("--int8" in line) == (script in ("reranker", "report"))
+    work = [number for number, line in enumerate(told)
+            if any(word in line for word in ("model   ", "student   ", "round 1", "filter   "))]
+    assert work and lines[0] < work[0]
+    without = [part for part in call if part != "--bf16"]
+    without = [part.with_name("again") if part in (tmp_path / "student", tmp_path / "report") else part
+               for part in without]
+    assert "emulated" not in run_main(importlib.import_module(script), *without)
+
+
+def test_it_is_said_once_for_all_processes(golden_models, features, tmp_path):
+    """And not at all where it is not so: what this processor is, the function that is tested above tells."""
+    call = commands(golden_models, tmp_path, features)["reranker"]
+    done = torchrun(2, "reranker.py", *call)
+    assert done.returncode == 0, done.stderr
+    native = has_bf16(torch.cpu.get_capabilities(), False)
+    assert done.stderr.count("is emulated") <= 1
+    if native is False and slowdown(torch.bfloat16, torch.device("cpu")) > 2:
+        assert done.stderr.count("is emulated") == 1
