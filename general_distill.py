@@ -40,6 +40,7 @@ from simplified_tinybert.checkpoints import (
 )
 from simplified_tinybert.compression import compress
 from simplified_tinybert.corpus import DOCUMENTS, check_corpus, map_corpus
+from simplified_tinybert.data.vocabulary import Vocabulary, load_vocabulary
 from simplified_tinybert.description import describe_run, general_card
 from simplified_tinybert.distillation import SETTINGS, add_training_flags, check_apex, make_plan, make_student, train
 from simplified_tinybert.distributed import Processes, process_group
@@ -49,7 +50,6 @@ from simplified_tinybert.modeling import Batch, CrossEncoder
 from simplified_tinybert.precision import select_precision
 from simplified_tinybert.preflight import check_flags, check_output_dir, check_pair, find_models, find_run
 from simplified_tinybert.runtime import keep_freed_memory, select_device
-from simplified_tinybert.tokenization import Vocabulary, load_vocabulary
 
 COMPRESSED_TOKENS = 16384   # that a compressed student is fitted to: 1 GB of memory for 6/384, 4 GB for 12/768
 WEIGHTS = {"attention": 1.0, "hidden": 1.0}
@@ -123,9 +123,6 @@ def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertC
         config = student_config(args, teacher[1], problems)
         try:
             vocabulary = load_vocabulary(teacher[0])
-            if max(vocabulary.pieces.values()) >= teacher[1].vocab_size:
-                problems.add(f"{teacher[0]}: has {teacher[1].vocab_size} embeddings for a vocabulary of "
-                             f"{len(vocabulary.pieces)} word pieces; its files do not belong together")
         except UserError as error:
             problems.add(str(error))
     corpus = check_corpus(args.corpus, problems)

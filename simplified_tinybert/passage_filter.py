@@ -1,5 +1,6 @@
 """Which passages of a relevant document are relevant? A ranker's probabilities, computed in process."""
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from tqdm import tqdm
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import load_cross_encoder, read_config, weights_fingerprint
+from simplified_tinybert.data.vocabulary import Vocabulary, load_vocabulary
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, say
 from simplified_tinybert.hub import find_model
@@ -14,7 +16,7 @@ from simplified_tinybert.modeling import describe
 from simplified_tinybert.precision import select_precision
 from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.scoring import BATCH_TOKENS, finite, prepare, relevance, score_chunk, token_batches
-from simplified_tinybert.tokenization import PieceCutter, Vocabulary, load_vocabulary
+from simplified_tinybert.tokenization import PieceCutter, words_suffice
 
 Tokenize = Callable[[list[str], PieceCutter], Examples]
 
@@ -38,14 +40,16 @@ class PassageFilter:
         else:
             check_ranker(self.folder, self.config, self.vocabulary, max_seq_length, problems)
 
-    def load(self) -> None:
+    def load(self, pairs: list[tuple[str, str]]) -> None:
+        """Load the weights; `pairs` are the first texts to be scored."""
         keep_freed_memory(self.device)
         self.model, notes = load_cross_encoder(self.folder, self.config)
         for note in notes:
             say(f"note         {note}")
         say(f"filter       {describe(self.model)}")
         prepare(self.model.to(self.device), self.dtype, int8=False)
-        self.cutter = PieceCutter(self.vocabulary, self.max_seq_length)
+        self.cutter = PieceCutter(self.vocabulary, self.max_seq_length,
+                                  words_suffice(self.vocabulary, chain.from_iterable(pairs)))
 
     def fingerprint(self) -> str:
         return weights_fingerprint(self.folder)
@@ -53,7 +57,7 @@ class PassageFilter:
     def probabilities(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """Probability of relevance (N), float64, of (query, passage) pairs without tabs or line ends."""
         if not self.model:
-            self.load()
+            self.load(pairs)
         lines = [f"{number}\t{query}\t{passage}" for number, (query, passage) in enumerate(pairs)]
         chunk = self.tokenize(lines, self.cutter)
         batches = token_batches(chunk.lengths, BATCH_TOKENS[self.device.type], None)
@@ -68,8 +72,5 @@ def check_ranker(folder: Path, config: BertConfig, vocabulary: Vocabulary, max_s
     if not 8 <= max_seq_length <= config.max_position_embeddings:
         problems.add(f"--max_seq_length {max_seq_length}: expected 8 to {config.max_position_embeddings}, the "
                      f"positions of {folder}")
-    if max(vocabulary.pieces.values()) >= config.vocab_size:
-        problems.add(f"{folder}: the vocabulary has {max(vocabulary.pieces.values()) + 1} word pieces, the model knows "
-                     f"{config.vocab_size}; fetch both from one place")
     if config.num_labels not in (1, 2):
         problems.add(f"{folder}: the model has {config.num_labels} classes; expected a ranker with 2, or 1 logit")

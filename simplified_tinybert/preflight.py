@@ -10,13 +10,13 @@ from pathlib import Path
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import read_config
+from simplified_tinybert.data.vocabulary import has_vocabulary, load_vocabulary
 from simplified_tinybert.features import FeatureSummary
 from simplified_tinybert.files import Problems, UserError, process_count, warn
 from simplified_tinybert.hub import find_model
 from simplified_tinybert.measures import parse_measures
 from simplified_tinybert.objectives import METHODS, stage_weights, uses_layers
 from simplified_tinybert.records import read_record
-from simplified_tinybert.tokenization import has_vocabulary, load_vocabulary
 from simplified_tinybert.training import newest_checkpoint
 
 
@@ -74,18 +74,18 @@ def check_model_fits(role: str, folder: Path, config: BertConfig, summary: Featu
         way_out = ("leave --max_seq_length out" if header["max_seq_length"] <= positions else
                    f"tokenize again with --max_seq_length {positions} (MAX_SEQ_LENGTH={positions} for the .sh scripts)")
         problems.add(f"{folder}: the {role} has {positions} positions, {width} are asked for; {way_out}")
-    if header["vocabulary_size"] > config.vocab_size:
-        problems.add(f"{folder}: the {role} knows {config.vocab_size} word pieces, the features have "
-                     f"{header['vocabulary_size']}; tokenize with --bert_model_dir {folder}")
-    if not has_vocabulary(folder):
-        warn(f"{folder}: the {role} has no vocabulary file, so it is not checked that the features were made with it")
-        return
     try:
-        vocabulary = load_vocabulary(folder)
+        vocabulary = load_vocabulary(folder) if has_vocabulary(folder) else None
     except UserError as error:
         problems.add(str(error))
         return
-    if vocabulary.fingerprint() != header["vocabulary"]:
+    if header["vocabulary_size"] > config.vocab_size:
+        problems.add(f"{folder}: the {role} knows {config.vocab_size} word pieces, the features have "
+                     f"{header['vocabulary_size']}; tokenize with --bert_model_dir {folder}")
+    if not vocabulary:
+        warn(f"{folder}: the {role} has no vocabulary file, so it is not checked that the features were made with it")
+        return
+    if vocabulary.with_casing(header["lower_case"]).fingerprint() != header["vocabulary"]:
         problems.add(f"{folder}: the features were made with another vocabulary than the {role}'s; tokenize with "
                      f"--bert_model_dir {folder}")
     if vocabulary.lower_case != header["lower_case"]:

@@ -24,11 +24,12 @@ from simplified_tinybert.checkpoints import (
     save_cross_encoder,
     weights_fingerprint,
 )
+from simplified_tinybert.data.vocabulary import load_vocabulary
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import UserError
 from simplified_tinybert.hub import find_model
 from simplified_tinybert.modeling import Batch, CrossEncoder
-from simplified_tinybert.tokenization import PieceCutter, load_vocabulary
+from simplified_tinybert.tokenization import PieceCutter
 from tokenize_to_features import tokenize
 
 NAME = "student_2x24"
