@@ -33,7 +33,8 @@ import torch
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import read_config, save_cross_encoder
-from simplified_tinybert.data.vocabulary import Vocabulary, load_vocabulary
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
+from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.files import Problems, UserError, check_input_file, run_main, say
 from simplified_tinybert.modeling import CrossEncoder, describe
 from simplified_tinybert.preflight import check_output_dir

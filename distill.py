@@ -44,7 +44,7 @@ from simplified_tinybert.checkpoints import (
     save_cross_encoder,
     weights_fingerprint,
 )
-from simplified_tinybert.data.vocabulary import has_vocabulary
+from simplified_tinybert.data.tokenizer_files import has_vocabulary
 from simplified_tinybert.description import describe_run, model_card
 from simplified_tinybert.distillation import SETTINGS, add_training_flags, check_apex, make_plan, make_student, train
 from simplified_tinybert.distributed import Processes, process_group

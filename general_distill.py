@@ -40,7 +40,8 @@ from simplified_tinybert.checkpoints import (
 )
 from simplified_tinybert.compression import compress
 from simplified_tinybert.corpus import DOCUMENTS, check_corpus, map_corpus
-from simplified_tinybert.data.vocabulary import Vocabulary, load_vocabulary
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
+from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.description import describe_run, general_card
 from simplified_tinybert.distillation import SETTINGS, add_training_flags, check_apex, make_plan, make_student, train
 from simplified_tinybert.distributed import Processes, process_group

@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from simplified_tinybert.data.vocabulary import Vocabulary, load_vocabulary
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
+from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.duplicates import DuplicateFinder
 from simplified_tinybert.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
 from simplified_tinybert.files import (

@@ -36,7 +36,7 @@ from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import weights_fingerprint
 from simplified_tinybert.collection import by_query, read_rows
-from simplified_tinybert.data.vocabulary import load_vocabulary
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.files import Problems, atomic_writer, check_input_file, locked, run_main, say
 from simplified_tinybert.measures import check_common_queries, first_ten
 from simplified_tinybert.preflight import check_pair, find_models

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import BertConfig
 
-from simplified_tinybert.data.saved_tokenizer import save_tokenizer
-from simplified_tinybert.data.vocabulary import has_vocabulary
+from simplified_tinybert.data.tokenizer_files import has_vocabulary, save_tokenizer
 from simplified_tinybert.files import Problems, UserError, atomic_writer
 from simplified_tinybert.hub import CONFIG_FILES, PROJECTION_FILE, WEIGHT_FILES
 from simplified_tinybert.losses import layer_map

@@ -1,7 +1,7 @@
 """Where a model is: a local folder, or a Hugging Face hub id that is fetched once and kept in the hub's own cache."""
 from pathlib import Path
 
-from simplified_tinybert.data.vocabulary import TOKENIZER_FILES
+from simplified_tinybert.data.tokenizer_files import TOKENIZER_FILES
 from simplified_tinybert.files import UserError
 
 CONFIG_FILES = ("config.json", "bert_config.json")

@@ -8,7 +8,8 @@ from tqdm import tqdm
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import load_cross_encoder, read_config, weights_fingerprint
-from simplified_tinybert.data.vocabulary import Vocabulary, load_vocabulary
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
+from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, say
 from simplified_tinybert.hub import find_model

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import read_config
-from simplified_tinybert.data.vocabulary import has_vocabulary, load_vocabulary
+from simplified_tinybert.data.tokenizer_files import has_vocabulary, load_vocabulary
 from simplified_tinybert.features import FeatureSummary
 from simplified_tinybert.files import Problems, UserError, process_count, warn
 from simplified_tinybert.hub import find_model
@@ -76,6 +76,7 @@ def check_model_fits(role: str, folder: Path, config: BertConfig, summary: Featu
         problems.add(f"{folder}: the {role} has {positions} positions, {width} are asked for; {way_out}")
     try:
         vocabulary = load_vocabulary(folder) if has_vocabulary(folder) else None
+        checksum = vocabulary.with_casing(header["lower_case"]).fingerprint() if vocabulary else ""
     except UserError as error:
         problems.add(str(error))
         return
@@ -85,7 +86,7 @@ def check_model_fits(role: str, folder: Path, config: BertConfig, summary: Featu
     if not vocabulary:
         warn(f"{folder}: the {role} has no vocabulary file, so it is not checked that the features were made with it")
         return
-    if vocabulary.with_casing(header["lower_case"]).fingerprint() != header["vocabulary"]:
+    if checksum != header["vocabulary"]:
         problems.add(f"{folder}: the features were made with another vocabulary than the {role}'s; tokenize with "
                      f"--bert_model_dir {folder}")
     if vocabulary.lower_case != header["lower_case"]:

@@ -12,8 +12,8 @@ from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.files import say
 
 MEMORY = 2 ** 26            # bytes that the texts and the words already seen may take, each
-SAMPLE_TEXTS = 3000         # different texts whose tokens are compared with the library's
-SAMPLE_CHARACTERS = 2 ** 21
+SAMPLE_TEXTS = 3000         # different texts whose tokens are compared with the library's, and
+SAMPLE_CHARACTERS = 300     # what is looked at of each
 
 
 class Remembered(dict):
@@ -110,14 +110,12 @@ def words_suffice(vocabulary: Vocabulary, texts: Iterable[str]) -> bool:
 
     Where they may not the user is told, for it takes longer.
     """
-    sample, left = {}, SAMPLE_CHARACTERS
+    cutter, sample = PieceCutter(vocabulary, SAMPLE_CHARACTERS, by_words=True), set()
     for text in texts if vocabulary.splits_at_blanks else ():
-        sample[text[:left]] = None
-        left -= len(text)
-        if len(sample) == SAMPLE_TEXTS or left <= 0:
+        sample.add(text[:SAMPLE_CHARACTERS])
+        if len(sample) == SAMPLE_TEXTS:
             break
-    cutter, sample = PieceCutter(vocabulary, SAMPLE_TEXTS, by_words=True), list(sample)
-    same = vocabulary.splits_at_blanks and cutter.wholes(sample) == cutter.cut(sample)
+    same = vocabulary.splits_at_blanks and cutter.wholes(list(sample)) == cutter.cut(list(sample))
     if not same:
         say("note         texts are cut by the tokenizers library as a whole, which takes longer: words alone would "
             "not always give the tokens of this model's tokenizer")

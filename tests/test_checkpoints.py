@@ -24,7 +24,7 @@ from simplified_tinybert.checkpoints import (
     save_cross_encoder,
     weights_fingerprint,
 )
-from simplified_tinybert.data.vocabulary import load_vocabulary
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import UserError
 from simplified_tinybert.hub import find_model

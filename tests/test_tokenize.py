@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
 import tokenize_to_features
-from simplified_tinybert.data.vocabulary import bert_vocabulary, load_vocabulary
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
+from simplified_tinybert.data.vocabulary import bert_vocabulary
 from simplified_tinybert.features import read_chunks, read_header
 from simplified_tinybert.files import UserError, run_main
 from simplified_tinybert.tokenization import PieceCutter, truncated_lengths
@@ -184,7 +185,7 @@ def test_casing_of_tokenizer_config(tmp_path, setting, extra):
 
 def test_settings_that_leave_casing_open(tmp_path):
     assert load_vocabulary(with_pieces(tmp_path, PIECES, model_max_length=512)).lower_case
-    with pytest.raises(UserError, match=f"{tmp_path}: transformers cannot read .*lowercase"):
+    with pytest.raises(UserError, match=f"{tmp_path}: .*do_lower_case is null"):
         load_vocabulary(with_pieces(tmp_path, [*PIECES, "Cat"], do_lower_case=None))
 
 

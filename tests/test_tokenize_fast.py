@@ -13,7 +13,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import tokenize_to_features
-from simplified_tinybert.data.vocabulary import load_vocabulary
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.features import CHUNK_EXAMPLES, Examples, read_chunks
 from simplified_tinybert.files import UserError, lines_of, read_blocks, read_lines
 from simplified_tinybert.tokenization import PieceCutter, Remembered

@@ -19,8 +19,8 @@ from tokenizers.models import BPE, WordLevel, WordPiece
 from transformers import AutoTokenizer, BertConfig, BertTokenizer
 
 from simplified_tinybert.checkpoints import load_cross_encoder, new_cross_encoder, save_cross_encoder
-from simplified_tinybert.data.saved_tokenizer import save_tokenizer
-from simplified_tinybert.data.vocabulary import SPECIAL, Vocabulary, load_vocabulary
+from simplified_tinybert.data.tokenizer_files import load_vocabulary, save_tokenizer
+from simplified_tinybert.data.vocabulary import SPECIAL, Vocabulary
 from simplified_tinybert.features import read_chunks
 from simplified_tinybert.files import UserError
 from simplified_tinybert.tokenization import PieceCutter, words_suffice
@@ -36,10 +36,10 @@ IDS = {piece: number for number, piece in enumerate(PIECES)}
 WORDS = ["flow", "FLOW", "Flow", "covid-19", "COVID-19", "Covid-19s", "xcovid-19", "covid-19.", "(covid-19)",
          "covid", "-19", "new york", "New  York", "newyork", "new\tyork", "café", "cafe\u0301", "CAFÉ", "E\u0301",
          "\u0301", "猫", "日本", "a猫b", "日 本", "the", "cat!", "c++", "C++s", "ﬁ", "ﬂow", "Ⅳ", "ｆｌｏｗ", "x" * 9,
-         "x" * 100, "x" * 101, "123", "a1b2", "a_b", "don't", "#tag", "[unused1]", "[ENT]", "[ent]", "x[ENT]y", "[Q]", "[", "]",
-         "\u2028", "a\u2028b", "\u0085", "a\u0085b", "\u200b", "a\u200bb", "\u200d", "\ufeff", "😀", "👩\u200d👩",
-         "\x00", "a\x00b", "\x07", "\r", "\u00a0", "\u3000", "\u00ad", "ΣΟΦΟΣ", "Σ", "σοφος", "İ", "İstanbul", "ı",
-         "ß", "ẞ", "\ufffd"]
+         "x" * 100, "x" * 101, "123", "a1b2", "a_b", "don't", "#tag", "[unused1]", "[ENT]", "[ent]", "x[ENT]y", "[Q]",
+         "[", "]", "\u2028", "a\u2028b", "\u0085", "a\u0085b", "\u200b", "a\u200bb", "\u200d", "\ufeff", "😀",
+         "👩\u200d👩", "\x00", "a\x00b", "\x07", "\r", "\u00a0", "\u3000", "\u00ad", "ΣΟΦΟΣ", "Σ", "σοφος", "İ",
+         "İstanbul", "ı", "ß", "ẞ", "\ufffd"]
 TEXTS = [*WORDS, "COVID-19 wing", "flow covid-19", "  the   cat  ", " ".join(WORDS), "".join(WORDS), "covid-19covid-19",
          "covid-19 covid-19", "Paris, New York and covid-19."]
 ADDED = ["covid-19", "new york", "[Q]", "c++", "猫", "[unused1]", "É"]
