@@ -33,13 +33,14 @@ import torch
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import save_cross_encoder
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
+from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.files import Problems, UserError, check_input_file, reason, run_main, say
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.weights import identify
 from simplified_tinybert.modeling import CrossEncoder, describe
 from simplified_tinybert.preflight import check_output_dir
 from simplified_tinybert.records import record
-from simplified_tinybert.tokenization import Vocabulary, load_vocabulary
 
 LEFTOVERS = {"Adam's slots": re.compile(r"(.*/)?adam_[mv]"), "global_step": re.compile("global_step"),
              "pre-training heads": re.compile("cls/.*")}
@@ -54,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     add("--vocab", type=Path, help="vocab.txt (default: the one beside the checkpoint)")
     add("--output_dir", type=Path, required=True, help="new or empty folder for the model")
     add("--do_lower_case", action=argparse.BooleanOptionalAction, default=None,
-        help="whether texts are to be lower-cased (default: yes unless the vocabulary has capital letters)")
+        help="whether texts are to be lower-cased (default: yes, as transformers does without settings)")
     return parser.parse_args()
 
 

@@ -40,6 +40,7 @@ import torch
 
 from simplified_tinybert import objectives
 from simplified_tinybert.checkpoints import fit_projections, load_ranker, save_cross_encoder
+from simplified_tinybert.data.tokenizer_files import has_vocabulary
 from simplified_tinybert.description import describe_run, model_card
 from simplified_tinybert.distillation import SETTINGS, add_training_flags, check_apex, make_plan, make_student, train
 from simplified_tinybert.distributed import Processes, process_group
@@ -61,7 +62,6 @@ from simplified_tinybert.preflight import (
     find_run,
 )
 from simplified_tinybert.runtime import keep_freed_memory, select_device
-from simplified_tinybert.tokenization import has_vocabulary
 from simplified_tinybert.training import Plan
 from simplified_tinybert.validation import DevSet, find_dev_set, warn_of_chance
 

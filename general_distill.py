@@ -42,6 +42,8 @@ from simplified_tinybert.checkpoints import (
 )
 from simplified_tinybert.compression import compress
 from simplified_tinybert.corpus import COLUMNS, DOCUMENTS, check_corpus, map_corpus
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
+from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.description import describe_run, general_card
 from simplified_tinybert.distillation import SETTINGS, add_training_flags, check_apex, make_plan, make_student, train
 from simplified_tinybert.distributed import Processes, process_group
@@ -54,12 +56,10 @@ from simplified_tinybert.preflight import (
     check_flags,
     check_output_dir,
     check_pair,
-    check_vocabulary,
     find_models,
     find_run,
 )
 from simplified_tinybert.runtime import keep_freed_memory, select_device
-from simplified_tinybert.tokenization import Vocabulary, load_vocabulary
 
 COMPRESSED_TOKENS = 16384   # that a compressed student is fitted to: 1 GB of memory for 6/384, 4 GB for 12/768
 WEIGHTS = {"attention": 1.0, "hidden": 1.0}
@@ -148,7 +148,6 @@ def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertC
         config = student_config(args, teacher[1], problems)
         try:
             vocabulary = load_vocabulary(teacher[0])
-            check_vocabulary(*teacher, vocabulary, problems)
         except UserError as error:
             problems.add(str(error))
     corpus = check_corpus(args.docs or args.corpus, args.documents, problems)

@@ -24,6 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from simplified_tinybert.common.text import lines_of, open_binary, read_blocks, read_lines
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
+from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.duplicates import DuplicateFinder
 from simplified_tinybert.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
 from simplified_tinybert.files import (
@@ -38,7 +40,7 @@ from simplified_tinybert.files import (
 )
 from simplified_tinybert.hub import find_model
 from simplified_tinybert.records import record_file
-from simplified_tinybert.tokenization import PieceCutter, Vocabulary, load_vocabulary, truncated_lengths
+from simplified_tinybert.tokenization import PieceCutter, truncated_lengths, words_suffice
 from simplified_tinybert.workers import MOST_WORKERS, default_workers, map_in_order
 
 COLUMNS = {"train": "index, query, passage, label", "dev": "query_id#passage_id, query, passage (, label)",
@@ -59,8 +61,7 @@ def parse_args() -> argparse.Namespace:
     add("--bert_model_dir", required=True, help="folder or hub id of the model whose vocabulary is to be used")
     add("--max_seq_length", type=int, default=256, help="word pieces of a pair, control tokens included (default: 256)")
     add("--do_lower_case", action=argparse.BooleanOptionalAction, default=None,
-        help="lower-case texts (default: as the model's tokenizer settings say; without such settings, yes unless the "
-             "vocabulary has capital letters)")
+        help="lower-case texts (default: as transformers' AutoTokenizer does with this model)")
     add("--num_workers", type=int, default=0,
         help=f"processes that tokenize (default: one for each CPU core, at most {MOST_WORKERS})")
     return parser.parse_args()
@@ -117,10 +118,15 @@ def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
     return pairs
 
 
+def texts_of(path: Path) -> Iterator[str]:
+    """Queries and passages of a checked file."""
+    return chain.from_iterable(line.split("\t")[1:3] for _, line in read_lines(path, Problems()))
+
+
 def tokenize(lines: list[str], cutter: PieceCutter) -> Examples:
     """Checked lines → examples."""
     rows, size, vocabulary = [line.split("\t") for line in lines], cutter.token_type.itemsize, cutter.vocabulary
-    queries, passages = ([cutter.texts[row[column]] for row in rows] for column in (1, 2))
+    queries, passages = (cutter.beginnings([row[column] for row in rows]) for column in (1, 2))
     kept_queries, kept_passages = truncated_lengths(
         *(np.array([len(text) // size for text in texts]) for texts in (queries, passages)), cutter.max_seq_length)
     cls, sep = (np.array(piece, cutter.token_type).tobytes() for piece in (vocabulary.cls_id, vocabulary.sep_id))
@@ -132,8 +138,8 @@ def tokenize(lines: list[str], cutter: PieceCutter) -> Examples:
                     (kept_queries + 2).astype(np.uint16), labels, [row[0] for row in rows])
 
 
-def block_tokenizer(vocabulary: Vocabulary, max_seq_length: int) -> Callable[[bytes], Examples]:
-    cutter = PieceCutter(vocabulary, max_seq_length)
+def block_tokenizer(vocabulary: Vocabulary, max_seq_length: int, by_words: bool) -> Callable[[bytes], Examples]:
+    cutter = PieceCutter(vocabulary, max_seq_length, by_words)
     return lambda block: tokenize(lines_of(block), cutter)
 
 
@@ -169,10 +175,11 @@ def main() -> None:
     workers, full = min(args.num_workers or default_workers(), 1 + pairs // PAIRS_FOR_A_PROCESS), 0
     say(f"{pairs:,} pairs; vocabulary of {len(vocabulary.pieces):,} pieces, "
         f"{'lower-cased' if vocabulary.lower_case else 'cased'}")
+    by_words = words_suffice(vocabulary, texts_of(args.raw_data_file))
     with open_binary(args.raw_data_file) as source, atomic_writer(args.output_features_file, "wb") as handle:
         writer = FeatureWriter(handle, args.set_name, args.max_seq_length, vocabulary)
         with tqdm(total=pairs, desc="tokenizing", unit=" pairs", unit_scale=True) as progress:
-            make = partial(block_tokenizer, vocabulary, args.max_seq_length)
+            make = partial(block_tokenizer, vocabulary, args.max_seq_length, by_words)
             for examples in in_chunks(map_in_order(make, read_blocks(source), workers)):
                 writer.write(examples)
                 full += int((examples.lengths == args.max_seq_length).sum())

@@ -10,10 +10,10 @@ from study import Settings, Shape, Step, Training, divisor_at_least, run_all, sl
 
 from simplified_tinybert.checkpoints import read_config
 from simplified_tinybert.corpus import check_corpus, map_corpus
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.features import summarise
 from simplified_tinybert.files import Problems, UserError, atomic_writer
 from simplified_tinybert.hub import find_model
-from simplified_tinybert.tokenization import load_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 20                       # of the log of a training; its checkpoints are as often

@@ -35,13 +35,13 @@ from study import keep_facts, read_settings
 from transformers import BertConfig
 
 from simplified_tinybert.collection import by_query, read_rows
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.files import Problems, atomic_writer, check_input_file, locked, run_main, say
 from simplified_tinybert.measures import check_common_queries, first_ten
 from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.preflight import check_pair, find_models
 from simplified_tinybert.records import content_facts
 from simplified_tinybert.runtime import select_device
-from simplified_tinybert.tokenization import load_vocabulary
 from simplified_tinybert.trec import read_qrels, read_run
 
 FILES = {"docs": "docs.tsv", **{f"{kind}.{split}": f"{kind}.{split}.{ending}" for split in ("train", "dev", "test")

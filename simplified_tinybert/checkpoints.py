@@ -6,7 +6,6 @@ normal Hugging Face folder; the projections that only distillation needs go into
 """
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import BertConfig
 
+from simplified_tinybert.data.tokenizer_files import has_vocabulary, save_tokenizer
 from simplified_tinybert.files import Problems, UserError, atomic_writer, reason, warn
 from simplified_tinybert.hub import PROJECTION_FILE
 from simplified_tinybert.losses import layer_map
 from simplified_tinybert.model.configuration import read_config, reversed_labels
 from simplified_tinybert.model.weights import read_weights, some
 from simplified_tinybert.modeling import CrossEncoder
-from simplified_tinybert.tokenization import TOKENIZER_FILES, has_vocabulary
 
 BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")           # constants that older libraries stored
 PRETRAINING_HEADS = ("cls.", "qa_outputs.")
@@ -234,25 +233,11 @@ def save_cross_encoder(model: CrossEncoder, folder: Path, tokenizer_folder: Path
     if model.config.num_labels == 2 and not general:
         config |= {"id2label": {"0": "not relevant", "1": "relevant"}, "label2id": {"not relevant": 0, "relevant": 1}}
     _write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if tokenizer_folder:
+    if tokenizer_folder and has_vocabulary(tokenizer_folder):
         save_tokenizer(tokenizer_folder, folder, lower_case, model.config.max_position_embeddings)
     if card:
         _write_text(folder / "README.md", card)
     _save_tensors(tensors, folder / "model.safetensors")
-
-
-def save_tokenizer(source: Path, folder: Path, lower_case: bool, max_length: int) -> None:
-    """Copy the tokenizer files; tokenizer_config.json, where other tools look, is made to name the casing in use."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and source.resolve() != folder.resolve():
-            with atomic_writer(folder / name, "wb") as copy, open(source / name, "rb") as original:
-                shutil.copyfileobj(original, copy)
-    path = folder / "tokenizer_config.json"
-    settings = {"tokenizer_class": "BertTokenizer", "model_max_length": max_length}
-    if path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    if has_vocabulary(folder) and settings.get("do_lower_case") != lower_case:
-        _write_text(path, json.dumps(settings | {"do_lower_case": lower_case}, indent=2) + "\n")
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -13,11 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from simplified_tinybert.common.text import BLOCK, read_lines
+from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.documents import read_documents
 from simplified_tinybert.feature_cache import mapped
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, check_input_file
-from simplified_tinybert.tokenization import PieceCutter, Vocabulary
+from simplified_tinybert.tokenization import PieceCutter, words_suffice
 from simplified_tinybert.workers import default_workers, map_in_order
 
 DOCUMENTS = ("lines", "paragraphs")     # of --corpus
@@ -65,8 +66,8 @@ def segments(texts: list[str], cutter: PieceCutter) -> Examples:
     """The segments of some documents."""
     cls, sep = (np.array([piece], cutter.token_type) for piece in (cutter.vocabulary.cls_id, cutter.vocabulary.sep_id))
     tokens, lengths, room = [], [], cutter.max_seq_length - 2
-    for text in texts:
-        pieces = np.frombuffer(cutter.all_pieces(text), cutter.token_type)
+    for whole in cutter.wholes(texts):
+        pieces = np.frombuffer(whole, cutter.token_type)
         for start in range(0, len(pieces), room):
             segment = pieces[start:start + room]
             tokens += [cls, segment, sep]
@@ -76,8 +77,8 @@ def segments(texts: list[str], cutter: PieceCutter) -> Examples:
                     np.full(len(lengths), NO_LABEL, np.int8))
 
 
-def segment_cutter(vocabulary: Vocabulary, max_seq_length: int) -> Callable[[list[str]], Examples]:
-    return partial(segments, cutter=PieceCutter(vocabulary, max_seq_length))
+def segment_cutter(vocabulary: Vocabulary, max_seq_length: int, by_words: bool) -> Callable[[list[str]], Examples]:
+    return partial(segments, cutter=PieceCutter(vocabulary, max_seq_length, by_words))
 
 
 def map_corpus(paths: list[Path], kind: str, vocabulary: Vocabulary, max_seq_length: int, fingerprint: str,
@@ -86,11 +87,13 @@ def map_corpus(paths: list[Path], kind: str, vocabulary: Vocabulary, max_seq_len
     name = hashlib.sha256(f"{fingerprint} {kind} {vocabulary.fingerprint()} {vocabulary.lower_case} {max_seq_length}"
                           .encode()).hexdigest()[:32]
     workers = default_workers() if sum(path.stat().st_size for path in paths) > 4 * BLOCK else 1
-    make = partial(segment_cutter, vocabulary, max_seq_length)
     token_type = "<u2" if max(vocabulary.pieces.values()) < 2 ** 16 else "<u4"
-    parts = not_empty(map_in_order(make, in_blocks(documents(paths, kind, Problems())), workers),
-                      paths)
-    return mapped(cache_dir / f"corpus-{name}", token_type, parts)
+
+    def parts() -> Iterator[Examples]:
+        by_words = words_suffice(vocabulary, documents(paths, kind, Problems()))
+        make = partial(segment_cutter, vocabulary, max_seq_length, by_words)
+        yield from map_in_order(make, in_blocks(documents(paths, kind, Problems())), workers)
+    return mapped(cache_dir / f"corpus-{name}", token_type, not_empty(parts(), paths))
 
 
 def not_empty(parts: Iterator[Examples], paths: list[Path]) -> Iterator[Examples]:

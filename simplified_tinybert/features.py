@@ -22,8 +22,8 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
+from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.files import Problems, UserError, check_input_file, shorten
-from simplified_tinybert.tokenization import Vocabulary
 
 if TYPE_CHECKING:
     from simplified_tinybert.modeling import Batch

@@ -1,8 +1,8 @@
 """Where a model is: a local folder, or a Hugging Face hub id that is fetched once and kept in the hub's own cache."""
 from pathlib import Path
 
+from simplified_tinybert.data.tokenizer_files import TOKENIZER_FILES
 from simplified_tinybert.files import UserError, reason
-from simplified_tinybert.tokenization import TOKENIZER_FILES
 
 CONFIG_FILES = ("config.json", "bert_config.json")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",

@@ -1,5 +1,6 @@
 """Which passages of a relevant document are relevant? A ranker's probabilities, computed in process."""
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from tqdm import tqdm
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import load_ranker
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.features import Examples
 from simplified_tinybert.files import Problems, UserError, say
 from simplified_tinybert.hub import find_model
@@ -14,10 +16,9 @@ from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.modeling import describe
 from simplified_tinybert.precision import select_precision, warn_if_emulated
-from simplified_tinybert.preflight import check_vocabulary
 from simplified_tinybert.runtime import keep_freed_memory, select_device
 from simplified_tinybert.scoring import BATCH_TOKENS, finite, prepare, relevance, score_chunk, token_batches
-from simplified_tinybert.tokenization import PieceCutter, Vocabulary, load_vocabulary
+from simplified_tinybert.tokenization import PieceCutter, words_suffice
 
 Tokenize = Callable[[list[str], PieceCutter], Examples]
 
@@ -27,19 +28,19 @@ class PassageFilter:
 
     def __init__(self, model: str, max_seq_length: int, device: str, bf16: bool, tokenize: Tokenize,
                  problems: Problems):
-        self.max_seq_length, self.tokenize = max_seq_length, tokenize
+        self.max_seq_length, self.tokenize, self.cutter = max_seq_length, tokenize, None
         try:
             self.device = select_device(device)
             self.dtype = select_precision(False, bf16, self.device, problems)
             self.folder = find_model(model)
-            config, vocabulary = read_config(self.folder), load_vocabulary(self.folder)
-            check_ranker(self.folder, config, vocabulary, max_seq_length, problems)
+            config, self.vocabulary = read_config(self.folder), load_vocabulary(self.folder)
+            check_ranker(self.folder, config, max_seq_length, problems)
             if not problems.count:                      # which are told first, for this takes seconds
-                self._load(config, vocabulary)
+                self._load(config)
         except UserError as error:
             problems.add(str(error))
 
-    def _load(self, config: BertConfig, vocabulary: Vocabulary) -> None:
+    def _load(self, config: BertConfig) -> None:
         warn_if_emulated(self.dtype, self.device)
         keep_freed_memory(self.device)
         self.model, notes = load_ranker(self.folder, config)
@@ -47,13 +48,15 @@ class PassageFilter:
             say(f"note         {note}")
         say(f"filter       {describe(self.model)}")
         prepare(self.model.to(self.device), self.dtype, int8=False)
-        self.cutter = PieceCutter(vocabulary, self.max_seq_length)
 
     def fingerprint(self) -> str:
         return weights_fingerprint(self.folder)
 
     def probabilities(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """Probability of relevance (N), float64, of (query, passage) pairs without tabs or line ends."""
+        if not self.cutter:                             # which looks at the first texts
+            self.cutter = PieceCutter(self.vocabulary, self.max_seq_length,
+                                      words_suffice(self.vocabulary, chain.from_iterable(pairs)))
         lines = [f"{number}\t{query}\t{passage}" for number, (query, passage) in enumerate(pairs)]
         chunk = self.tokenize(lines, self.cutter)
         batches = token_batches(chunk.lengths, BATCH_TOKENS[self.device.type], None)
@@ -62,10 +65,8 @@ class PassageFilter:
         return relevance(finite(chunk, logits), "probability")
 
 
-def check_ranker(folder: Path, config: BertConfig, vocabulary: Vocabulary, max_seq_length: int,
-                 problems: Problems) -> None:
+def check_ranker(folder: Path, config: BertConfig, max_seq_length: int, problems: Problems) -> None:
     """Complain of a model that cannot rank passages of this length."""
     if not 8 <= max_seq_length <= config.max_position_embeddings:
         problems.add(f"--max_seq_length {max_seq_length}: expected 8 to {config.max_position_embeddings}, the "
                      f"positions of {folder}")
-    check_vocabulary(folder, config, vocabulary, problems)

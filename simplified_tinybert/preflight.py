@@ -11,14 +11,14 @@ import torch
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import load_cross_encoder, load_ranker
+from simplified_tinybert.data.tokenizer_files import has_vocabulary, load_vocabulary
 from simplified_tinybert.features import FeatureSummary
 from simplified_tinybert.files import Problems, UserError, process_count, warn
 from simplified_tinybert.hub import find_model
 from simplified_tinybert.measures import parse_measures
-from simplified_tinybert.model.configuration import find_config, read_config
+from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.objectives import METHODS, stage_weights, uses_layers
 from simplified_tinybert.records import read_record
-from simplified_tinybert.tokenization import Vocabulary, has_vocabulary, load_vocabulary
 from simplified_tinybert.training import newest_checkpoint
 
 
@@ -84,28 +84,17 @@ def check_model_fits(role: str, folder: Path, config: BertConfig, summary: Featu
         return
     try:
         vocabulary = load_vocabulary(folder)
+        checksum = vocabulary.with_casing(header["lower_case"]).fingerprint()
     except UserError as error:
         problems.add(str(error))
         return
-    check_vocabulary(folder, config, vocabulary, problems)
-    if vocabulary.fingerprint() != header["vocabulary"]:
+    if checksum != header["vocabulary"]:
         problems.add(f"{folder}: the features were made with another vocabulary than the {role}'s; tokenize with "
                      f"--bert_model_dir {folder}")
     if vocabulary.lower_case != header["lower_case"]:
         names = {True: "lower-cased", False: "cased"}
         warn(f"{folder}: the {role}'s texts should be {names[vocabulary.lower_case]}, the features are "
              f"{names[header['lower_case']]}")
-
-
-def check_vocabulary(folder: Path, config: BertConfig, vocabulary: Vocabulary, problems: Problems) -> None:
-    """Complain about a model whose own tokenizer has tokens that its own embedding matrix has no row for."""
-    size = max(vocabulary.pieces.values()) + 1
-    if size > config.vocab_size:
-        tokenizer = next(name for name in ("vocab.txt", "tokenizer.json") if (folder / name).is_file())
-        problems.add(f"{folder / tokenizer}: has {size} tokens, the embedding matrix {config.vocab_size} rows "
-                     f"(vocab_size in {find_config(folder)}): these two files of the model do not go together; fetch "
-                     f"both from one place or, if tokens were added, call resize_token_embeddings({size}) and save the "
-                     f"model again")
 
 
 def check_dev_set(dev: FeatureSummary, train: FeatureSummary | None, student: BertConfig, problems: Problems) -> None:
@@ -152,8 +141,6 @@ def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: 
     problems.raise_if_any()
     (folder, teacher), (other, student) = models["teacher"], models["student"]
     vocabularies = [load_vocabulary(place) for place in (folder, other)]
-    for (place, config), vocabulary in zip(dict(models.values()).items(), vocabularies):
-        check_vocabulary(place, config, vocabulary, problems)
     if vocabularies[0].fingerprint() != vocabularies[1].fingerprint():
         problems.add(f"{student_name}: has another vocabulary than {teacher_name}; teacher and students read the same "
                      f"features, name models of one vocabulary")

@@ -17,8 +17,8 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
 from simplified_tinybert import features
+from simplified_tinybert.data.vocabulary import Vocabulary, bert_vocabulary
 from simplified_tinybert.features import Examples, FeatureWriter
-from simplified_tinybert.tokenization import Vocabulary
 from simplified_tinybert.training import Training
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +119,7 @@ def write_features(path: Path, rows: list[tuple], max_seq_length: int = 32, set_
 
 
 def vocabulary() -> Vocabulary:
-    return Vocabulary({piece: number for number, piece in enumerate(tiny_vocabulary())}, lower_case=True)
+    return bert_vocabulary({piece: number for number, piece in enumerate(tiny_vocabulary())}, lower_case=True)
 
 
 def random_rows(count: int, max_seq_length: int = 32, seed: int = 0) -> list[tuple]:

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
 import tokenize_to_features
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
+from simplified_tinybert.data.vocabulary import bert_vocabulary
 from simplified_tinybert.features import read_chunks, read_header
 from simplified_tinybert.files import UserError, run_main
-from simplified_tinybert.tokenization import PieceCutter, Vocabulary, load_vocabulary, truncated_lengths
+from simplified_tinybert.tokenization import PieceCutter, truncated_lengths
 from tokenize_to_features import tokenize
 
 CASES = json.loads((DATA / "tokenization.json").read_text(encoding="utf-8"))
@@ -130,7 +132,7 @@ def test_tokens_of_the_original_through_the_script(run, tmp_path, uncased):
 def test_no_text_makes_a_control_token(text):
     for lower_case in (True, False):
         pieces = PIECES + ["CLS", "SEP", "##]", "##SEP", "##sep"]
-        vocabulary = Vocabulary({piece: number for number, piece in enumerate(pieces)}, lower_case)
+        vocabulary = bert_vocabulary({piece: number for number, piece in enumerate(pieces)}, lower_case)
         examples = tokenize([f"q#p\t{text}\t{text}"], PieceCutter(vocabulary, 200))
         counts = Counter(examples.tokens.tolist())
         assert (counts[0], counts[2], counts[3], counts[4]) == (0, 1, 2, 0)
@@ -158,7 +160,15 @@ def test_truncation_takes_one_piece_at_a_time(lengths, max_seq_length):
 
 def test_casing_of_a_vocabulary_without_settings(tmp_path, uncased):
     assert load_vocabulary(uncased).lower_case
-    assert not load_vocabulary(with_pieces(tmp_path, [*PIECES, "Cat"])).lower_case
+    assert load_vocabulary(with_pieces(tmp_path, [*PIECES, "Cat"])).lower_case          # as BertTokenizer without
+
+
+def test_a_vocabulary_with_capitals_that_is_read_as_uncased_is_told_of(tmp_path, uncased, capsys):
+    load_vocabulary(uncased), load_vocabulary(with_pieces(tmp_path, [*PIECES, "Cat"]), lower_case=False)
+    assert not capsys.readouterr().err
+    load_vocabulary(tmp_path)
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: {tmp_path}: ") and "--no-do_lower_case" in told
 
 
 def test_capitals_of_control_tokens_do_not_make_a_vocabulary_cased(tmp_path):
@@ -175,7 +185,8 @@ def test_casing_of_tokenizer_config(tmp_path, setting, extra):
 
 def test_settings_that_leave_casing_open(tmp_path):
     assert load_vocabulary(with_pieces(tmp_path, PIECES, model_max_length=512)).lower_case
-    assert not load_vocabulary(with_pieces(tmp_path, [*PIECES, "Cat"], do_lower_case=None)).lower_case
+    with pytest.raises(UserError, match=f"{tmp_path}: .*do_lower_case is null"):
+        load_vocabulary(with_pieces(tmp_path, [*PIECES, "Cat"], do_lower_case=None))
 
 
 @pytest.mark.parametrize(("settings_", "tokens"), [
@@ -188,12 +199,12 @@ def test_other_settings_of_tokenizer_config(tmp_path, settings_, tokens):
 @pytest.mark.parametrize("lower_case", [True, False])
 def test_casing_of_tokenizer_json(tmp_path, lower_case):
     pieces = {piece: number for number, piece in enumerate([*PIECES, "Cat"])}
-    Vocabulary(pieces, lower_case).tokenizer().save(str(tmp_path / "tokenizer.json"))
-    assert load_vocabulary(tmp_path) == Vocabulary(pieces, lower_case)
+    bert_vocabulary(pieces, lower_case).tokenizer().save(str(tmp_path / "tokenizer.json"))
+    assert load_vocabulary(tmp_path) == bert_vocabulary(pieces, lower_case)
     with_pieces(tmp_path, pieces)
-    assert load_vocabulary(tmp_path) == Vocabulary(pieces, lower_case)   # vocab.txt says nothing on casing
-    with_pieces(tmp_path, pieces, do_lower_case=not lower_case)
-    assert load_vocabulary(tmp_path) == Vocabulary(pieces, not lower_case)
+    assert load_vocabulary(tmp_path) == bert_vocabulary(pieces, lower_case)    # vocab.txt says nothing on casing
+    with_pieces(tmp_path, pieces, do_lower_case=not lower_case, tokenizer_class="BertTokenizer")
+    assert load_vocabulary(tmp_path) == bert_vocabulary(pieces, not lower_case)
 
 
 @pytest.mark.parametrize("lower_case", [True, False])
@@ -250,9 +261,10 @@ def test_vocabulary_with_windows_line_ends(tmp_path, model):
 
 
 def test_fingerprint_tells_vocabularies_apart():
-    one = Vocabulary({"a": 0, "b": 1}, True)
-    assert one.fingerprint() == Vocabulary({"b": 1, "a": 0}, False).fingerprint()
-    others = [Vocabulary(pieces, True) for pieces in ({"a": 1, "b": 0}, {"a": 0}, {"a": 0, "b": 2}, {"a\nb": 0})]
+    one = bert_vocabulary({"a": 0, "b": 1}, True)
+    assert one.fingerprint() == bert_vocabulary({"b": 1, "a": 0}, False).fingerprint()
+    others = [bert_vocabulary(pieces, True) for pieces in (
+        {"a": 1, "b": 0}, {"a": 0}, {"a": 0, "b": 2}, {"a\nb": 0})]
     assert len({vocabulary.fingerprint() for vocabulary in [one, *others]}) == 5
 
 
@@ -537,8 +549,8 @@ def test_a_refusal_of_the_real_script(tmp_path, golden_models):
     assert os.listdir(tmp_path) == ["pairs.tsv"] and len(tiny_vocabulary()) == 200
 
 
-def test_a_final_sigma_is_lower_cased_as_python_does():
+def test_a_final_sigma_is_lower_cased_as_the_library_does():
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "σοφος", "σοφοσ", "οσο"]
-    vocabulary = Vocabulary({piece: number for number, piece in enumerate(pieces)}, lower_case=True)
+    vocabulary = bert_vocabulary({piece: number for number, piece in enumerate(pieces)}, lower_case=True)
     examples = tokenize(["1\tΣΟΦΟΣ\tΣΟΦΟΣ, ΟΣΟ\t1"], PieceCutter(vocabulary, 32))
-    assert examples.tokens.tolist() == [2, 4, 3, 4, 1, 6, 3]
+    assert examples.tokens.tolist() == [2, 5, 3, 5, 1, 6, 3]

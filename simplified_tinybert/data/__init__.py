@@ -1,0 +1,1 @@
+"""Texts, tokens and features: what models are trained on and rank."""

@@ -1,0 +1,513 @@
+"""Model directories of every kind and texts of every kind: the ids are those of transformers, here and when saved."""
+import json
+import re
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sentence_transformers import CrossEncoder as SentenceCrossEncoder
+from tokenizers import AddedToken, Regex, Tokenizer, processors
+from tokenizers import normalizers as norm
+from tokenizers import pre_tokenizers as pre
+from tokenizers.models import BPE, WordLevel, WordPiece
+from transformers import AutoTokenizer, BertConfig, BertTokenizer
+
+from simplified_tinybert.checkpoints import load_cross_encoder, new_cross_encoder, save_cross_encoder
+from simplified_tinybert.data.tokenizer_files import load_vocabulary, save_tokenizer
+from simplified_tinybert.data.vocabulary import SPECIAL, Vocabulary
+from simplified_tinybert.features import read_chunks
+from simplified_tinybert.files import UserError
+from simplified_tinybert.tokenization import PieceCutter, words_suffice
+from tokenize_to_features import tokenize
+
+SIZE = 420                                              # embeddings of the tiny models
+LETTERS = string.ascii_letters + string.digits + "éöÉσςΣı"
+PIECES = [*SPECIAL, *LETTERS, *(f"##{letter}" for letter in LETTERS), *(f"@@{letter}" for letter in LETTERS),
+          *"猫日本.,!?'-#[]()_/&+", "##猫", "##-", "flow", "wing", "covid", "cafe", "café", "cat", "paris", "Paris",
+          "Flow", "the", "COVID", "##ing", "new", "york", "New", "σοφος", "σοφοσ", "ﬁ", "fi", "\u200b", "😀",
+          "[unused1]"]
+IDS = {piece: number for number, piece in enumerate(PIECES)}
+WORDS = ["flow", "FLOW", "Flow", "covid-19", "COVID-19", "Covid-19s", "xcovid-19", "covid-19.", "(covid-19)",
+         "covid", "-19", "new york", "New  York", "newyork", "new\tyork", "café", "cafe\u0301", "CAFÉ", "E\u0301",
+         "\u0301", "猫", "日本", "a猫b", "日 本", "the", "cat!", "c++", "C++s", "ﬁ", "ﬂow", "Ⅳ", "ｆｌｏｗ", "x" * 9,
+         "x" * 100, "x" * 101, "123", "a1b2", "a_b", "don't", "#tag", "[unused1]", "[ENT]", "[ent]", "x[ENT]y", "[Q]",
+         "[", "]", "\u2028", "a\u2028b", "\u0085", "a\u0085b", "\u200b", "a\u200bb", "\u200d", "\ufeff", "😀",
+         "👩\u200d👩", "\x00", "a\x00b", "\x07", "\r", "\u00a0", "\u3000", "\u00ad", "ΣΟΦΟΣ", "Σ", "σοφος", "İ",
+         "İstanbul", "ı", "ß", "ẞ", "\ufffd"]
+TEXTS = [*WORDS, "COVID-19 wing", "flow covid-19", "  the   cat  ", " ".join(WORDS), "".join(WORDS), "covid-19covid-19",
+         "covid-19 covid-19", "Paris, New York and covid-19."]
+ADDED = ["covid-19", "new york", "[Q]", "c++", "猫", "[unused1]", "É"]
+
+
+def write_json(folder: Path, name: str, **content) -> None:
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def config(folder: Path, **content) -> None:
+    write_json(folder, "config.json", **{"model_type": "bert", "vocab_size": SIZE} | content)
+
+
+def vocab(folder: Path, pieces: list[str] = PIECES, end: str = "\n", mark: str = "") -> None:
+    (folder / "vocab.txt").write_bytes((mark + "".join(piece + end for piece in pieces)).encode())
+
+
+def settings_of(folder: Path, name: str = "BertTokenizer", **content) -> None:
+    write_json(folder, "tokenizer_config.json", tokenizer_class=name, **content)
+
+
+def rust(folder: Path, normalizer=None, splitter=None, ids: dict[str, int] = IDS, added=(), **model) -> Tokenizer:
+    """tokenizer.json as the `tokenizers` library writes it."""
+    tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]", **model))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter or pre.BertPreTokenizer()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_tokens(list(added))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        [(piece, tokenizer.token_to_id(piece)) for piece in ("[CLS]", "[SEP]")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+def saved_by_transformers(folder: Path, added=(), special=(), **options) -> None:
+    (folder / "aside").mkdir()
+    vocab(folder / "aside")
+    tokenizer = BertTokenizer.from_pretrained(folder / "aside", **options)
+    tokenizer.add_tokens(list(added))
+    tokenizer.add_tokens(list(special), special_tokens=True)
+    tokenizer.save_pretrained(folder)
+
+
+DIRECTORIES: dict[str, Callable[[Path], object]] = {}
+
+
+def directory(build: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Register a directory under the function's name. It may return the tokenizer that is right for it."""
+    DIRECTORIES[build.__name__] = build
+    return build
+
+
+def with_vocab(title: str, name: str = "BertTokenizer", **content) -> None:
+    def build(folder):
+        config(folder)
+        vocab(folder)
+        settings_of(folder, name, **content)
+    DIRECTORIES[title] = build
+
+
+def fast(name: str, class_name: str = "PreTrainedTokenizerFast", more: dict | None = None, **options) -> None:
+    def build(folder):
+        config(folder)
+        settings_of(folder, class_name, **more or {})
+        rust(folder, **options)
+    DIRECTORIES[name] = build
+
+
+def resaved(name: str, **options) -> None:
+    def build(folder):
+        config(folder)
+        saved_by_transformers(folder, **options)
+    DIRECTORIES[name] = build
+
+
+BERT = norm.BertNormalizer()
+FLAGGED = [AddedToken("covid-19", single_word=True), AddedToken("[ENT]", lstrip=True, rstrip=True, normalized=False),
+           AddedToken("Paris", normalized=False), AddedToken("flow", single_word=True, normalized=False)]
+
+with_vocab("uncased")
+with_vocab("cased", do_lower_case=False)
+with_vocab("accents kept", strip_accents=False)
+with_vocab("accents stripped", strip_accents=True)
+with_vocab("cased, accents stripped", do_lower_case=False, strip_accents=True)
+with_vocab("accents open", strip_accents=None)
+with_vocab("Chinese together", tokenize_chinese_chars=False)
+with_vocab("class BertTokenizerFast", name="BertTokenizerFast", do_lower_case=False)
+with_vocab("class DistilBertTokenizer", name="DistilBertTokenizerFast", model_input_names=["input_ids"])
+with_vocab("class ElectraTokenizer", name="ElectraTokenizer")
+with_vocab("more special tokens", additional_special_tokens=["[Q]", "[ENT]"])
+with_vocab("special tokens split", additional_special_tokens=["[Q]", "[ENT]"], split_special_tokens=True)
+with_vocab("padded left", padding_side="left", truncation_side="left", model_max_length=20)
+with_vocab("added_tokens_decoder", added_tokens_decoder={
+    str(len(PIECES) + number): {"content": word, "lstrip": False, "rstrip": False, "single_word": False,
+                                "normalized": number != 2, "special": number == 2}
+    for number, word in enumerate(("covid-19", "new york", "[Q]"))})
+resaved("saved, uncased")
+resaved("saved, cased", do_lower_case=False)
+resaved("saved, accents kept", strip_accents=False)
+resaved("saved with covid-19", added=["covid-19"])
+resaved("saved, cased, with covid-19", added=["covid-19"], do_lower_case=False)
+resaved("saved with many", added=ADDED)
+resaved("saved with many special", special=ADDED)
+resaved("saved with flags", added=FLAGGED)
+resaved("saved with flags, special", special=FLAGGED)
+resaved("saved with odd tokens", added=["日本", "a\u2028b", "CAFÉ", "-", "_", "e\u0301", "x" * 101, "İ"])
+fast("NFKC, then Bert", normalizer=norm.Sequence([norm.NFKC(), BERT]))
+fast("NFD, Lowercase, StripAccents", normalizer=norm.Sequence([norm.NFD(), norm.Lowercase(), norm.StripAccents()]))
+fast("Lowercase", normalizer=norm.Lowercase())
+fast("no normalizer")
+fast("Replace, then Bert", normalizer=norm.Sequence([norm.Replace(Regex("-"), " "), BERT]))
+fast("text not cleaned", normalizer=norm.BertNormalizer(clean_text=False))
+fast("Whitespace", normalizer=BERT, splitter=pre.Whitespace())
+fast("WhitespaceSplit", normalizer=BERT, splitter=pre.WhitespaceSplit())
+fast("Digits, Punctuation", normalizer=BERT, splitter=pre.Sequence(
+    [pre.WhitespaceSplit(), pre.Digits(individual_digits=True), pre.Punctuation()]))
+fast("prefix @@", normalizer=BERT, continuing_subword_prefix="@@")
+fast("words up to 8", normalizer=BERT, max_input_chars_per_word=8)
+fast("words without end", normalizer=BERT, max_input_chars_per_word=2 ** 40)
+fast("added to Whitespace", normalizer=BERT, splitter=pre.Whitespace(), added=ADDED)
+fast("fast, accents kept", normalizer=norm.BertNormalizer(strip_accents=False), more={"do_lower_case": False})
+fast("contradiction, fast", normalizer=norm.BertNormalizer(lowercase=False), more={"do_lower_case": True})
+fast("contradiction, Bert", "BertTokenizer", normalizer=norm.BertNormalizer(lowercase=False),
+     max_input_chars_per_word=8, more={"do_lower_case": True})
+fast("class TokenizersBackend", "TokenizersBackend", normalizer=norm.BertNormalizer(lowercase=False), added=FLAGGED)
+fast("ids in another order", "BertTokenizer", normalizer=BERT, added=["covid-19"],
+     ids={piece: len(PIECES) - 1 - number for number, piece in enumerate(PIECES)})
+fast("special tokens only added", normalizer=BERT, added=["covid-19"],
+     ids={"[UNK]": 0} | {piece: number - 4 for piece, number in IDS.items() if number > 4})
+
+
+@directory
+def bert_config_json(folder):
+    write_json(folder, "bert_config.json", vocab_size=SIZE)
+    vocab(folder)
+    return BertTokenizer.from_pretrained(folder)
+
+
+@directory
+def vocab_txt_alone(folder):
+    vocab(folder)
+    settings_of(folder, None, do_lower_case=False)
+    return BertTokenizer.from_pretrained(folder)
+
+
+@directory
+def without_tokenizer_config(folder):
+    config(folder)
+    vocab(folder)
+
+
+@directory
+def class_in_config_json(folder):
+    config(folder, tokenizer_class="BertTokenizerFast")
+    vocab(folder)
+
+
+@directory
+def byte_order_mark(folder):
+    config(folder)
+    vocab(folder)
+    right = AutoTokenizer.from_pretrained(folder)
+    vocab(folder, end="\r\n", mark="\ufeff")
+    return right
+
+
+@directory
+def windows_line_ends(folder):
+    config(folder)
+    vocab(folder, end="\r\n")
+
+
+@directory
+def old_layout(folder):
+    """As transformers 2 to 4 saved a tokenizer with added tokens."""
+    config(folder)
+    vocab(folder)
+    settings_of(folder, do_lower_case=True, model_max_length=512, strip_accents=None)
+    names = {f"{piece[1:-1].lower()}_token": piece for piece in SPECIAL}
+    write_json(folder, "special_tokens_map.json", **names, additional_special_tokens=["[Q]"])
+    added = enumerate(("covid-19", "[Q]", "c++"), len(PIECES))
+    write_json(folder, "added_tokens.json", **{word: number for number, word in added})
+
+
+@directory
+def old_layout_of_both(folder):
+    """vocab.txt lacks what tokenizer.json has."""
+    config(folder)
+    vocab(folder)
+    settings_of(folder, "BertTokenizerFast", do_lower_case=True)
+    rust(folder, BERT, added=["covid-19", AddedToken("new york", single_word=True)])
+
+
+@directory
+def tokenizer_json_alone(folder):
+    rust(folder, norm.BertNormalizer(strip_accents=False), added=["covid-19"])
+
+
+@directory
+def tokenizer_json_of_a_bert(folder):
+    """AutoTokenizer takes BertTokenizer here, which strips accents, whatever tokenizer.json says."""
+    config(folder)
+    rust(folder, norm.BertNormalizer(strip_accents=False), added=["covid-19"], max_input_chars_per_word=8)
+
+
+@directory
+def without_post_processor(folder):
+    tokenizer = rust(folder, BERT)
+    content = json.loads(tokenizer.to_str()) | {"post_processor": None, "added_tokens": []}
+    write_json(folder, "tokenizer.json", **content)
+
+
+@directory
+def padding_and_truncation_within(folder):
+    config(folder)
+    tokenizer = rust(folder, norm.Sequence([norm.NFKC(), BERT]))
+    tokenizer.enable_padding(length=30, direction="left")
+    tokenizer.enable_truncation(5)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings_of(folder, "PreTrainedTokenizerFast")
+
+
+@directory
+def without_pad_and_mask(folder):
+    config(folder)
+    vocab(folder, [piece for piece in PIECES if piece not in ("[PAD]", "[MASK]")])
+
+
+NAMES = list(DIRECTORIES)
+BY_WORDS = {"uncased", "cased", "accents kept", "Chinese together", "prefix @@", "words up to 8", "saved with covid-19",
+            "bert_config_json", "byte_order_mark", "old_layout"}
+WHOLE = {"NFKC, then Bert", "Lowercase", "no normalizer", "Whitespace", "WhitespaceSplit", "Digits, Punctuation",
+         "saved with many", "old_layout_of_both", "text not cleaned"}
+
+
+def test_the_matrix_is_large():
+    assert len(DIRECTORIES) >= 50 and set(NAMES) > BY_WORDS | WHOLE
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Callable[[str], tuple[Path, object]]:
+    """name → the directory, made once, and the library's tokenizer for it"""
+    done = {}
+
+    def make(name: str) -> tuple[Path, object]:
+        if name not in done:
+            folder = tmp_path_factory.mktemp("matrix") / "model"
+            folder.mkdir()
+            right = DIRECTORIES[name](folder)
+            done[name] = folder, right or AutoTokenizer.from_pretrained(folder)
+        return done[name]
+    return make
+
+
+def ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def our_ids(vocabulary: Vocabulary, texts: list[str], by_words: bool | None = None) -> list[list[int]]:
+    cutter = PieceCutter(vocabulary, 8, by_words)
+    return [np.frombuffer(tokens, cutter.token_type).tolist() for tokens in cutter.wholes(texts)]
+
+
+texts = st.lists(st.one_of(st.sampled_from(WORDS), st.text(max_size=6), st.text("covid-19neyrkÉ猫 [Q]+", max_size=9)),
+                 max_size=12)
+texts = st.tuples(st.sampled_from(["", " ", "  ", "\u2028"]), texts).map(lambda drawn: drawn[0].join(drawn[1]))
+
+
+def free_of_special(text: str) -> bool:
+    return not any(piece in text for piece in SPECIAL)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_those_of_transformers(made, name):
+    folder, right = made(name)
+    vocabulary = load_vocabulary(folder)
+    expected = ids(right, TEXTS)
+    assert our_ids(vocabulary, TEXTS) == expected
+    assert our_ids(vocabulary, TEXTS, by_words=False) == expected
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(texts.filter(free_of_special), max_size=8))
+@pytest.mark.parametrize("name", NAMES)
+def test_any_text_has_the_ids_of_transformers(made, loaded, name, some):
+    right, vocabulary = made(name)[1], loaded(name)
+    assert our_ids(vocabulary, ["", *some]) == ids(right, ["", *some])
+
+
+@pytest.fixture(scope="module")
+def loaded(made) -> Callable[[str], Vocabulary]:
+    done = {}
+
+    def load(name: str) -> Vocabulary:
+        if name not in done:
+            done[name] = load_vocabulary(made(name)[0])
+        return done[name]
+    return load
+
+
+@pytest.mark.parametrize("name", sorted(BY_WORDS | WHOLE))
+def test_texts_are_cut_by_words_where_that_gives_the_same(loaded, capsys, name):
+    assert words_suffice(loaded(name), TEXTS) is (name in BY_WORDS)
+    assert ("note " in capsys.readouterr().err) is (name in WHOLE)
+
+
+def test_words_that_do_not_suffice_are_noticed_on_the_texts(loaded, capsys):
+    class Mistaken(Vocabulary):
+        splits_at_blanks = True
+
+    vocabulary = Mistaken(*vars(loaded("saved with many")).values())
+    assert words_suffice(vocabulary, ["new cat", "york"]) and not capsys.readouterr().err
+    assert not words_suffice(vocabulary, ["new cat", "in new york"]) and "note " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_special_tokens_in_a_text_stay_text(loaded, name):
+    vocabulary = loaded(name)
+    planted = {vocabulary.pieces.get(piece) for piece in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")}
+    for text in ("[SEP]", "a [CLS] b", "[PAD][MASK]x", "[sep] [SEP]"):
+        found, = our_ids(vocabulary, [text])
+        assert found and not planted & set(found)
+
+
+def test_equal_fingerprints_mean_equal_ids(loaded):
+    seen = {}
+    for name in NAMES:
+        vocabulary = loaded(name)
+        key = vocabulary.fingerprint(), vocabulary.lower_case
+        assert seen.setdefault(key, our_ids(vocabulary, TEXTS)) == our_ids(vocabulary, TEXTS), name
+    assert len(seen) > 30
+    alike = ("uncased", "accents stripped", "saved, uncased", "bert_config_json", "byte_order_mark", "cased")
+    assert len({loaded(name).fingerprint() for name in alike}) == 1
+
+
+# What is saved
+
+
+@pytest.mark.parametrize("lower_case", [None, True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_saved_gives_the_same_ids(loaded, made, tmp_path, name, lower_case):
+    vocabulary = loaded(name) if lower_case is None else loaded(name).with_casing(lower_case)
+    save_tokenizer(made(name)[0], tmp_path, vocabulary.lower_case, 64)
+    config(tmp_path)
+    expected = ids(made(name)[1], TEXTS) if lower_case is None else our_ids(vocabulary, TEXTS)
+    theirs, again = AutoTokenizer.from_pretrained(tmp_path), load_vocabulary(tmp_path, None)
+    assert ids(theirs, TEXTS) == expected == our_ids(again, TEXTS)
+    assert (again.pieces, again.lower_case) == (vocabulary.pieces, vocabulary.lower_case)
+    assert again.fingerprint() == vocabulary.fingerprint()
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["do_lower_case"] is vocabulary.lower_case
+    pair, cutter = theirs("flow covid-19", "the cat"), PieceCutter(vocabulary, 64)
+    examples = tokenize(["q#p\tflow covid-19\tthe cat"], cutter)
+    assert pair["input_ids"] == examples.tokens.tolist()
+    assert sum(pair["token_type_ids"]) == len(examples.tokens) - examples.query_lengths[0]
+    save_tokenizer(tmp_path, tmp_path, vocabulary.lower_case, 64)
+    assert ids(AutoTokenizer.from_pretrained(tmp_path), TEXTS) == expected
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    shape = BertConfig(vocab_size=SIZE, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                       intermediate_size=32, max_position_embeddings=600, initializer_range=0.5)
+    return new_cross_encoder(shape, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cross_encoder_scores_what_is_saved_the_same(loaded, made, model, tmp_path, name):
+    pairs = [("COVID-19 wing", "flow covid-19"), ("café", "New York c++"), ("猫 flow", "the 日本 cat " * 9),
+             ("é", "a1")]
+    save_cross_encoder(model, tmp_path, made(name)[0], loaded(name).lower_case)
+    lines = [f"q#{number}\t{query}\t{passage}" for number, (query, passage) in enumerate(pairs)]
+    examples = tokenize(lines, PieceCutter(load_vocabulary(tmp_path), 512))
+    with torch.inference_mode():
+        ours = load_cross_encoder(tmp_path)[0](examples.batch(np.arange(len(pairs)))).logits
+    theirs = SentenceCrossEncoder(str(tmp_path), device="cpu", max_length=512).predict(
+        pairs, activation_fn=torch.nn.Identity())
+    assert np.allclose(ours.numpy(), theirs, rtol=0, atol=1e-6)
+    assert np.ptp(theirs[:, 0]) > 1e-3
+
+
+def test_all_files_say_the_casing_in_use(made, tmp_path):
+    save_tokenizer(made("saved, uncased")[0], tmp_path, False, 64)
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["normalizer"]["lowercase"] is False
+    assert BertTokenizer.from_pretrained(tmp_path).tokenize("Paris") == ["Paris"]
+
+
+# What is refused
+
+
+def refused(folder: Path, *reasons: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_vocabulary(folder)
+    message, = str(raised.value).splitlines()
+    assert str(folder) in message and all(reason in message for reason in reasons), message
+
+
+@pytest.mark.parametrize("model_class", [BPE, WordLevel])
+@pytest.mark.parametrize("class_name", ["BertTokenizer", "PreTrainedTokenizerFast", "GPT2Tokenizer"])
+def test_tokenizers_that_are_not_berts(tmp_path, model_class, class_name):
+    more = {"merges": []} if model_class is BPE else {}
+    Tokenizer(model_class(vocab=IDS, unk_token="[UNK]", **more)).save(str(tmp_path / "tokenizer.json"))
+    settings_of(tmp_path, class_name)
+    refused(tmp_path, "tokenizer.json", model_class.__name__, "WordPiece")
+
+
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("spiece.model",)])
+def test_other_vocabulary_files(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_bytes(b"{}")
+    refused(tmp_path, "vocab.txt")
+
+
+def test_a_class_with_code_of_its_own(tmp_path):
+    config(tmp_path)
+    vocab(tmp_path)
+    settings_of(tmp_path, "OwnTokenizer", auto_map={"AutoTokenizer": ["own.OwnTokenizer", None]})
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass OwnTokenizer: pass\n")
+    refused(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("single", "pair"), [("<s> $A </s>", "<s> $A </s> </s> $B </s>"),
+                                              ("[CLS] $A [SEP]", "[CLS]:0 $A:0 [SEP]:0 $B:0 [SEP]:0")])
+def test_pairs_that_are_put_together_otherwise(tmp_path, single, pair):
+    tokenizer = rust(tmp_path, BERT, ids=IDS | {"<s>": len(IDS), "</s>": len(IDS) + 1})
+    names = re.findall(r"[\[<]\S+?[\]>]", single)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single, pair, [(name, tokenizer.token_to_id(name)) for name in names])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    refused(tmp_path, "[CLS] [SEP] [SEP]")
+
+
+@pytest.mark.parametrize(("added", "name"), [(["covid-19", "\u200b"], r"'\u200b'"), (["covid", "COVID"], "'COVID'"),
+                                             (["café", "cafe\u0301"], "'cafe")])
+def test_added_tokens_that_the_library_cannot_tell_apart(tmp_path, added, name):
+    """Of two it takes one at random; of one that is empty it makes a panic, or takes all memory."""
+    rust(tmp_path, BERT, added=added)
+    refused(tmp_path, name)
+    rust(tmp_path, norm.BertNormalizer(lowercase=False), added=["covid", "COVID"])
+    load_vocabulary(tmp_path)
+    with pytest.raises(UserError):
+        load_vocabulary(tmp_path, lower_case=True)
+
+
+@pytest.mark.parametrize("source", ["vocab.txt", "tokenizer.json", "added_tokens.json"])
+@pytest.mark.parametrize("name", ["config.json", "bert_config.json"])
+def test_a_vocabulary_larger_than_the_model(tmp_path, source, name):
+    write_json(tmp_path, name, model_type="bert", vocab_size=len(PIECES) - (source != "added_tokens.json"))
+    vocab(tmp_path)
+    if source == "tokenizer.json":
+        rust(tmp_path, BERT)
+    if source == "added_tokens.json":
+        write_json(tmp_path, source, **{"covid-19": len(PIECES)})
+    refused(tmp_path, str(tmp_path / source), str(tmp_path / name))
+    write_json(tmp_path, name, model_type="bert", vocab_size=len(PIECES) + 1)
+    load_vocabulary(tmp_path)
+
+
+# The scripts
+
+
+def test_the_script_finds_added_words_in_several_processes(made, tmp_path):
+    folder, right = made("saved with many")
+    pairs = [(f"COVID-19 {'wing ' * (n % 3)}", f"in New York {n} covid-19") for n in range(40)]
+    (tmp_path / "pairs.tsv").write_text("".join(f"q#{n}\t{q}\t{p}\n" for n, (q, p) in enumerate(pairs)))
+    done = run_script("tokenize_to_features.py", "--set_name", "test", "--raw_data_file", tmp_path / "pairs.tsv",
+                      "--output_features_file", tmp_path / "features", "--bert_model_dir", folder)
+    assert done.returncode == 0 and done.stderr.count("note ") == 1, done.stderr
+    chunk, = read_chunks(tmp_path / "features")
+    assert chunk.tokens.tolist() == [number for pair in pairs for number in right(*pair)["input_ids"]]
