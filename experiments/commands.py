@@ -66,11 +66,12 @@ class Commands:
             self.counts[name] = summarise([self.features(name)], Problems()).examples
         return self.counts[name]
 
-    def train(self, output: Path, start: Path, features: str, training: Training, flags: list[object]) -> Command:
+    def train(self, output: Path, start: Path, features: str, training: Training, flags: list[str]) -> Command:
         """distill.py with as many epochs as the budget allows; of two stages, each gets half of them.
 
-        flags: the seed, the learning rate, the method.
+        training: with the one learning rate and the one seed to use.
         """
+        (rate,), (seed,) = training.learning_rates, training.seeds
         examples = self.examples(features)
         in_an_epoch, stages = -(-examples // training.batch_size), 2 if "tinybert" in flags else 1
         steps = max(stages, round(training.epochs(examples) * in_an_epoch))
@@ -80,7 +81,7 @@ class Commands:
             "distill.py", "--features_file", self.features(features), "--general_student_model", start,
             "--output_student_dir", output, "--dev_features_file", self.features("dev"), "--dev_qrels_file",
             self.files["qrels.dev"], "--cache_file_dir", self.out / "cache", "--device", self.args.device, "--resume",
-            "--num_train_epochs", last / in_an_epoch, *half,
+            "--seed", seed, "--learning_rate", rate, "--num_train_epochs", last / in_an_epoch, *half,
             "--train_batch_size", training.batch_size, "--eval_step", -(-last // training.validations),
             "--train_loss_step", -(-steps // ROWS), "--save_model_step", -(-steps // ROWS), "--keep_checkpoints", 1,
             *training.flags.split(), *flags), self.made_here(start))

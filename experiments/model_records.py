@@ -54,14 +54,14 @@ class Records:
             check_same(self.path(name), record["command"], essence(words, self.places))
         return record
 
-    def keep(self, name: str, folder: Path, words: list[str], made_of: dict[str, Path]) -> None:
-        """Record a finished training. If it was recorded before with other weights, both are told of.
+    def keep(self, name: str, folder: Path, words: list[str], made_of: dict[str, Path]) -> bool:
+        """Record a finished training; False if it is recorded. Other weights than those recorded are told of.
 
         made_of: role → model directory, "teacher" and "general student".
         """
         before, now = self.read(name), training_record(folder, made_of) | {"command": essence(words, self.places)}
         if before and now["sha256"] in (each["sha256"] for each in (before, *before.get("also_made", []))):
-            return
+            return False
         if before:
             warn(f"{folder}: has other weights than in {self.path(name)}, which were made on {before['machine']}; "
                  f"each student's record tells which of them taught it")
@@ -69,6 +69,7 @@ class Records:
             brief = {key: other[key] for key in ("sha256", "machine", "versions", "dev")}
             now = kept | {"also_made": [*before.get("also_made", []), brief]}
         self.write(name, now)
+        return True
 
     def add_test(self, name: str, values: dict[str, PerQuery]) -> None:
         """Add a model's values of the test queries by measure."""

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' 
 
 from results import write_results
 from settings import keep_facts, read_settings
-from study import Pair, Study
+from study import Study
 from transformers import BertConfig
 
 from simplified_tinybert.checkpoints import weights_fingerprint
@@ -100,8 +100,27 @@ def check_models(folders: dict[str, tuple[Path, BertConfig]], problems: Problems
                      f"general students are made")
 
 
+def run(study: Study, steps: int | None) -> None:
+    """Step after step, each with its results, as far as --until and --steps go."""
+    until, finished = study.args.until, {}
+    study.make_models(list(study.shapes) if until == "models" else [], weights=until == "models")
+    if until == "test":
+        study.test_first()
+    for step in study.settings.steps[:steps] if until != "models" else ():
+        if step.teachers:
+            study.make_other_teachers()
+        tried = study.tune([(study.sizes[name], method) for name in step.students for method in step.methods])
+        study.distill("students", [(pair, rates[0], seed) for pair, rates in tried.items()
+                                   for seed in study.settings.seeds])
+        finished |= tried
+        write_results(study, finished)
+    if until == "models":
+        write_results(study, finished)
+
+
 def main() -> None:
     args, problems = parse_args(), Problems()
+    args.collection, args.output_dir = args.collection.resolve(), args.output_dir.resolve()
     settings = read_settings(args.settings, problems)
     files = find_files(args.collection, problems)
     models = find_models({"pre-trained BERT": args.bert_model, "teacher": args.teacher_model} | {
@@ -115,7 +134,6 @@ def main() -> None:
     problems.raise_if_any()
     args.bert_model = models["pre-trained BERT"][0]
     args.teacher_model = models["teacher"][0] if args.teacher_model else None
-    args.output_dir, args.collection = args.output_dir.resolve(), args.collection.resolve()
     args.records = (args.records or args.output_dir / "records").resolve()
     for folder in (args.output_dir, args.records):
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,20 +145,7 @@ def main() -> None:
             keep_facts(folder / "inputs.json", facts)
         study = Study(args, settings, files)
         study.prepare()
-        study.make_models(list(study.shapes) if args.until == "models" else [], weights=args.until == "models")
-        rates: dict[Pair, list[float]] = {}
-        if args.until == "models":
-            write_results(study, rates)
-            return
-        for step in settings.steps[:args.steps]:
-            if step.teachers:
-                study.make_other_teachers()
-            pairs = [(study.sizes[name], method) for name in step.students for method in step.methods]
-            tried = study.tune(pairs)
-            study.distill("students", [(pair, rates[0], seed) for pair, rates in tried.items()
-                                       for seed in settings.seeds])
-            rates |= tried
-            write_results(study, rates)
+        run(study, args.steps)
 
 
 if __name__ == "__main__":

@@ -64,20 +64,18 @@ def at_random(study: Study, rounds: int = 20) -> float:
 
 def on_test(study: Study, rates: dict[Pair, float]) -> dict:
     """The test queries, re-ranked by teachers and students, and compared."""
-    settings, (taught_by, *others) = study.settings, study.teacher_names(study.settings.teacher.seeds)
-    others = [name for name in others if study.records.read(name)]
+    settings, teachers = study.settings, study.teacher_names(study.settings.teacher.seeds)
     models = {" ".join(pair): [run_name(*pair, rate, seed) for seed in settings.seeds] for pair, rate in rates.items()}
-    study.rerank([taught_by, *others, *(name for names in models.values() for name in names)])
     averages, values = {}, {}
-    for name, seeds in ({"BM25": ["BM25"], "teacher": [taught_by]} | models).items():
+    for name, seeds in ({"BM25": ["BM25"], "teacher": teachers[:1]} | models).items():
         averages[name], values[name] = study.records.test(seeds, settings.measures)
-    shapes, rates_of = {" ".join(pair): pair for pair in rates}, measured_speeds(study)
+    shapes, speed = {" ".join(pair): pair for pair in rates}, measured_speeds(study)
     rows = [{"name": name, "method": shapes[name][1] if name in shapes else name, "shape": None,
-             "seeds": averages[name]} | ({} if name == "BM25" else rates_of["shapes"][
+             "seeds": averages[name]} | ({} if name == "BM25" else speed["shapes"][
                  shapes[name][0] if name in shapes else study.teacher_shape]) for name in values]
-    return {"queries": len(values["BM25"][settings.measures[0]]), "systems": rows, "speed_note": rates_of["note"],
-            "teacher_seeds": {str(seed): study.records.test([name], settings.measures)[0] for seed, name in
-                              zip(settings.teacher.seeds, [taught_by, *others])},
+    return {"queries": len(values["BM25"][settings.measures[0]]), "systems": rows, "speed_note": speed["note"],
+            "teacher_seeds": {str(seed): study.records.test([name], settings.measures)[0]
+                              for seed, name in zip(settings.teacher.seeds, teachers) if not study.needs_test(name)},
             "comparisons": comparisons(values, {name: pair[0] for name, pair in shapes.items()}, settings.measures,
                                        settings.proposed)}
 

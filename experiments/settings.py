@@ -2,7 +2,7 @@
 import json
 import re
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
@@ -46,6 +46,10 @@ class Training:
 
     def epochs(self, examples: int) -> float:
         return min(self.most_epochs, self.pairs / examples)
+
+    def of(self, learning_rate: float, seed: int) -> "Training":
+        """This training with one learning rate and one seed."""
+        return replace(self, learning_rates=[learning_rate], seeds=[seed])
 
 
 @dataclass

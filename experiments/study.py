@@ -11,7 +11,7 @@ from pathlib import Path
 
 from commands import SPLITS, Commands, run_name
 from evaluation import first_ranking, values_of
-from model_records import Records, finished_model
+from model_records import Records
 from running import Command, run_all
 from settings import Settings, slug
 
@@ -57,7 +57,9 @@ class Study:
         folder = command.output.parent
 
         def after() -> None:
-            self.records.keep(command.name, folder, command.words, made_of or {})
+            if self.records.keep(command.name, folder, command.words, made_of or {}):
+                for stale in (self.out / "runs").glob(f"{command.name}.t*"):        # rankings by other weights
+                    stale.unlink()
             for checkpoint in folder.glob("checkpoint-*") if clean else ():    # nothing continues from them
                 shutil.rmtree(checkpoint)
         return replace(command, after=after)
@@ -76,8 +78,8 @@ class Study:
 
     def teacher_command(self, rate: float, seed: int) -> Command:
         return self.recorded(self.commands.train(
-            self.out / f"teacher-{rate:g}-seed{seed}", self.pre_trained(), "train", self.settings.teacher,
-            ["--seed", seed, "--learning_rate", rate, *FINETUNE]))
+            self.out / f"teacher-{rate:g}-seed{seed}", self.pre_trained(), "train",
+            self.settings.teacher.of(rate, seed), FINETUNE))
 
     def teacher_names(self, seeds: list[int]) -> list[str]:
         """Names of the teachers of these seeds, with the learning rate that did best on dev with the first one."""
@@ -110,16 +112,23 @@ class Study:
         """Those of the other seeds, which teach nobody."""
         commands = [] if self.args.teacher_model else [
             self.teacher_command(self.teacher_rate(), seed) for seed in self.settings.teacher.seeds[1:]]
-        self.run_from_pre_trained("other teachers", [
-            command for command in commands if not self.is_there(command, self.needs_test(command.name))])
+        self.run_from_pre_trained("other teachers", self.missing(commands))
+
+    def missing(self, commands: list[Command], test: bool = True) -> list[Command]:
+        """Those of the trainings that are not finished; with `test` each is followed by its ranking of the test."""
+        found = []
+        for command in commands:
+            rankings = self.testing(command.name, command.output.parent / "best", [command.output]) if test else []
+            found += [*([] if self.is_there(command, bool(rankings)) else [command]), *rankings]
+        return found
 
     def run_from_pre_trained(self, title: str, commands: list[Command]) -> None:
         """Run commands that may begin from the BERT after its warm-up."""
         warm_up = self.settings.warm_up
         if self.warms_up() and not all(command.output.exists() for command in commands):
             commands = [self.recorded(self.commands.train(
-                self.pre_trained(), self.args.bert_model, "warm_up", warm_up,
-                ["--seed", 42, "--learning_rate", warm_up.learning_rates[0], *FINETUNE])), *commands]
+                self.pre_trained(), self.args.bert_model, "warm_up", warm_up.of(warm_up.learning_rates[0], 42),
+                FINETUNE)), *commands]
         self.run(title, commands)
 
     def general_commands(self, size: str) -> list[Command]:
@@ -130,9 +139,9 @@ class Study:
         commands = [self.recorded(self.commands.general_student(shape, self.pre_trained(), folder))]
         if self.general_student(size) != folder:
             commands.append(self.recorded(self.commands.train(
-                self.general_student(size), folder, "warm_up", warm_up,
-                ["--seed", 42, "--learning_rate", shape.general_learning_rate, "--distill_model", "simplified",
-                 "--teacher_model", self.pre_trained()]), {"general student": folder}))
+                self.general_student(size), folder, "warm_up", warm_up.of(shape.general_learning_rate, 42),
+                ["--distill_model", "simplified", "--teacher_model", self.pre_trained()]),
+                {"general student": folder}))
         return commands
 
     def general_student(self, size: str) -> Path:
@@ -152,18 +161,19 @@ class Study:
         folder = self.out / "students" / (run_name(*pair, rate, seed) + "-tuning" * tuning)
         start = self.general_student(pair[0])
         return self.recorded(
-            self.commands.train(folder, start, "train", budget, ["--seed", seed, "--learning_rate", rate, *flags,
-                                                                 *taught, "--log_gradients"]),
+            self.commands.train(folder, start, "train", budget.of(rate, seed), [*flags, *taught, "--log_gradients"]),
             {"general student": start} | ({"teacher": self.teacher()} if taught else {}), clean=True)
 
     def distill(self, title: str, wanted: list[tuple[Pair, float, int]], tuning: bool = False) -> None:
-        """Train the students that are not finished, after the models that they need."""
-        commands = [(pair[0], self.student(pair, rate, seed, tuning)) for pair, rate, seed in wanted]
-        missing = [(size, command) for size, command in commands if not self.is_there(
-            command, not tuning and self.needs_test(command.name))]
-        if missing:
-            self.make_models(list(dict.fromkeys(size for size, _ in missing)))
-        self.run(title, [command for _, command in missing])
+        """Train the students that are not finished, after the models that they need; they rank the test at once.
+
+        So that a session that is cut off leaves finished records; nothing is chosen by them.
+        """
+        missing = {(pair, rate, seed): self.missing([self.student(pair, rate, seed, tuning)], not tuning)
+                   for pair, rate, seed in wanted}
+        if sizes := list(dict.fromkeys(pair[0] for (pair, _, _), commands in missing.items() if commands)):
+            self.make_models(sizes)
+        self.run(title, [command for commands in missing.values() for command in commands])
 
     def tune(self, pairs: list[Pair]) -> dict[Pair, list[float]]:
         """{pair: the learning rates tried, the one that did best on dev with the first seed first}."""
@@ -186,25 +196,26 @@ class Study:
         record = self.records.read(name) or {}
         return self.args.until == "test" and not set(self.settings.measures) <= set(record.get("test", {}))
 
-    def rerank(self, names: list[str]) -> None:
-        """Values of the test queries into the records of these models."""
-        names = [name for name in names if self.needs_test(name)]
-        places = {name: self.model(name) for name in names}
-        self.run("re-ranking", [self.commands.rerank(name, model) for name, model in places.items()])
-        self.run("rankings", [self.commands.convert(name) for name in names])
-        qrels = read_qrels(self.files["qrels.test"], Problems())
-        for name in names:
-            run = read_run(self.out / "runs" / f"{name}.trec", Problems())
-            self.records.add_test(name, values_of(qrels, [run], self.settings.measures)[1])
-        if self.needs_test("BM25"):
-            run = first_ranking(self.out / "data" / "test.tsv")
-            self.records.add_test("BM25", values_of(qrels, [run], self.settings.measures)[1])
+    def testing(self, name: str, model: Path, needs: list[Path]) -> list[Command]:
+        """The commands by which a model ranks the test queries, if it has to; its values go into its record."""
+        if not self.needs_test(name):
+            return []
+        rerank, convert = self.commands.rerank(name, model), self.commands.convert(name)
+        return [replace(rerank, needs=needs),
+                replace(convert, needs=[rerank.output], after=partial(self.keep_test, name, convert.output))]
 
-    def model(self, name: str) -> Path:
-        """Directory of the finished model of this name."""
-        if name == "teacher":
-            return self.args.teacher_model
-        return finished_model(self.out / name if name.startswith("teacher") else self.out / "students" / name)
+    def keep_test(self, name: str, ranking: Path) -> None:
+        run = read_run(ranking, Problems()) if name != "BM25" else first_ranking(ranking)
+        qrels = read_qrels(self.files["qrels.test"], Problems())
+        self.records.add_test(name, values_of(qrels, [run], self.settings.measures)[1])
+
+    def test_first(self) -> None:
+        """BM25 and the model that teaches rank the test queries."""
+        if self.needs_test("BM25"):
+            self.keep_test("BM25", self.out / "data" / "test.tsv")
+        name, = self.teacher_names(self.settings.teacher.seeds[:1])
+        self.make_models([], self.needs_test(name))
+        self.run("the teacher's ranking", self.testing(name, self.teacher(), []))
 
 
 def extension(rates: list[float], best: float, given: list[float], most: int) -> float | None:
