@@ -81,10 +81,10 @@ class Commands:
             "distill.py", "--features_file", self.features(features), "--general_student_model", start,
             "--output_student_dir", output, "--dev_features_file", self.features("dev"), "--dev_qrels_file",
             self.files["qrels.dev"], "--cache_file_dir", self.out / "cache", "--device", self.args.device, "--resume",
-            "--seed", seed, "--learning_rate", rate, "--num_train_epochs", last / in_an_epoch, *half,
+            "--num_train_epochs", last / in_an_epoch, *half,
             "--train_batch_size", training.batch_size, "--eval_step", -(-last // training.validations),
             "--train_loss_step", -(-steps // ROWS), "--save_model_step", -(-steps // ROWS), "--keep_checkpoints", 1,
-            *training.flags.split(), *flags), self.made_here(start))
+            *training.flags.split(), "--seed", seed, "--learning_rate", rate, *flags), self.made_here(start))
 
     def student_config(self, shape: Shape) -> BertConfig:
         """The configuration of a student of this shape."""

@@ -8,15 +8,22 @@ queries, qrels and bm25 of train, dev and test), and a pre-trained BERT (folder 
 
 1. Passages, features. The teacher is trained first on queries cut out of the texts (warm_up, cropped_queries.py), then
    on the training queries; of several learning rates, and of several validations, the best on the dev queries is kept.
+   With several seeds the first one teaches. The others only show how much the teacher depends on its seed.
 2. A general student of each shape, distilled from the BERT that the teacher was made of, on the collection's texts and
    on the pairs of the warm-up: what the teacher knew before it saw a training query, its students get to know too.
-3. From it a student by each method and learning rate, with the first seed; on the dev queries each method chooses its
-   learning rate and when to stop. Then the other seeds with that learning rate.
-4. Only now, and once, the test queries: BM25, teacher, all students. --until dev ends before.
+3. From it a student by each method and learning rate, with the first seed, on the whole budget or on a part of it
+   (tuning). The dev queries choose the learning rate and when to stop; a best rate at the edge extends the range. Then
+   all seeds with that learning rate.
+4. The test queries: BM25, teacher, all students. Nothing is chosen by them. --until dev ends before.
 
-Out, in --output_dir: results.json with all figures, and tables and pictures of them (experiments/findings.py); what
-each command said, in logs/; features, models, runs. The same command goes on where it was stopped, and does nothing
-twice. To start a step anew, remove its output. --jobs commands run side by side and share the CPU's threads.
+Steps 3 and 4 are done for each of the `steps` of the settings in turn; --steps N ends after N of them.
+
+Out, in --output_dir: results.json with the figures of all that is finished, and tables and pictures of them
+(experiments/findings.py); what each command said, in logs/; features, models, runs; a record of each model, in records/
+or --records. The same command goes on where it was stopped, however it was, and does nothing twice. On another machine
+the records suffice: models that have one are trained again only where a missing student or the test queries need their
+weights. To train one anew, remove its output and its record. --jobs commands run side by side and share the CPU's
+threads.
 """
 import argparse
 import sys
