@@ -4,7 +4,6 @@ Values of a query are means over the seeds before queries are compared. Families
 teacher and all students against BM25, all students against the teacher, and the proposed method against the others of
 its shape.
 """
-import json
 import math
 import statistics
 from dataclasses import asdict
@@ -12,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import BertConfig
 
-from simplified_tinybert.checkpoints import load_ranker
+from simplified_tinybert.checkpoints import new_cross_encoder
 from simplified_tinybert.features import summarise
 from simplified_tinybert.files import Problems
 from simplified_tinybert.measures import PerQuery, Qrels, Run, evaluate, parse_measures
@@ -21,20 +21,10 @@ from simplified_tinybert.modeling import count_parameters
 from simplified_tinybert.scoring import prepare
 from simplified_tinybert.speed import machine, measure, sample_pairs
 from simplified_tinybert.statistics import compare, correct
-from simplified_tinybert.training_log import first_measure
 from simplified_tinybert.trec import split_passage_id
 
 SPEED_PAIRS, SPEED_ROUNDS = {"cpu": 256, "cuda": 16384}, 5
 Values = dict[str, dict[str, PerQuery]]         # system → measure → query → mean over the seeds
-
-
-def best_on_dev(student: Path) -> float:
-    """The best of the validations of a training."""
-    return max(first_measure(row) for row in rows_of(student / "dev.jsonl"))
-
-
-def rows_of(log: Path) -> list[dict]:
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
 def first_ranking(pairs: Path) -> Run:
@@ -86,19 +76,22 @@ def comparisons(values: Values, shapes: dict[str, str], measures: list[str], pro
             for label, pairs in families.items()}
 
 
-def speeds(models: dict[str, Path], features: Path, device: torch.device) -> tuple[dict[str, dict], str]:
-    """Shape, parameters, pairs per second and speed-up over the teacher of each model; and how it was measured."""
-    loaded, facts = {}, machine(device)
-    for name, folder in models.items():
-        loaded[name] = load_ranker(folder)[0].to(device)
-        prepare(loaded[name], None, False)
+def speeds(configs: dict[str, BertConfig], features: Path, device: torch.device) -> dict:
+    """By shape: parameters, pairs per second, speed-up over the first; and how it was measured.
+
+    The weights are random: the speed is that of any model of the shape.
+    """
+    models, facts = {}, machine(device)
+    for name, config in configs.items():
+        models[name] = new_cross_encoder(config, torch.Generator().manual_seed(42)).to(device)
+        prepare(models[name], None, False)
     pairs = sample_pairs([features], summarise([features], Problems()).examples, SPEED_PAIRS[device.type])
-    rates = measure(loaded, pairs, device, SPEED_ROUNDS)
-    found = {name: {"shape": f"{model.config.num_hidden_layers}/{model.config.hidden_size}",
-                    "parameters": count_parameters(model), "pairs_per_second": statistics.median(rates[name]),
-                    "rounds": rates[name], "speed_up": statistics.median(
-                        mine / theirs for mine, theirs in zip(rates[name], rates["teacher"]))}
-             for name, model in loaded.items()}
+    rates = measure(models, pairs, device, SPEED_ROUNDS)
+    first = next(iter(configs))
+    found = {name: {"shape": name, "parameters": count_parameters(model), "rounds": rates[name],
+                    "pairs_per_second": statistics.median(rates[name]),
+                    "speed_up": statistics.median(mine / theirs for mine, theirs in zip(rates[name], rates[first]))}
+             for name, model in models.items()}
     where = facts["GPU"] if device.type == "cuda" else f"{facts['CPU']}, cores {facts['cores']}"
-    return found, (f"median of {SPEED_ROUNDS} rounds in turn over the same {len(pairs)} pairs of "
-                   f"{pairs.lengths.mean():.0f} word pieces on average, float32 ({where}).")
+    return {"shapes": found, "note": f"median of {SPEED_ROUNDS} rounds in turn over the same {len(pairs)} pairs of "
+                                     f"{pairs.lengths.mean():.0f} word pieces on average, float32 ({where})."}

@@ -7,7 +7,8 @@ Out, in --output_dir, for each results file NAME.json: NAME.md, tables of effect
 standard deviation), of differences with 95 % intervals over the queries, of what was tuned on the dev queries, of the
 size of gradients; NAME.png, effectiveness against speed; NAME-losses.png, size and gradient of each loss term while the
 students learn.
-With --document the tables are also put into that file, between the lines <!-- NAME --> and <!-- end of NAME -->.
+With --summary also a file of the studies' figures in short; summary.py tells its form. With --document the tables are
+also put into that file, between the lines <!-- NAME --> and <!-- end of NAME -->.
 """
 import argparse
 import json
@@ -17,20 +18,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pictures import TERMS, effectiveness_picture, losses_picture, title
+from summary import write_summary
+
 from simplified_tinybert.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
-from simplified_tinybert.plots import INK, LINE, TEACHER, new_figure, plain_ticks, save, style
 from simplified_tinybert.statistics import LEVEL
 from simplified_tinybert.tables import markdown, number
 
 NONE, TEST, UNDECIDED = "–", "t-test", "cannot be told apart"
-TERMS = {"att": ("attention", "#d9822b"), "rep": ("hidden", "#1f6fb4"), "soft": ("soft", "#3a9d5d"),
-         "hard": ("hard", "#8c4fb0")}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="results of one study or several")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for tables and pictures")
+    parser.add_argument("--summary", type=Path, help="file (JSON) for the figures of all these studies in short")
     parser.add_argument("--document", type=Path, help="file to put the tables into")
     return parser.parse_args()
 
@@ -40,7 +42,7 @@ def effectiveness_table(results: dict) -> str:
     measures, systems = list(results["systems"][0]["seeds"]), results["systems"]
     teacher = next(system for system in systems if system["name"] == "teacher")
     headings = ["system", "shape", "pairs/s", "speed-up"]
-    rows = [[system["method"], system["shape"] or NONE,
+    rows = [[title(results, system["method"]), system["shape"] or NONE,
              number(system["pairs_per_second"]) if system["shape"] else NONE,
              f"{number(system['speed_up'])} ×" if system["shape"] else NONE] for system in systems]
     for measure in measures:
@@ -69,7 +71,8 @@ def differences_table(results: dict) -> str:
         for name, found in by_measure[measure].items():
             first, second = (name, reference) if reference in ("BM25", "teacher") else (reference, name)
             low, high = found["interval"]
-            rows.append([first, f"less {second}", f"{found['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}",
+            rows.append([title(results, first), f"less {title(results, second)}",
+                         f"{found['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}",
                          f"{found['wins']}/{found['ties']}/{found['losses']}", p_value(found["holm"][TEST]),
                          verdict(found)])
     return markdown(["system", "", measure, "95 % interval", "wins/ties/losses", "p (Holm)", ""], rows)
@@ -93,7 +96,7 @@ def tuning_table(results: dict) -> str:
         value, rate = f"**{run['dev']:.4f}**" if run["chosen"] else f"{run['dev']:.4f}", f"{run['learning_rate']:g}"
         rows.setdefault((run["shape"], run["method"]), []).append(f"{value} ({rate})")
     return markdown(["method", "shape", "nDCG@10 (learning rate)"],
-                    [[method, shape, ", ".join(cells)] for (shape, method), cells in rows.items()])
+                    [[title(results, method), shape, ", ".join(cells)] for (shape, method), cells in rows.items()])
 
 
 def gradients_table(results: dict) -> str:
@@ -104,7 +107,7 @@ def gradients_table(results: dict) -> str:
         for term in TERMS:
             norms = [row[f"{term}_grad"] for row in curve["rows"] if row.get(f"{term}_grad")]
             cells.append(f"{norms[0]:.2g} → {norms[-1]:.2g}" if norms else NONE)
-        rows.append([curve["method"], curve["shape"], *cells])
+        rows.append([title(results, curve["method"]), curve["shape"], *cells])
     return markdown(["method", "shape", *(name for name, _ in TERMS.values())], rows)
 
 
@@ -138,63 +141,6 @@ def text(results: dict) -> str:
         "Intervals are over the queries, for these seeds, and each by itself; p and verdict after Holm's correction "
         "over the comparisons with the same system: an interval may leave out 0 where the two cannot be told apart.",
         *parts]) + "\n"
-
-
-def effectiveness_picture(results: dict, path: Path) -> None:
-    """The first measure against speed: a column of methods for each shape, spread so that none hides another."""
-    measure, systems = results["settings"]["measures"][0], results["systems"]
-    methods = list(dict.fromkeys(run["method"] for run in results["tuned"]))
-    figure = new_figure(1, width=7.5, height=4.4)
-    axes, = figure.axes
-    for system in systems:
-        values = system["seeds"][measure]
-        mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-        if system["name"] == "BM25":
-            axes.axhline(mean, color=LINE, linestyle=(0, (5, 3)), linewidth=1.2, label="BM25")
-        elif system["name"] == "teacher":
-            axes.plot(system["pairs_per_second"], mean, "D", color=TEACHER, label=f"teacher, {system['shape']}")
-        else:
-            place = methods.index(system["method"])
-            known = system["shape"] != results["tuned"][0]["shape"]          # which has named the methods already
-            axes.errorbar(system["pairs_per_second"] * 1.06 ** (place - (len(methods) - 1) / 2), mean, spread, fmt="o",
-                          color=f"C{place}", markersize=6, linewidth=1, label=None if known else system["method"])
-    rates = [system["pairs_per_second"] for system in systems if system["shape"]]
-    axes.set_xscale("log")
-    axes.set_xticks(*plain_ticks(min(rates) / 1.5, max(rates) * 1.5))
-    axes.minorticks_off()
-    axes.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
-    axes.set_xlabel("pairs per second (of one shape all are equally fast; spread to be legible)", fontsize=9, color=INK)
-    axes.set_ylabel(f"{measure}, ± over the seeds", fontsize=9, color=INK)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    style(axes, f"{results['collection']}: {measure}, {results['queries']} test queries")
-    save(figure, path)
-
-
-def losses_picture(results: dict, path: Path) -> None:
-    """Losses as lines, their gradients' norms dashed: of the first shape, by the proposed method and two others."""
-    shape, proposed = results["curves"][0]["shape"], results["settings"]["proposed"]
-    with_layers = [curve for curve in results["curves"]
-                   if curve["shape"] == shape and "att_grad" in curve["rows"][0]]
-    chosen = [curve for number, curve in enumerate(with_layers)
-              if curve["method"] == proposed or number in (0, len(with_layers) - 1)]
-    figure = new_figure(max(1, len(chosen)), width=3.6, height=3.4)
-    seen = [row[f"{term}_{ending}"] for curve in chosen for row in curve["rows"] for term in TERMS
-            for ending in ("loss", "grad") if row.get(f"{term}_{ending}")]
-    for axes, curve in zip(figure.axes, chosen):
-        for term, (name, colour) in TERMS.items():
-            for ending, dash in (("loss", "-"), ("grad", (0, (4, 2)))):
-                points = [(row["global_step"], row[f"{term}_{ending}"]) for row in curve["rows"]
-                          if row.get(f"{term}_{ending}")]
-                if points:
-                    axes.plot(*zip(*points), color=colour, linestyle=dash, linewidth=1.4,
-                              label=name if ending == "loss" else None)
-        axes.set_yscale("log")
-        axes.set_ylim(min(seen) / 1.5, max(seen) * 1.5)
-        axes.set_xlabel("steps (dashed: norm of the gradient)", fontsize=9, color=INK)
-        style(axes, f"{curve['method']}, {shape}")
-    if chosen:
-        figure.axes[-1].legend(fontsize=8, frameon=False)
-    save(figure, path)
 
 
 def write_all(results: dict, name: str, folder: Path) -> None:
@@ -238,6 +184,8 @@ def main() -> None:
             raise UserError(f"{name}.json: has no {error}; name a results.json of replicate.py") from None
         except ValueError as error:
             raise UserError(f"{args.document}: {error}") from None
+    if args.summary:
+        write_summary(list(studies.values()), args.summary)
     if args.document:
         with atomic_writer(args.document) as handle:
             handle.write(document)

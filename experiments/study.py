@@ -1,241 +1,227 @@
-"""What a study consists of: its settings, and commands that run side by side and are not repeated. Not a command."""
-import json
-import os
-import re
-import shlex
-import subprocess
-import time
-import tomllib
-from dataclasses import dataclass, field
-from math import ceil
+"""A study on its way: what is finished, what is missing, and in which order it is made. Not a command.
+
+Weights are made where a student that is still missing, or the test queries, need them; everything else is read from the
+records of what was made before.
+"""
+import argparse
+import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
+from commands import SPLITS, Commands, run_name
+from evaluation import first_ranking, values_of
+from model_records import Records
+from running import Command, run_all
+from settings import Settings, slug
 
-from simplified_tinybert.common.text import read_text
-from simplified_tinybert.files import Problems, UserError, atomic_writer
-from simplified_tinybert.measures import parse_measures
+from simplified_tinybert.files import Problems, UserError
+from simplified_tinybert.hub import find_model
+from simplified_tinybert.model.configuration import read_config
+from simplified_tinybert.trec import read_qrels, read_run
 
-LAST_LINES = 12             # of the log of a command that failed
-# Flags that follow from other settings
-OWN = {"--learning_rate", "--seed", "--num_train_epochs", "--intermediate_epochs", "--train_batch_size", "--eval_step",
-       "--gradient_accumulation_steps", "--resume", "--device", "--output_student_dir", "--teacher_model", "--depth"}
-TRAININGS = ("warm_up", "teacher", "general", "student_warm_up", "distillation")
-
-
-@dataclass
-class Shape:
-    """A student as shares of its teacher: (0.25, 0.5) of 12/768 is 3/384. `model`: a general student that is there."""
-    learning_rates: list[float]
-    general_learning_rate: float = 1e-4
-    depth: float = 1.0
-    width: float = 1.0
-    model: str = ""
+Pair = tuple[str, str]      # shape ("3/384") and method
+FINETUNE = ["--distill_model", "finetune"]
 
 
-@dataclass
-class Training:
-    """How a model learns. `pairs` of examples are seen in all, but none more than `most_epochs` times.
+class Study:
+    """Runs the commands, and keeps a record of each model."""
 
-    learning_rates: the one of the warm-up, those that are tried for the teacher; students have their own.
-    """
-    pairs: int
-    most_epochs: float
-    batch_size: int
-    flags: str
-    learning_rates: list[float] = field(default_factory=list)
-    validations: int = 1
+    def __init__(self, args: argparse.Namespace, settings: Settings, files: dict[str, Path]):
+        self.args, self.settings, self.files, self.out = args, settings, files, args.output_dir
+        self.commands = Commands(args, settings, files)
+        self.records = Records(args.records, {"OUT": self.out, "COLLECTION": args.collection, "BERT": args.bert_model})
+        configs = {name: self.commands.student_config(shape) for name, shape in settings.students.items()}
+        self.sizes = {name: f"{config.num_hidden_layers}/{config.hidden_size}" for name, config in configs.items()}
+        teacher = read_config(self.commands.vocabulary)
+        self.teacher_shape = f"{teacher.num_hidden_layers}/{teacher.hidden_size}"
+        self.shapes = {self.sizes[name]: shape for name, shape in settings.students.items()}
+        if len(self.shapes) < len(self.sizes):
+            raise UserError(f"two of the settings' students have one shape for this teacher "
+                            f"({', '.join(self.sizes.values())}); leave one out")
+        for name in ("logs", "data", "runs", "students"):
+            (self.out / name).mkdir(parents=True, exist_ok=True)
 
-    def epochs(self, examples: int) -> float:
-        return min(self.most_epochs, self.pairs / examples)
+    def run(self, title: str, commands: list[Command]) -> None:
+        if commands:
+            run_all(title, commands, self.args.jobs, self.out / "logs")
+
+    def prepare(self) -> None:
+        """Pairs and features of all splits; texts for general distillation, and examples made of them."""
+        self.run("texts", [self.commands.texts(), self.commands.pairs("dev")])  # leaves an index of the documents
+        self.run("passages", [self.commands.pairs("train"), self.commands.pairs("test")])
+        self.run("features", [self.commands.tokenize(name) for name in SPLITS])
+
+    def recorded(self, command: Command, made_of: dict[str, Path] | None = None, clean: bool = False) -> Command:
+        """The command, which leaves a record of the model that it trains; with `clean` no checkpoints."""
+        folder = command.output.parent
+
+        def after() -> None:
+            if self.records.keep(command.name, folder, command.words, made_of or {}):
+                for stale in (self.out / "runs").glob(f"{command.name}.t*"):        # rankings by other weights
+                    stale.unlink()
+            for checkpoint in folder.glob("checkpoint-*") if clean else ():    # nothing continues from them
+                shutil.rmtree(checkpoint)
+        return replace(command, after=after)
+
+    def is_there(self, command: Command, weights: bool) -> bool:
+        """Whether a model needs no training: it is recorded, and its weights exist if they are needed."""
+        recorded = self.records.read_of(command.name, command.words)
+        return recorded is not None and (not weights or command.output.exists())
+
+    def warms_up(self) -> bool:
+        return self.settings.warm_up.pairs > 0 and not self.args.teacher_model
+
+    def pre_trained(self) -> Path:
+        """The BERT that has not seen a training query: of which the teacher is made, and the general students."""
+        return self.out / "warm_up" if self.warms_up() else self.args.bert_model
+
+    def teacher_command(self, rate: float, seed: int) -> Command:
+        return self.recorded(self.commands.train(
+            self.out / f"teacher-{rate:g}-seed{seed}", self.pre_trained(), "train",
+            self.settings.teacher.of(rate, seed), FINETUNE))
+
+    def teacher_names(self, seeds: list[int]) -> list[str]:
+        """Names of the teachers of these seeds, with the learning rate that did best on dev with the first one."""
+        if self.args.teacher_model:
+            return ["teacher"]
+        return [f"teacher-{self.teacher_rate():g}-seed{seed}" for seed in seeds]
+
+    def teacher_rate(self) -> float:
+        first, rates = self.settings.teacher.seeds[0], self.settings.teacher.learning_rates
+        return max(rates, key=lambda rate: self.records.dev(f"teacher-{rate:g}-seed{first}"))
+
+    def teacher(self) -> Path:
+        """The model that teaches."""
+        return self.args.teacher_model or self.out / self.teacher_names(self.settings.teacher.seeds[:1])[0] / "best"
+
+    def make_models(self, sizes: list[str], weights: bool = True) -> None:
+        """Teachers of all learning rates with the first seed; of the best, and of general students, the weights too."""
+        first = self.settings.teacher.seeds[0]
+        teachers = [] if self.args.teacher_model else [
+            self.teacher_command(rate, first) for rate in self.settings.teacher.learning_rates]
+        missing = [command for command in teachers if not self.is_there(command, False)]
+        general = [command for size in sizes for command in self.general_commands(size)] if weights else []
+        self.run_from_pre_trained("teacher and general students", missing + general)
+        if teachers and weights:
+            best = self.teacher_command(self.teacher_rate(), first)
+            if not self.is_there(best, True):
+                self.run_from_pre_trained("the teacher again", [best])
+
+    def make_other_teachers(self) -> None:
+        """Those of the other seeds, which teach nobody."""
+        commands = [] if self.args.teacher_model else [
+            self.teacher_command(self.teacher_rate(), seed) for seed in self.settings.teacher.seeds[1:]]
+        self.run_from_pre_trained("other teachers", self.missing(commands))
+
+    def missing(self, commands: list[Command], test: bool = True) -> list[Command]:
+        """Those of the trainings that are not finished; with `test` each is followed by its ranking of the test."""
+        found = []
+        for command in commands:
+            rankings = self.testing(command.name, command.output.parent / "best", [command.output]) if test else []
+            found += [*([] if self.is_there(command, bool(rankings)) else [command]), *rankings]
+        return found
+
+    def run_from_pre_trained(self, title: str, commands: list[Command]) -> None:
+        """Run commands that may begin from the BERT after its warm-up."""
+        warm_up = self.settings.warm_up
+        if self.warms_up() and not all(command.output.exists() for command in commands):
+            commands = [self.recorded(self.commands.train(
+                self.pre_trained(), self.args.bert_model, "warm_up", warm_up.of(warm_up.learning_rates[0], 42),
+                FINETUNE)), *commands]
+        self.run(title, commands)
+
+    def general_commands(self, size: str) -> list[Command]:
+        """The commands that make a general student."""
+        shape, warm_up, folder = self.shapes[size], self.settings.student_warm_up, self.out / f"general-{slug(size)}"
+        if shape.model:
+            return []
+        commands = [self.recorded(self.commands.general_student(shape, self.pre_trained(), folder))]
+        if self.general_student(size) != folder:
+            commands.append(self.recorded(self.commands.train(
+                self.general_student(size), folder, "warm_up", warm_up.of(shape.general_learning_rate, 42),
+                ["--distill_model", "simplified", "--teacher_model", self.pre_trained()]),
+                {"general student": folder}))
+        return commands
+
+    def general_student(self, size: str) -> Path:
+        """The model that the students of a shape begin as."""
+        shape, folder = self.shapes[size], self.out / f"general-{slug(size)}"
+        if shape.model:
+            return find_model(shape.model)
+        warm = self.warms_up() and self.settings.student_warm_up.pairs
+        return folder.with_name(f"{folder.name}-warm") if warm else folder
+
+    def student(self, pair: Pair, rate: float, seed: int, tuning: bool = False) -> Command:
+        """The command that trains a student; with `tuning` on a part of the budget, to try a learning rate."""
+        budget, flags = self.settings.distillation, self.settings.methods[pair[1]].split()
+        if tuning := tuning and self.settings.tuning.epochs > 0:
+            budget = replace(budget, most_epochs=min(budget.most_epochs, self.settings.tuning.epochs), validations=1)
+        taught = [] if "finetune" in flags else ["--teacher_model", self.teacher()]
+        folder = self.out / "students" / (run_name(*pair, rate, seed) + "-tuning" * tuning)
+        start = self.general_student(pair[0])
+        return self.recorded(
+            self.commands.train(folder, start, "train", budget.of(rate, seed), [*flags, *taught, "--log_gradients"]),
+            {"general student": start} | ({"teacher": self.teacher()} if taught else {}), clean=True)
+
+    def distill(self, title: str, wanted: list[tuple[Pair, float, int]], tuning: bool = False) -> None:
+        """Train the students that are not finished, after the models that they need; they rank the test at once.
+
+        So that a session that is cut off leaves finished records; nothing is chosen by them.
+        """
+        missing = {(pair, rate, seed): self.missing([self.student(pair, rate, seed, tuning)], not tuning)
+                   for pair, rate, seed in wanted}
+        if sizes := list(dict.fromkeys(pair[0] for (pair, _, _), commands in missing.items() if commands)):
+            self.make_models(sizes)
+        self.run(title, [command for commands in missing.values() for command in commands])
+
+    def tune(self, pairs: list[Pair]) -> dict[Pair, list[float]]:
+        """{pair: the learning rates tried, the one that did best on dev with the first seed first}."""
+        seed, rates = self.settings.seeds[0], {pair: sorted(self.shapes[pair[0]].learning_rates) for pair in pairs}
+        while True:
+            self.distill("tuning", [(pair, rate, seed) for pair in pairs for rate in rates[pair]], tuning=True)
+            best = {pair: max(rates[pair], key=partial(self.tuned, pair)) for pair in pairs}
+            more = {pair: extension(rates[pair], best[pair], self.shapes[pair[0]].learning_rates,
+                                    self.settings.tuning.extensions) for pair in pairs}
+            if not any(more.values()):
+                return {pair: sorted(rates[pair], key=lambda rate: rate != best[pair]) for pair in pairs}  # noqa: B023
+            rates = {pair: sorted(rates[pair] + [rate for rate in [more[pair]] if rate]) for pair in pairs}
+
+    def tuned(self, pair: Pair, rate: float) -> float:
+        """What a learning rate reached on dev in its trial."""
+        return self.records.dev(self.student(pair, rate, self.settings.seeds[0], tuning=True).name)
+
+    def needs_test(self, name: str) -> bool:
+        """Whether the test queries are looked at, and this model has not ranked them yet."""
+        record = self.records.read(name) or {}
+        return self.args.until == "test" and not set(self.settings.measures) <= set(record.get("test", {}))
+
+    def testing(self, name: str, model: Path, needs: list[Path]) -> list[Command]:
+        """The commands by which a model ranks the test queries, if it has to; its values go into its record."""
+        if not self.needs_test(name):
+            return []
+        rerank, convert = self.commands.rerank(name, model), self.commands.convert(name)
+        return [replace(rerank, needs=needs),
+                replace(convert, needs=[rerank.output], after=partial(self.keep_test, name, convert.output))]
+
+    def keep_test(self, name: str, ranking: Path) -> None:
+        run = read_run(ranking, Problems()) if name != "BM25" else first_ranking(ranking)
+        qrels = read_qrels(self.files["qrels.test"], Problems())
+        self.records.add_test(name, values_of(qrels, [run], self.settings.measures)[1])
+
+    def test_first(self) -> None:
+        """BM25 and the model that teaches rank the test queries."""
+        if self.needs_test("BM25"):
+            self.keep_test("BM25", self.out / "data" / "test.tsv")
+        name, = self.teacher_names(self.settings.teacher.seeds[:1])
+        self.make_models([], self.needs_test(name))
+        self.run("the teacher's ranking", self.testing(name, self.teacher(), []))
 
 
-@dataclass
-class Settings:
-    """The settings file: everything but collection, pre-trained model and machine."""
-    seeds: list[int]
-    measures: list[str]
-    max_seq_length: int
-    passages: str
-    sampling: str
-    dev_depth: int
-    test_depth: int
-    warm_up: Training
-    teacher: Training
-    general: Training
-    student_warm_up: Training
-    distillation: Training
-    students: dict[str, Shape]
-    methods: dict[str, str]
-    proposed: str
-
-    def problems(self, path: Path, problems: Problems) -> None:
-        """Add what cannot work to `problems`."""
-        if self.proposed not in self.methods:
-            problems.add(f"{path}: proposed = {self.proposed!r} is none of the methods ({', '.join(self.methods)})")
-        if len({slug(name) for name in self.methods}) < len(self.methods):
-            problems.add(f"{path}: methods: two names differ in signs alone; folders have letters and digits only")
-        for name in ("seeds", "measures", "students", "methods"):
-            if not getattr(self, name):
-                problems.add(f"{path}: {name} is empty")
-        for name in ("max_seq_length", "dev_depth", "test_depth"):
-            if getattr(self, name) < 1:
-                problems.add(f"{path}: {name} = {getattr(self, name)}: expected 1 or more")
-        if len(set(self.seeds)) < len(self.seeds) or any(type(seed) is not int or seed < 0 for seed in self.seeds):
-            problems.add(f"{path}: seeds = {self.seeds}: expected whole numbers from 0, each once")
-        for name in TRAININGS:
-            training = getattr(self, name)
-            least = 0 if "warm_up" in name else 1               # which may be left out
-            counts = training.batch_size, training.validations, training.pairs - least + 1
-            if min(counts) < 1 or training.most_epochs <= 0:
-                problems.add(f"{path}: {name}: expected pairs, most_epochs, batch_size and validations above 0")
-        texts = {"passages": self.passages, "sampling": self.sampling} | {
-            f"methods.{name}": flags for name, flags in self.methods.items()} | {
-            f"{name}.flags": getattr(self, name).flags for name in TRAININGS}
-        for name, text in texts.items():
-            words = text.split() if isinstance(text, str) else [None]
-            if wrong := [word for word in words if word is None or word in OWN or re.match("--.*=", word)]:
-                problems.add(f"{path}: {name} = {text!r}: expected a text of flags, each as \"--flag value\", and none "
-                             f"that the study sets itself ({wrong[0]})")
-        if len(self.warm_up.learning_rates) != 1:
-            problems.add(f"{path}: warm_up: expected one learning rate; the dev queries cannot choose it")
-        for name, each in ({"warm_up": self.warm_up, "teacher": self.teacher} | self.students).items():
-            rates = each.learning_rates
-            if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
-                problems.add(f"{path}: {name}: learning_rates = {rates}: expected one or more above 0, each once")
-        for name, shape in self.students.items():
-            if not (0 < shape.depth <= 1 and 0 < shape.width <= 1):
-                problems.add(f"{path}: students.{name}: expected shares of the teacher's depth and width, above 0 to 1")
-            elif shape.depth == shape.width == 1 and not shape.model:
-                problems.add(f"{path}: students.{name}: is as large as the teacher; take a share of depth or width")
-        self.measures = list(map(str, parse_measures(self.measures, 1, problems)))
-
-
-def read_settings(path: Path, problems: Problems) -> Settings | None:
-    """Settings of a TOML file; what is wrong with it is added to `problems`.
-
-    like = "other.toml" takes over what this file does not say itself.
-    """
-    try:
-        content = read_toml(path)
-        for name in TRAININGS:
-            content[name] = Training(**content[name])
-        content["students"] = {name: Shape(**shape) for name, shape in content["students"].items()}
-        settings = Settings(**content)
-    except OSError as error:
-        problems.add(f"{path}: cannot read the settings: {error.strerror}")
-    except UserError as error:
-        problems.add(str(error))
-    except tomllib.TOMLDecodeError as error:
-        problems.add(f"{path}: is not TOML: {error}")
-    except (KeyError, TypeError) as error:
-        problems.add(f"{path}: {error}; expected the keys of experiments/small.toml")
-    else:
-        try:
-            settings.problems(path, problems)
-            return settings
-        except TypeError as error:
-            problems.add(f"{path}: a value is of a wrong kind ({error}); compare it with experiments/small.toml")
+def extension(rates: list[float], best: float, given: list[float], most: int) -> float | None:
+    """The next learning rate to try if the best of the sorted `rates` is at an edge; `most` beyond `given` a side."""
+    if len(rates) > 1 and best == rates[0] and sum(rate < min(given) for rate in rates) < most:
+        return float(f"{rates[0] ** 2 / rates[1]:.3g}")
+    if len(rates) > 1 and best == rates[-1] and sum(rate > max(given) for rate in rates) < most:
+        return float(f"{rates[-1] ** 2 / rates[-2]:.3g}")
     return None
-
-
-def read_toml(path: Path) -> dict:
-    """The file's content, in that of the file that it is `like`, if any."""
-    own = tomllib.loads(read_text(path))
-    merged = read_toml(path.parent / own.pop("like")) if "like" in own else {}
-    for name, value in own.items():
-        merged[name] = merged.get(name, {}) | value if isinstance(value, dict) else value
-    return merged
-
-
-def keep_facts(path: Path, facts: dict[str, object]) -> None:
-    """Note what a study is made of, or raise UserError if it was begun with something else."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else facts
-    changed = [f"{name} was {old!r}, is {facts.get(name)!r}" for name, old in before.items() if old != facts.get(name)]
-    if changed:
-        raise UserError(f"{path.parent}: was begun with other inputs: {'; '.join(changed)}; name another --output_dir, "
-                        f"or remove what was made of the old ones, and {path}")
-    with atomic_writer(path) as handle:
-        json.dump(facts, handle, indent=1)
-
-
-@dataclass
-class Step:
-    """A command, done when its `output` is there; started when all that it `needs` is."""
-    name: str
-    output: Path
-    command: list[str] = field(repr=False)
-    needs: list[Path] = field(default_factory=list)
-
-    def is_done(self, logs: Path) -> bool:
-        """Whether the output is there. Raises UserError if it was made by another command, of other settings, say."""
-        made_by = logs / f"{self.name}.command.json"
-        if not self.output.exists():
-            with atomic_writer(made_by) as handle:
-                json.dump(self.command, handle)
-            return False
-        before = json.loads(made_by.read_text(encoding="utf-8")) if made_by.is_file() else self.command
-        if essence(before) != essence(self.command):
-            raise UserError(f"{self.output}: was made by another command; remove it and what was made of it, or name "
-                            f"another --output_dir\nthen {shlex.join(before)}\nnow  {shlex.join(self.command)}")
-        return True
-
-
-def essence(command: list[str]) -> list[str]:
-    """A command without where Python, this repository and the device are, which change nothing of what it makes."""
-    words = [Path(command[1]).name, *command[2:]]
-    return [word for before, word in zip(["", *words], words) if before != "--device"]
-
-
-def run_all(title: str, steps: list[Step], jobs: int, logs: Path) -> None:
-    """Run what is not done yet, `jobs` commands at a time; each writes what it says to a log of its own.
-
-    CPU threads are shared out evenly. Raises UserError with the end of the log when a command fails; the others are
-    asked to end then, as they are when this process is: each saves what it has.
-    """
-    waiting = [step for step in steps if not step.is_done(logs)]
-    threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(waiting))))
-    environment = {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "30", **os.environ}
-    running: list[tuple[Step, subprocess.Popen]] = []
-    with tqdm(total=len(steps), initial=len(steps) - len(waiting), desc=title, unit=" commands") as progress:
-        try:
-            while waiting or running:
-                ready = [step for step in waiting if all(path.exists() for path in step.needs)]
-                for step in ready[:jobs - len(running)]:
-                    waiting.remove(step)
-                    with open(logs / f"{step.name}.log", "ab") as log:      # a session of its own: Ctrl-C is for us
-                        running.append((step, subprocess.Popen(step.command, stdout=log, stderr=log, env=environment,
-                                                               start_new_session=True)))
-                if not running:
-                    raise UserError(f"{waiting[0].name} waits for {waiting[0].needs}, which nothing makes")
-                for step, process in running[:]:
-                    if process.poll() is not None:
-                        running.remove((step, process))
-                        check(step, process.returncode, logs / f"{step.name}.log")
-                        progress.update()
-                time.sleep(0.1)
-        finally:
-            for _, process in running:
-                process.terminate()
-            for _, process in running:
-                process.wait()
-
-
-def check(step: Step, code: int, log: Path) -> None:
-    """Raise UserError if a command failed."""
-    if code or not step.output.exists():
-        text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
-        said = [line for line in text.splitlines() if line.strip() and "/s]" not in line][-LAST_LINES:]
-        raise UserError("\n".join([f"{step.name} ended with exit code {code}: {shlex.join(step.command)}", *said,
-                                   f"all it said is in {log}; the same command goes on from here once the cause is "
-                                   f"mended"]))
-
-
-def slug(name: str) -> str:
-    """A name as part of a file's: letters and digits."""
-    return re.sub(r"\W+", "-", name)
-
-
-def divisor_at_least(number: int, least: float) -> int:
-    """The smallest divisor of `number` that is no less than `least`: layers that can be mapped evenly."""
-    return next(each for each in range(max(1, ceil(least)), number + 1) if number % each == 0)
