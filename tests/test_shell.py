@@ -156,9 +156,9 @@ def test_files_to_be_evaluated_at_the_end_are_read_at_the_beginning(tmp_path):
 def test_nothing_is_made_before_all_settings_are_right(own_data):
     """Everything that is wrong at once, also what distill.py and reranker.py refuse."""
     before = sorted(own_data.iterdir())
-    done = bash("distill.sh", "--warmup_proportion", "2", cwd=own_data, TRAIN_EXAMPLES="train.tsv", TEACHER_MODEL="none",
-                STUDENT_MODEL="my models/student_2x24", NUM_TRAIN_EPOCHS="0", LEARNING_RATE="fast",
-                MAX_SEQ_LENGTH="256")
+    done = bash("distill.sh", "--warmup_proportion", "2", cwd=own_data, TRAIN_EXAMPLES="train.tsv",
+                TEACHER_MODEL="none", STUDENT_MODEL="my models/student_2x24", NUM_TRAIN_EPOCHS="0",
+                LEARNING_RATE="fast", MAX_SEQ_LENGTH="256")
     assert done.returncode == 2 and sorted(own_data.iterdir()) == before
     for said in ("NUM_TRAIN_EPOCHS=0", "LEARNING_RATE=fast", "none: ", "--warmup_proportion 2.0", "has 64 positions"):
         assert said in done.stderr, done.stderr
@@ -202,7 +202,7 @@ def test_features_shorter_than_256_need_no_flag(own_data):
 def test_a_failing_step_ends_the_script(own_data):
     (own_data / "train.tsv").write_text("1\tonly two columns\n")
     done = bash("distill.sh", cwd=own_data, TEACHER_MODEL="my models/teacher", STUDENT_MODEL="my models/student_2x24",
-                TRAIN_EXAMPLES="train.tsv", OUTPUT_STUDENT_DIR="out")
+                TRAIN_EXAMPLES="train.tsv", OUTPUT_STUDENT_DIR="out", MAX_SEQ_LENGTH="32")
     assert done.returncode == 2 and "train.tsv:1: found 2 tab-separated columns" in done.stderr
     assert not (own_data / "out").exists()
 

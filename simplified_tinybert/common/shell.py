@@ -115,7 +115,7 @@ def check_command(how: str, name: str, arguments: list[str], length: int | None,
         for role, (folder, config) in (script[how](args, problems) or {}).items():
             if length and length > config.max_position_embeddings:
                 problems.add(f"MAX_SEQ_LENGTH={length}: the {role} ({folder}) has {config.max_position_embeddings} "
-                             f"positions; choose as many or fewer")
+                             f"positions; set MAX_SEQ_LENGTH={config.max_position_embeddings} or less")
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def main() -> None:
             groups[-1].append(argument)
     variables, problems = dict(argument.split("=", 1) for argument in groups[0]), Problems()
     check_variables(variables, problems)
-    length = variables.get("MAX_SEQ_LENGTH", "")
+    length = variables.get("MAX_SEQ_LENGTH", "") if "FEATURES_FILE" not in variables else ""    # those have a length
     length = int(length) if length and not RULES["MAX_SEQ_LENGTH"](length) else None
     for how, name, *arguments in groups[1:]:
         try:
