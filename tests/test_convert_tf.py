@@ -303,7 +303,7 @@ def unread(tmp_path):
     ("bert_config.json", "{", "is not a valid BERT configuration"),
     ("vocab.txt", None, "cannot read the vocabulary .--vocab"),
     ("vocab.txt", "a\nb\n", "lacks .UNK., .CLS., .SEP."),
-    ("vocab.txt", "\n".join([*tiny_vocabulary(), "more"]), "has 201 word pieces, .* says 200"),
+    ("vocab.txt", "\n".join([*tiny_vocabulary(), "more"]), "vocab.txt: its token .more. has id 200, .*bert_config.json says vocab_size 200"),
     ("model.ckpt-1.index", None, "holds no checkpoint; expected NAME.index"),
     ("model.ckpt-1.data-00001-of-00002", None, "1 of its data files are there, expected 2"),
     (".", None, "no such checkpoint; expected a file tf.index"),
