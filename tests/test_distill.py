@@ -218,7 +218,7 @@ def change_config(source, target, **changes):
     ([(i, t, q, -1) for i, t, q, _ in random_rows(8)], {}, [], "8 of 8 examples have no label"),
     (random_rows(8), {}, ["--max_seq_length", 16], "made with 32"),
     (random_rows(8), {}, ["--max_seq_length", 65], "64 positions"),
-    (random_rows(8), {"vocab_size": 100}, [], "knows 100 word pieces"),
+    (random_rows(8), {"vocab_size": 100}, [], "has 200 tokens, the embedding matrix 100 rows"),
     (random_rows(8), {"num_hidden_layers": 3}, [], "cannot be mapped evenly"),
     (random_rows(8), {}, ["--fp16_backend", "apex", "--fp16"], "apex"),
 ])

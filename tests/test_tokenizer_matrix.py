@@ -457,6 +457,16 @@ def test_other_vocabulary_files(tmp_path, names):
     refused(tmp_path, "vocab.txt")
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(("content", "what"), [(b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+                                               (b"\n<!DOCTYPE html><html>", "web page"), (b'{"', ""), (b"\xff", "")])
+def test_files_that_were_not_fetched_whole(tmp_path, name, content, what):
+    vocab(tmp_path)
+    config(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path, *([str(tmp_path / name), what] if len(content) > 2 else []))
+
+
 def test_a_class_with_code_of_its_own(tmp_path):
     config(tmp_path)
     vocab(tmp_path)
