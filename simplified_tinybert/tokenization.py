@@ -12,8 +12,8 @@ from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.files import say
 
 MEMORY = 2 ** 26            # bytes that the texts and the words already seen may take, each
-SAMPLE_TEXTS = 3000         # different texts whose tokens are compared with the library's, and
-SAMPLE_CHARACTERS = 300     # what is looked at of each
+SAMPLE_TEXTS = 2000         # different texts whose tokens are compared with the library's, and
+SAMPLE_CHARACTERS = 250     # what is looked at of each
 
 
 class Remembered(dict):

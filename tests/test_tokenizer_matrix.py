@@ -18,7 +18,11 @@ from tokenizers import pre_tokenizers as pre
 from tokenizers.models import BPE, WordLevel, WordPiece
 from transformers import AutoTokenizer, BertConfig, BertTokenizer
 
+import distill
+import reranker
+import tokenize_to_features
 from simplified_tinybert.checkpoints import load_cross_encoder, new_cross_encoder, save_cross_encoder
+from simplified_tinybert.corpus import map_corpus
 from simplified_tinybert.data.tokenizer_files import load_vocabulary, save_tokenizer
 from simplified_tinybert.data.vocabulary import SPECIAL, Vocabulary
 from simplified_tinybert.features import read_chunks
@@ -453,6 +457,16 @@ def test_other_vocabulary_files(tmp_path, names):
     refused(tmp_path, "vocab.txt")
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(("content", "what"), [(b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+                                               (b"\n<!DOCTYPE html><html>", "web page"), (b'{"', ""), (b"\xff", "")])
+def test_files_that_were_not_fetched_whole(tmp_path, name, content, what):
+    vocab(tmp_path)
+    config(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path, *([str(tmp_path / name), what] if len(content) > 2 else []))
+
+
 def test_a_class_with_code_of_its_own(tmp_path):
     config(tmp_path)
     vocab(tmp_path)
@@ -511,3 +525,50 @@ def test_the_script_finds_added_words_in_several_processes(made, tmp_path):
     assert done.returncode == 0 and done.stderr.count("note ") == 1, done.stderr
     chunk, = read_chunks(tmp_path / "features")
     assert chunk.tokens.tolist() == [number for pair in pairs for number in right(*pair)["input_ids"]]
+
+
+@pytest.mark.parametrize("flag", [None, "--no-do_lower_case", "--do_lower_case"])
+@pytest.mark.parametrize("name", ["saved with many", "NFKC, then Bert", "accents kept", "NFD, Lowercase, StripAccents"])
+def test_from_pairs_to_scores(made, loaded, model, tmp_path, run_main, name, flag):
+    """Teacher, features, student, scores: CrossEncoder gives the student's scores, and the casing asked for is kept."""
+    flags = [flag] if flag else []
+    save_cross_encoder(model, tmp_path / "teacher", made(name)[0], loaded(name).lower_case)
+    pairs = [("COVID-19 wing", "flow covid-19"), ("Café", "in New York c++"), ("猫 flow", "the 日本 Cat"),
+             ("É", "a1 b")]
+    (tmp_path / "train.tsv").write_text("".join(f"{n}\t{q}\t{p}\t{n % 2}\n" for n, (q, p) in enumerate(pairs)))
+    (tmp_path / "test.tsv").write_text("".join(f"q#{n}\t{q}\t{p}\n" for n, (q, p) in enumerate(pairs)))
+    for kind in ("train", "test"):
+        run_main(tokenize_to_features, "--set_name", kind, "--raw_data_file", tmp_path / f"{kind}.tsv",
+                 "--output_features_file", tmp_path / kind, "--bert_model_dir", tmp_path / "teacher", *flags)
+    told = run_main(distill, "--distill_model", "finetune", "--features_file", tmp_path / "train", "--device", "cpu",
+                    "--general_student_model", tmp_path / "teacher", "--output_student_dir", tmp_path / "student",
+                    "--num_train_epochs", 1, "--learning_rate", 0, "--cache_file_dir", tmp_path / "cache")
+    lower_case = {None: loaded(name).lower_case, "--no-do_lower_case": False, "--do_lower_case": True}[flag]
+    assert ("texts should be" in told) is (lower_case != loaded(name).lower_case)
+    told = run_main(reranker, "--model_dir", tmp_path / "student", "--features_file", tmp_path / "test", "--device",
+                    "cpu", "--output_scores_file", tmp_path / "scores")
+    assert "texts should be" not in told
+    ours = [float(line.split("\t")[2]) for line in (tmp_path / "scores").read_text().splitlines()]
+    theirs = SentenceCrossEncoder(str(tmp_path / "student"), device="cpu").predict(pairs, apply_softmax=True)[:, 1]
+    assert load_vocabulary(tmp_path / "student").lower_case is lower_case
+    assert np.allclose(ours, theirs, rtol=0, atol=1e-6) and np.ptp(theirs) > 1e-3
+
+
+def test_a_student_with_another_tokenizer_is_refused(made, model, tmp_path, run_main):
+    for name in ("saved with covid-19", "saved, uncased", "saved with flags"):
+        save_cross_encoder(model, tmp_path / name, made(name)[0], True)
+    (tmp_path / "train.tsv").write_text("1\tflow\tcovid-19\t1\n")
+    run_main(tokenize_to_features, "--set_name", "train", "--raw_data_file", tmp_path / "train.tsv",
+             "--output_features_file", tmp_path / "train", "--bert_model_dir", tmp_path / "saved with covid-19")
+    for name in ("saved, uncased", "saved with flags"):
+        with pytest.raises(UserError, match=f"{tmp_path / name}: the features were made with another vocabulary"):
+            run_main(distill, "--distill_model", "finetune", "--features_file", tmp_path / "train", "--device", "cpu",
+                     "--general_student_model", tmp_path / name, "--output_student_dir", tmp_path / "student")
+
+
+def test_a_corpus_with_added_words(made, tmp_path):
+    folder, right = made("saved with many")
+    (tmp_path / "corpus.txt").write_text("".join(f"{text}\n" for text in ("COVID-19 in New York", "猫 c++", "the cat")))
+    examples = map_corpus([tmp_path / "corpus.txt"], "lines", load_vocabulary(folder), 32, "0", tmp_path / "cache")
+    expected = [number for text in ("COVID-19 in New York", "猫 c++", "the cat") for number in right(text)["input_ids"]]
+    assert examples.tokens.tolist() == expected

@@ -108,8 +108,15 @@ def _is_bert(folder: Path) -> bool:
 
 def _check_files(folder: Path) -> None:
     """Raise UserError for files that are damaged or not BERT's, in words clearer than the library's."""
-    for name in TOKENIZER_FILES[2:]:
-        read_json(folder / name)
+    for name in ("config.json", *TOKENIZER_FILES):
+        if (folder / name).is_file():
+            with open(folder / name, "rb") as handle:
+                start = handle.read(100).lstrip().lower()
+            if start.startswith((b"version https://git-lfs", b"<!doctype", b"<html")):
+                raise UserError(f"{folder / name}: is a {'web page' if start[:1] == b'<' else 'Git LFS pointer'}, not "
+                                f"the file itself; fetch that: git lfs pull in the clone, or hf download")
+        if name.endswith(".json"):
+            read_json(folder / name)
     if not has_vocabulary(folder):
         raise UserError(f"{folder}: holds no vocabulary; expected vocab.txt or tokenizer.json of a BERT model")
     if (folder / "vocab.txt").is_file():
@@ -171,9 +178,9 @@ def _check_size(folder: Path, vocabulary: Vocabulary) -> None:
         last = max(vocabulary.pieces, key=vocabulary.pieces.get)
         source = next((folder / name for name in ("tokenizer.json", *TOKENIZER_FILES) if (folder / name).is_file()
                        and last in (folder / name).read_text(encoding="utf-8")), folder / "tokenizer.json")
-        raise UserError(f"{source}: its token {shorten(last)} has id {needed - 1}, but {path} says vocab_size {size}: "
-                        f"the model has no embedding for it, these files do not go together; fetch both from one place "
-                        f"or, if tokens were added, call resize_token_embeddings({needed}) and save the model again")
+        raise UserError(f"{source}: has {needed} tokens, the embedding matrix {size} rows (vocab_size in {path}): "
+                        f"these two files of the model do not go together; fetch both from one place or, if tokens "
+                        f"were added, call resize_token_embeddings({needed}) and save the model again")
 
 
 def read_json(path: Path) -> dict:
