@@ -69,7 +69,7 @@ fi
 
 use_python requirements.txt
 check_settings PROCESSES DEVICE TRAIN_BATCH_SIZE LEARNING_RATE NUM_TRAIN_EPOCHS TRAIN_LOSS_STEP SAVE_MODEL_STEP \
-    ${MAX_SEQ_LENGTH:+MAX_SEQ_LENGTH} OUTPUT_STUDENT_DIR CACHE_FILE_DIR "${given[@]}" \
+    ${MAX_SEQ_LENGTH:+MAX_SEQ_LENGTH} OUTPUT_STUDENT_DIR CACHE_FILE_DIR ${given[@]+"${given[@]}"} \
     -- check_settings distill.py --features_file=- "${settings[@]}" "$@"
 if [ -z "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then
     mkdir -p "$EXAMPLE_DIR"

@@ -76,7 +76,7 @@ if [ -n "${FEATURES_FILE:-}${TEST_PAIRS:-}" ]; then
         read -r -d "" -a measures <<< "$MEASURES" || true      # until the end, which read takes for a failure
         complete=()
         if is_yes "$COMPLETE"; then complete=(--complete); fi
-        "$PYTHON" "$ROOT/msmarco_mrr_eval.py" "${complete[@]}" "$QRELS_FILE" "$OUTPUT_DIR/run.trec" \
+        "$PYTHON" "$ROOT/msmarco_mrr_eval.py" ${complete[@]+"${complete[@]}"} "$QRELS_FILE" "$OUTPUT_DIR/run.trec" \
             --measures "${measures[@]}"
     fi
     exit

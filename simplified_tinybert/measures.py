@@ -154,15 +154,18 @@ def other_measures(measures: list[Any], qrels: Qrels, rankings: Rankings) -> Ite
     import ir_measures
     # Each provider of ir_measures sorts anew and has a tie rule of its own. Scores that count down from the number of
     # documents leave it no ties to break; they are whole numbers, which single precision holds exactly.
-    run = {query_id: {document_id: float(len(ranking) - position) for position, document_id in enumerate(ranking)}
+    # Queries get numbers, for gdeval knows no other ids, and of "trec-12" it takes the 12.
+    numbers = {query_id: str(number) for number, query_id in enumerate(rankings, start=1)}
+    run = {numbers[query_id]: {document_id: float(len(ranking) - position)
+                               for position, document_id in enumerate(ranking)}
            for query_id, ranking in rankings.items() if ranking}
-    judged = {query_id: qrels[query_id] for query_id in rankings}
+    judged = {number: qrels[query_id] for query_id, number in numbers.items()}
     for measure in measures:  # one by one: in company, ir_measures fills in zeros where a measure is not defined
         try:
             calculated = {metric.query_id: metric.value for metric in ir_measures.iter_calc([measure], judged, run)}
         except Exception as error:  # providers run programs of their own and raise what these make them raise
             raise UserError(f"--measures {measure}: ir_measures could not compute it: {error}") from error
-        values = {query_id: calculated[query_id] for query_id in rankings if query_id in calculated}
+        values = {query_id: calculated[number] for query_id, number in numbers.items() if number in calculated}
         aggregator = measure.aggregator()  # a mean for nearly all, a sum for counts such as NumRel
         for value in values.values():
             aggregator.add(value)
