@@ -9,8 +9,9 @@ bits, or to 7 where the processor adds pairs of products in 16 bits, which 8 wou
 bits. Embeddings, attention, layer norms, pooler and classifier stay in float32.
 
 Rounding moves an output by at most ½ Σ|w| (high - low) / 255 + ½ Σ|x| max|w| / levels, over the inputs x of its row and
-its weights w; levels: 127 or 63. The scores of a MiniLM (6 layers, 384) with a random head moved by 0.06 to 0.11 of
-their standard deviation with 7 bits, and not by less with 8 (simulated): what mattered was a scale for each row.
+its weights w; levels: 127 or 63. With 7-bit weights, scores of a MiniLM (6/384) with a random head moved by 0.06 to
+0.11 of their standard deviation; with one scale for all inputs of a batch by 0.14 to 0.20, and with 7-bit inputs and
+8-bit weights by 0.26 to 0.42. The scales for rows cost a sixth of the speed.
 """
 import warnings
 from collections.abc import Callable
