@@ -21,7 +21,7 @@ PR_SET_PDEATHSIG = 1        # of prctl(2)
 
 @dataclass
 class Command:
-    """A command, done when its `output` exists; started when everything that it `needs` exists.
+    """A command, done when it has ended and its `output` exists; started when whatever makes what it `needs` is done.
 
     after: called when the output exists, also if it existed before.
     """
@@ -82,7 +82,9 @@ def run_all(title: str, commands: list[Command], jobs: int, logs: Path) -> None:
     with tqdm(total=len(commands), initial=len(commands) - len(waiting), desc=title, unit=" commands") as progress:
         try:
             while waiting or running:
-                ready = [command for command in waiting if all(path.exists() for path in command.needs)]
+                unfinished = {command.output for command in (*waiting, *(command for command, _ in running))}
+                ready = [command for command in waiting
+                         if all(path.exists() and path not in unfinished for path in command.needs)]
                 for command in ready[:jobs - len(running)]:
                     waiting.remove(command)
                     with open(logs / f"{command.name}.log", "ab") as log:   # a session of its own: Ctrl-C is for us

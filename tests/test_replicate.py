@@ -1,29 +1,42 @@
 """experiments/: the study from a collection to its tables on made-up words; queries cut out of texts; the documents."""
+import hashlib
+import importlib
 import json
 import os
 import re
 import shlex
+import signal
+import statistics
 import subprocess
 import sys
+import time
+from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from test_collection import write_collection
+from test_reliability import SCRIPTS, forked
 
 sys.path.append(str(ROOT / "experiments"))
+import cropped_queries  # noqa: E402
 import evaluation  # noqa: E402
+import findings  # noqa: E402
 import replicate as replicate_script  # noqa: E402
+import running  # noqa: E402
 from cropped_queries import examples, sample_texts  # noqa: E402
-from model_records import rows_of  # noqa: E402
+from model_records import Records, rows_of  # noqa: E402
 from running import Command, run_all  # noqa: E402
 from settings import divisor_at_least, read_settings  # noqa: E402
+from study import extension  # noqa: E402
 
 from simplified_tinybert.files import Problems, UserError  # noqa: E402
 from simplified_tinybert.trec import read_qrels  # noqa: E402
 
+SUMMARY = ROOT / "experiments" / "results" / "summary.json"
 SETTINGS = """
 seeds = [1, 2]
 measures = ["nDCG@10", "RR@10"]
@@ -162,6 +175,217 @@ def candidates(run):
     return found
 
 
+STEPS = """
+like = "small.toml"
+seeds = [1]
+proposed = "Simplified TinyBERT"
+steps = [
+    { students = ["quarter"], methods = ["none"] },
+    { teachers = true },
+    { students = ["half"], methods = ["Simplified TinyBERT"] },
+]
+[tuning]
+epochs = 0.1
+extensions = 1
+[teacher]
+seeds = [3, 4]
+[warm_up]
+pairs = 0
+[students]
+half = { depth = 0.5, flags = "--init_from_teacher", learning_rates = [1e-3] }
+[general]
+flags = "--padding masked"
+[methods]
+none = "--distill_model finetune"
+[titles]
+none = "no distillation"
+"""
+
+
+class Forked:
+    """In place of subprocess.Popen: a script in a child of this process, which needs no start-up."""
+
+    def __init__(self, words, stdout, **_):
+        self.pid, self.returncode = forked(Path(words[1]).stem, words[2:], stdout.name), None
+
+    def poll(self):
+        child, status = os.waitpid(self.pid, os.WNOHANG) if self.returncode is None else (0, 0)
+        if child:
+            self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def terminate(self):
+        os.kill(self.pid, signal.SIGTERM)
+
+    def wait(self):
+        while self.poll() is None:
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def study(golden_models, tmp_path, monkeypatch, run_main):
+    """Runs replicate.py in this process on a collection of made-up words, with the settings STEPS."""
+    monkeypatch.setattr(running, "subprocess", SimpleNamespace(Popen=Forked))
+    monkeypatch.setitem(SCRIPTS, "cropped_queries", cropped_queries)
+    importlib.import_module("torch.utils.tensorboard")              # once, not in every child
+    write_collection(tmp_path / "raw")
+    (tmp_path / "small.toml").write_text(SETTINGS)
+    (tmp_path / "steps.toml").write_text(STEPS)
+
+    def run(output, *more):
+        run_main(replicate_script, tmp_path / "steps.toml", "--collection", tmp_path / "raw", "--output_dir",
+                 tmp_path / output, "--records", tmp_path / "records", "--device", "cpu", "--bert_model",
+                 golden_models["teacher"], *more)
+        return json.loads((tmp_path / output / "results.json").read_text())
+    return run
+
+
+def test_steps_and_records_without_their_models(study, tmp_path, run_main):
+    """A study that goes on in another directory, as on another machine, with the records of the first step."""
+    results = study("first", "--steps", 1)
+    assert [system["name"] for system in results["systems"]] == ["BM25", "teacher", "1/24 none"]
+    assert list(results["teacher_seeds"]) == ["3"]
+    before = check_tuning(results, tmp_path)
+
+    results = study("second")
+    assert not [path for path in (tmp_path / "second" / "students").iterdir() if "none" in path.name]
+    assert {path: path.read_bytes() for path in before} == before                       # the same weights again
+    assert [system["method"] for system in results["systems"]] == ["BM25", "teacher", "none", "Simplified TinyBERT"]
+    assert list(results["teacher_seeds"]) == ["3", "4"]
+    teacher = json.loads((tmp_path / "records" / "teacher-0.001-seed3.json").read_text())
+    weights = tmp_path / "second" / "teacher-0.001-seed3" / "best" / "model.safetensors"
+    assert teacher["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    student = json.loads((tmp_path / "records" / "2-48-Simplified-TinyBERT-0.001-seed1.json").read_text())
+    assert student["made_of"]["teacher"] == teacher["sha256"] and len(student["made_of"]) == 2
+    check_summary(results, tmp_path, run_main)
+
+    (tmp_path / "steps.toml").write_text(STEPS.replace("[warm_up]", 'flags = "--weight_decay 0"\n[warm_up]'))
+    with pytest.raises(UserError, match="teacher-0.001-seed3.json: was made by another command"):
+        study("second")
+
+
+def check_tuning(results, folder):
+    """Trials saw 0.1 epochs, the student the whole budget; the best rate is inside, or the range was extended."""
+    rates = [run["learning_rate"] for run in results["tuned"]]
+    best = max(results["tuned"], key=lambda run: run["dev"])
+    assert len(rates) in (3, 4) and {0.001, 0.01} < set(rates) and best["chosen"]
+    records = sorted((folder / "records").glob("1-24-none-*.json"))
+    steps = {path.stem: json.loads(path.read_text())["steps"] for path in records}
+    examples = sum(1 for _ in open(folder / "first" / "data" / "train.tsv"))
+    trial = max(1, round(0.1 * -(-examples // 8)))
+    assert steps.pop(f"1-24-none-{best['learning_rate']:g}-seed1") == 3 > trial
+    assert set(steps.values()) == {trial} and len(steps) == len(rates)
+    assert max(path.stat().st_size for path in records) < 20000
+    return {path: path.read_bytes() for path in (folder / "records").glob("*.json")
+            if path.stem not in ("queries", "inputs")}
+
+
+def check_summary(results, folder, run_main):
+    """The form that other programs read; figures as in results.json; the intervals by hand from the records."""
+    out = folder / "second" / "results.json"
+    run_main(findings, out, "--output_dir", folder / "tables", "--summary", folder / "summary.json")
+    assert "no distillation" in (folder / "tables" / "results.md").read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary) == ["collections"] and list(summary["collections"]) == ["raw"]
+    found = summary["collections"]["raw"]
+    assert set(found) == {"queries", "bm25", "teacher", "teacher_seeds", "teacher_minus_bm25", "students"}
+    assert [set(student) for student in found["students"]] == 2 * [{
+        "method", "shape", "mean", "sd", "retention", "speed_up", "minus_teacher", "minus_bm25"}]
+    student, read = found["students"][0], Records(folder / "records", {}).read
+    name = next(f"1-24-none-{run['learning_rate']:g}-seed1" for run in results["tuned"] if run["chosen"])
+    values, bm25 = read(name)["test"]["nDCG@10"], read("BM25")["test"]["nDCG@10"]
+    assert (student["method"], student["shape"], student["sd"]) == ("none", "1/24", None)
+    assert found["queries"] == len(values) == len(read("queries")["test"])
+    assert student["mean"] == pytest.approx(statistics.fmean(values), abs=1e-5)
+    assert student["retention"] == pytest.approx(student["mean"] / found["teacher"], rel=1e-4)
+    differences = [mine - theirs for mine, theirs in zip(values, bm25)]
+    less = student["minus_bm25"]
+    assert less["difference"] == pytest.approx(statistics.fmean(differences), abs=1e-5)
+    assert set(less) == {"difference", "low", "high", "p", "p_holm"} and less["p_holm"] >= less["p"]
+    assert found["teacher_seeds"]["3"] == pytest.approx(found["teacher"]) and len(found["teacher_seeds"]) == 2
+    (folder / "again.json").write_text(out.read_text())
+    with pytest.raises(UserError, match="two of the results are of a collection called raw"):
+        run_main(findings, out, folder / "again.json", "--output_dir", folder, "--summary", folder / "no.json")
+    assert not (folder / "no.json").exists()
+
+
+@pytest.mark.parametrize(("rates", "best", "expected"), [
+    ([5e-5, 1e-4, 2e-4], 1e-4, None), ([5e-5, 1e-4, 2e-4], 5e-5, 2.5e-5), ([5e-5, 1e-4, 2e-4], 2e-4, 4e-4),
+    ([2.5e-5, 5e-5, 1e-4, 2e-4], 2.5e-5, 1.25e-5), ([1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4], 1.25e-5, None),
+    ([2.5e-5, 5e-5, 1e-4, 2e-4], 2e-4, 4e-4), ([5e-5, 1e-4, 2e-4, 4e-4, 8e-4], 8e-4, None)])
+def test_learning_rates_beyond_the_edge(rates, best, expected):
+    assert extension(rates, best, [5e-5, 1e-4, 2e-4], 2) == expected
+
+
+def test_one_learning_rate_has_no_edge():
+    assert extension([1e-4], 1e-4, [1e-4], 2) is None
+
+
+def trained(folder, weights):
+    """A directory as distill.py leaves it."""
+    (folder / "best").mkdir(parents=True)
+    (folder / "best" / "model.safetensors").write_bytes(weights)
+    (folder / "run.json").write_text(json.dumps({"arguments": {"learning_rate": 0.1, "seed": 7, "train_batch_size": 8},
+                                                 "device": "cpu", "versions": {"torch": "2"}}))
+    (folder / "dev.jsonl").write_text('{"global_step": 5, "nDCG@10": 0.25}\n{"global_step": 9, "nDCG@10": 0.125}\n')
+    (folder / "train_loss.jsonl").write_text('{"global_step": 5, "loss": 0.123456789, "examples_per_second": 4.0}\n'
+                                             '{"global_step": 9, "loss": 0.1, "examples_per_second": 2.0}\n')
+    return folder
+
+
+def test_records_of_a_model_that_was_made_twice(tmp_path):
+    """By processors of other instruction sets, say: what was tested first counts, the other is told of once."""
+    records, words = Records(tmp_path, {"OUT": tmp_path}), ["python", "/x/distill.py", "--out", f"{tmp_path}/a"]
+    one, two = trained(tmp_path / "a", b"one"), trained(tmp_path / "b", b"two")
+    assert records.keep("a", one, words, {"teacher": two}) and not records.keep("a", one, words, {"teacher": two})
+    found = records.read("a")
+    assert found["sha256"] == hashlib.sha256(b"one").hexdigest() and found["steps"] == 9
+    assert found["made_of"] == {"teacher": hashlib.sha256(b"two").hexdigest()}
+    assert found["seconds"] == 5 * 8 / 4 + 4 * 8 / 2 and found["losses"][0]["loss"] == 0.123457
+    assert found["command"] == ["distill.py", "--out", "OUT/a"] and records.dev("a") == 0.25
+    records.add_test("a", {"AP": {"r": 1 / 3, "q": 1.0}})
+    assert records.keep("a", two, words, {}) and not records.keep("a", two, words, {})
+    found = records.read("a")
+    assert found["sha256"] == hashlib.sha256(b"one").hexdigest() and found["test"] == {"AP": [1.0, 0.333333]}
+    assert [other["sha256"] for other in found["also_made"]] == [hashlib.sha256(b"two").hexdigest()]
+    assert records.test(["a", "a"], ["AP"]) == ({"AP": [0.6666665] * 2}, {"AP": {"q": 1.0, "r": 0.333333}})
+    with pytest.raises(UserError, match="other test queries"):
+        records.add_test("b", {"AP": {"s": 1.0}})
+    with pytest.raises(UserError, match="a.json: was made by another command"):
+        records.read_of("a", [*words, "--more"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_commands_end_with_a_study_that_is_killed(tmp_path):
+    endless = "import os, time; open('pid.tmp', 'w').write(str(os.getpid())); os.rename('pid.tmp', 'pid'); " \
+              "time.sleep(600)"
+    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'experiments')]}; from pathlib import Path; " \
+           f"from running import Command, run_all; " \
+           f"run_all('x', [Command('a', Path('a'), [sys.executable, '-c', {endless!r}])], 1, Path('.'))"
+    study = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: (tmp_path / "pid").exists())
+    finally:
+        study.send_signal(signal.SIGKILL)
+        study.wait()
+    wait_for(lambda: is_gone(int((tmp_path / "pid").read_text())))
+
+
+def wait_for(condition, patience=120):
+    end = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_gone(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as handle:
+            return handle.read().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def test_what_is_wrong_is_told_at_once(golden_models, tmp_path):
     write_collection(tmp_path / "raw")
     (tmp_path / "raw" / "qrels.dev.txt").unlink()
@@ -183,7 +407,12 @@ def test_what_is_wrong_is_told_at_once(golden_models, tmp_path):
     ('flags = "--padding masked"', "flags = 1", "teacher.flags = 1"),
     ('flags = "--padding masked"', 'flags = "--seed 3"', "sets itself (--seed)"),
     ('"--distill_model tinybert"', '"--distill_model=tinybert"', "--distill_model=tinybert"),
-    ('"TinyBERT" = ', '"Simplified-TinyBERT" = ', "differ in signs alone")])
+    ('"TinyBERT" = ', '"Simplified-TinyBERT" = ', "differ in signs alone"),
+    ("seeds = [1, 2]", 'steps = [{ students = ["quarter"], methods = ["X"] }]\nseeds = [1]', "['X']"),
+    ("seeds = [1, 2]", 'steps = [{ students = ["quarter"] }]\nseeds = [1]', "steps"),
+    ("seeds = [1, 2]", 'steps = [{ student = ["quarter"] }]\nseeds = [1]', "student"),
+    ("[teacher]", "[teacher]\nseeds = []", "teacher.seeds = []"), ("extensions = 0", "extensions = -1", "tuning"),
+    ("[students]", '[titles]\nx = "y"\n[students]', "['x'] are none of the methods")])
 def test_wrong_settings(tmp_path, old, new, complaint):
     problems = Problems()
     (tmp_path / "small.toml").write_text(SETTINGS.replace(old, new))
@@ -215,6 +444,17 @@ def test_a_command_that_fails_ends_the_others(tmp_path):
     changed = (tmp_path / "c").stat().st_mtime_ns
     run_all("one", steps[1:], 2, tmp_path)                                      # is done already
     assert (tmp_path / "c").stat().st_mtime_ns == changed
+
+
+def test_a_command_waits_until_what_it_needs_is_finished(tmp_path):
+    """Not only there: a training goes on after its weights are written."""
+    slow = "import pathlib, time; pathlib.Path('a').touch(); time.sleep(1); pathlib.Path('end').touch()"
+    quick = "import pathlib; pathlib.Path('b').write_text(str(pathlib.Path('end').exists()))"
+    there = f"import os; os.chdir({str(tmp_path)!r}); "
+    commands = [Command(name, tmp_path / name, [sys.executable, "-c", there + code], needs)
+                for name, code, needs in (("a", slow, []), ("b", quick, [tmp_path / "a"]))]
+    run_all("both", commands, 2, tmp_path)
+    assert (tmp_path / "b").read_text() == "True"
 
 
 @given(st.integers(1, 48), st.floats(0.01, 1))
@@ -276,7 +516,7 @@ def test_wrong_documents(tmp_path):
 
 def test_the_document_has_the_tables_of_the_committed_results(tmp_path):
     """docs/replication.md, to the letter; and its pictures lie beside the results."""
-    results = sorted((ROOT / "experiments" / "results").glob("*.json"))
+    results = sorted({*(ROOT / "experiments" / "results").glob("*.json")} - {SUMMARY})
     if not results:
         pytest.skip("no study has been committed yet")
     document = tmp_path / "replication.md"
@@ -286,6 +526,15 @@ def test_the_document_has_the_tables_of_the_committed_results(tmp_path):
     assert document.read_text() == (ROOT / "docs" / "replication.md").read_text()
     for path in (tmp_path / "out").glob("*.md"):
         assert path.read_text() == (ROOT / "experiments" / "results" / path.name).read_text()
+
+
+def test_the_summary_is_that_of_the_committed_results(tmp_path):
+    if not SUMMARY.exists():
+        pytest.skip("no summary has been committed yet")
+    results = [SUMMARY.with_name(f"{name}.json") for name in json.loads(SUMMARY.read_text())["collections"]]
+    done = run_script("experiments/findings.py", *results, "--output_dir", tmp_path, "--summary", tmp_path / "x.json")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.json").read_text() == SUMMARY.read_text()
 
 
 def test_the_findings_are_those_of_the_committed_results():
