@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter, namedtuple
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script, tiny_vocabulary
+from conftest import ROOT, run_script, single_logit, tiny_vocabulary
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -381,6 +382,24 @@ def test_the_filter_keeps_what_the_reranker_scores_highest(ranked, run_main, mon
     assert Counter(tuple(row[1:3]) for row in ranked.rows() if row[3] == "1") == wanted(2, threshold)
     facts = json.loads((ranked.folder / "out.tsv.run.json").read_text())
     assert len(facts["filter_weights"]) == 64 and facts["versions"]["torch"]
+
+
+def test_a_filter_with_one_logit_keeps_what_the_one_with_two_keeps(ranked, run_main):
+    single, kept = single_logit(ranked.model, ranked.folder / "single"), []
+    for model in (ranked.model, single):
+        told = run_main(prepare_examples, "train", *ranked.flags(True), "--window", 8, "--stride", 4, "--filter_model",
+                        model, "--max_seq_length", 32, "--filter_threshold", 0.05)
+        assert ("(0, z)" in told) == (model == single)
+        kept.append(ranked.rows())
+    assert kept[0] == kept[1] and kept[0]
+
+
+def test_a_filter_that_cannot_be_read_is_told_before_anything_else(ranked, run_main):
+    model = shutil.copytree(ranked.model, ranked.folder / "pointer")
+    (model / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match="model.safetensors: is a Git LFS pointer"):
+        run_main(prepare_examples, "train", *ranked.flags(True), "--filter_model", model, "--max_seq_length", 32)
+    assert not (ranked.folder / "cache").exists() and not (ranked.folder / "out.tsv").exists()
 
 
 def test_documents_below_the_threshold_are_listed(ranked, run_main):

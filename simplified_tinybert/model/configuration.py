@@ -12,7 +12,7 @@ from simplified_tinybert.modeling import ACTIVATIONS, activation_named
 LEAST = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 1,
          "max_position_embeddings": 1, "type_vocab_size": 2}
 PRECISION = ("dtype", "torch_dtype")                    # weights say theirs themselves
-# First words of class names. Of "not relevant" and "irrelevant_passage" these are "not" and "irrelevant".
+# Words in the names of a relevant class, and of the other one, which may be "not relevant" as well as "irrelevant"
 YES = {"relevant", "rel", "positive", "pos", "yes", "y", "true", "match", "entailment", "duplicate", "related", "good"}
 NO = {"not", "no", "n", "non", "irrelevant", "irrel", "negative", "neg", "false", "notrelevant", "nonrelevant",
       "mismatch", "contradiction", "unrelated", "bad"}
@@ -50,7 +50,7 @@ def read_config(folder: Path) -> BertConfig:
     _check_content(path, content, problems)
     problems.raise_if_any()
     try:
-        config = BertConfig(**{key: value for key, value in content.items() if key not in PRECISION} | _names(content))
+        config = BertConfig(**{key: value for key, value in content.items() if key not in PRECISION} | _labels(content))
     except Exception as error:        # whatever a malformed file makes the library raise, the file is to blame
         raise UserError(f"{path}: is not a valid BERT configuration: {reason(error)}") from error
     _check_config(path, config, problems)
@@ -89,7 +89,7 @@ def _check_config(path: Path, config: BertConfig, problems: Problems) -> None:
         problems.add(f"{path}: layer_norm_eps is {config.layer_norm_eps}; expected a small number, such as 1e-12")
 
 
-def _names(content: dict) -> dict:
+def _labels(content: dict) -> dict:
     """id2label from label2id, where there is that alone."""
     numbers = content.get("label2id")
     if content.get("id2label") or not isinstance(numbers, dict) or sorted(map(str, numbers.values())) != ["0", "1"]:

@@ -28,11 +28,11 @@ PARAMETER = re.compile(r"((?:[^.]+\.)*?)(bert\.)?(?:embeddings\.(?:\w+_embedding
 KINDS_OF_PARAMETERS = {"weight", "bias", "gamma", "beta"}
 DEPTH = 4                                               # of dictionaries in a checkpoint of a training tool
 
-PYTORCH = "load it with transformers 4 (from_{}=True) and save it by save_pretrained"
+CONVERTED = "load it with transformers 4 (from_{}=True) and save it by save_pretrained"
 EXPORTED = "fetch the weights it was made of, model.safetensors or pytorch_model.bin"
 OTHER_FORMATS = [("*.index", "a TensorFlow checkpoint", "convert it: python convert_tf_checkpoint.py --help"),
-                 ("*.h5", "TensorFlow weights", PYTORCH.format("tf")),
-                 ("*.msgpack", "Flax weights", PYTORCH.format("flax")),
+                 ("*.h5", "TensorFlow weights", CONVERTED.format("tf")),
+                 ("*.msgpack", "Flax weights", CONVERTED.format("flax")),
                  *[(pattern, "an exported model", EXPORTED) for pattern in ("*.onnx", "onnx/*.onnx", "*.gguf",
                                                                             "*.tflite", "*.ot", "openvino_model.*")],
                  ("*-of-*", "a part of sharded weights", "fetch their index too (*.index.json)"),
