@@ -43,6 +43,7 @@ MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-256}"
 DEPTH="${DEPTH:-100}"
 EVAL_STEP="${EVAL_STEP:-1000}"
 DEVICE="${DEVICE:-auto}"
+PROCESSES="${PROCESSES:-1}"
 # until the end of the value, of several lines perhaps, which read takes for a failure
 read -r -d "" -a passage_flags <<< "${PASSAGE_FLAGS:---title --window 150 --stride 75}" || true
 read -r -d "" -a sample_flags <<< "${SAMPLE_FLAGS:-}" || true
