@@ -19,7 +19,7 @@ from conftest import ROOT
 import convert_to_trec_results
 import general_distill
 import tokenize_to_features
-from experiments import study
+from experiments import settings as study_settings
 from simplified_tinybert.collection import read_queries, read_rows
 from simplified_tinybert.corpus import check_corpus
 from simplified_tinybert.documents import Document, open_documents
@@ -153,9 +153,9 @@ def test_an_index_of_documents_made_before_is_not_used_for_marked_lines(tmp_path
 def test_settings_in_toml_are_read_as_other_text_files(tmp_path):
     path, problems = tmp_path / "study.toml", Problems()
     path.write_bytes(MARK + b"seeds = [1]\n")
-    assert study.read_toml(path) == {"seeds": [1]}
+    assert study_settings.read_toml(path) == {"seeds": [1]}
     path.write_bytes("seeds = [1]\n".encode("utf-16"))
-    assert study.read_settings(path, problems) is None
+    assert study_settings.read_settings(path, problems) is None
     assert len(problems.messages) == 1 and "study.toml: is in UTF-16" in problems.messages[0]
 
 
