@@ -29,7 +29,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"                     # no test may reach out
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 os.environ["OMP_NUM_THREADS"] = "1"                     # tiny models: more threads would only wait for each other
 torch.set_num_threads(1)
-for name in ("C.UTF-8", "en_US.UTF-8", "UTF-8"):         # what tests read is UTF-8, whatever the machine's locale is
+if locale.getencoding().lower() not in ("utf-8", "utf8"):
+    os.environ["PYTHONIOENCODING"] = "utf-8"            # what tests read is UTF-8, whatever the machine's locale is
+for name in ("C.UTF-8", "en_US.UTF-8", "UTF-8"):
     with suppress(locale.Error):
         locale.setlocale(locale.LC_CTYPE, name)
         break
