@@ -28,9 +28,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from simplified_tinybert.common.text import argument_text, read_lines
-from simplified_tinybert.duplicates import DuplicateFinder
-from simplified_tinybert.files import (
+from simplified_tinybert.common.duplicates import DuplicateFinder
+from simplified_tinybert.common.files import (
     Problems,
     UserError,
     atomic_writer,
@@ -41,9 +40,10 @@ from simplified_tinybert.files import (
     shorten,
     warn,
 )
+from simplified_tinybert.common.records import record_file
+from simplified_tinybert.common.text import argument_text, read_lines
 from simplified_tinybert.ranking.aggregation import FIRST_P, Aggregation, aggregation
-from simplified_tinybert.records import record_file
-from simplified_tinybert.trec import float32_ties, parse_score, rank, split_passage_id
+from simplified_tinybert.ranking.trec import float32_ties, parse_score, rank, split_passage_id
 
 
 class Passage(NamedTuple):

@@ -38,20 +38,7 @@ from pathlib import Path
 
 import torch
 
-from simplified_tinybert import objectives
-from simplified_tinybert.checkpoints import fit_projections, load_ranker, save_cross_encoder
-from simplified_tinybert.data.tokenizer_files import has_vocabulary
-from simplified_tinybert.description import describe_run, model_card
-from simplified_tinybert.distillation import SETTINGS, add_training_flags, check_apex, make_plan, make_student, train
-from simplified_tinybert.distributed import Processes, process_group
-from simplified_tinybert.feature_cache import map_examples
-from simplified_tinybert.features import FeatureSummary, ids_of, summarise
-from simplified_tinybert.files import Problems, process_count, run_main, say
-from simplified_tinybert.model.weights import weights_fingerprint
-from simplified_tinybert.modeling import CrossEncoder
-from simplified_tinybert.objectives import Weights
-from simplified_tinybert.precision import select_precision, warn_if_emulated
-from simplified_tinybert.preflight import (
+from simplified_tinybert.common.checks import (
     check_dev_set,
     check_flags,
     check_length,
@@ -61,9 +48,29 @@ from simplified_tinybert.preflight import (
     find_models,
     find_run,
 )
-from simplified_tinybert.runtime import keep_freed_memory, select_device
-from simplified_tinybert.training import Plan
-from simplified_tinybert.validation import DevSet, find_dev_set, warn_of_chance
+from simplified_tinybert.common.device import keep_freed_memory, select_device
+from simplified_tinybert.common.files import Problems, process_count, run_main, say
+from simplified_tinybert.common.processes import Processes, process_group
+from simplified_tinybert.data.cache import map_examples
+from simplified_tinybert.data.features import FeatureSummary, ids_of, summarise
+from simplified_tinybert.data.tokenizer_files import has_vocabulary
+from simplified_tinybert.model.bert import CrossEncoder
+from simplified_tinybert.model.precision import select_precision, warn_if_emulated
+from simplified_tinybert.model.pretrained import fit_projections, load_ranker, save_cross_encoder
+from simplified_tinybert.model.weights import weights_fingerprint
+from simplified_tinybert.training.description import describe_run, model_card
+from simplified_tinybert.training.distillation import (
+    SETTINGS,
+    add_training_flags,
+    check_apex,
+    make_plan,
+    make_student,
+    train,
+)
+from simplified_tinybert.training.loop import Plan
+from simplified_tinybert.training.loop import objective as objectives
+from simplified_tinybert.training.objective import Weights
+from simplified_tinybert.training.validation import DevSet, find_dev_set, warn_of_chance
 
 
 def parse_args() -> argparse.Namespace:

@@ -12,7 +12,7 @@ max_seq_length - 2 word pieces [SEP]; nothing is masked.
 The student has the shape of --student_config (a config.json, or the folder of one), or the teacher's with
 --student_layers; its weights are random, or with --init_from_teacher, where it has the teacher's width, the teacher's
 embeddings, pooler and every k-th layer, or with --compress_teacher, whatever its width, fitted to what the teacher
-computes on some of the text (simplified_tinybert/compression.py): nearer to the teacher from the start, which a narrow
+computes on some of the text (simplified_tinybert/model/compression.py): nearer to the teacher from the start, which a narrow
 student needs where there is too little text to learn a language from. It learns attention + hidden (Jiao et al. 2020,
 as TinyBERT's general stage).
 
@@ -32,7 +32,24 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.checkpoints import (
+from simplified_tinybert.common.checks import (
+    check_flags,
+    check_output_dir,
+    check_pair,
+    find_models,
+    find_run,
+)
+from simplified_tinybert.common.device import keep_freed_memory, select_device
+from simplified_tinybert.common.files import Problems, UserError, process_count, run_main, say
+from simplified_tinybert.common.processes import Processes, process_group
+from simplified_tinybert.data.corpus import COLUMNS, DOCUMENTS, check_corpus, map_corpus
+from simplified_tinybert.data.features import Examples
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
+from simplified_tinybert.data.vocabulary import Vocabulary
+from simplified_tinybert.model.bert import Batch, CrossEncoder
+from simplified_tinybert.model.compression import compress
+from simplified_tinybert.model.precision import select_precision, warn_if_emulated
+from simplified_tinybert.model.pretrained import (
     copy_teacher_layers,
     fit_projections,
     load_cross_encoder,
@@ -40,26 +57,16 @@ from simplified_tinybert.checkpoints import (
     read_config,
     save_cross_encoder,
 )
-from simplified_tinybert.compression import compress
-from simplified_tinybert.corpus import COLUMNS, DOCUMENTS, check_corpus, map_corpus
-from simplified_tinybert.data.tokenizer_files import load_vocabulary
-from simplified_tinybert.data.vocabulary import Vocabulary
-from simplified_tinybert.description import describe_run, general_card
-from simplified_tinybert.distillation import SETTINGS, add_training_flags, check_apex, make_plan, make_student, train
-from simplified_tinybert.distributed import Processes, process_group
-from simplified_tinybert.features import Examples
-from simplified_tinybert.files import Problems, UserError, process_count, run_main, say
 from simplified_tinybert.model.weights import weights_fingerprint
-from simplified_tinybert.modeling import Batch, CrossEncoder
-from simplified_tinybert.precision import select_precision, warn_if_emulated
-from simplified_tinybert.preflight import (
-    check_flags,
-    check_output_dir,
-    check_pair,
-    find_models,
-    find_run,
+from simplified_tinybert.training.description import describe_run, general_card
+from simplified_tinybert.training.distillation import (
+    SETTINGS,
+    add_training_flags,
+    check_apex,
+    make_plan,
+    make_student,
+    train,
 )
-from simplified_tinybert.runtime import keep_freed_memory, select_device
 
 COMPRESSED_TOKENS = 16384   # that a compressed student is fitted to: 1 GB of memory for 6/384, 4 GB for 12/768
 WEIGHTS = {"attention": 1.0, "hidden": 1.0}

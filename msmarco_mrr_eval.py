@@ -29,9 +29,9 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from simplified_tinybert import statistics
-from simplified_tinybert.files import Problems, check_input_file, run_main, say, warn
-from simplified_tinybert.measures import (
+from simplified_tinybert.common.files import Problems, check_input_file, run_main, say, warn
+from simplified_tinybert.ranking import significance as statistics
+from simplified_tinybert.ranking.measures import (
     Evaluation,
     check_common_queries,
     check_grades,
@@ -39,9 +39,9 @@ from simplified_tinybert.measures import (
     first_ten,
     parse_measures,
 )
-from simplified_tinybert.statistics import EXACT_QUERIES, LEVEL, PERMUTATIONS, TESTS, Comparison
-from simplified_tinybert.tables import markdown
-from simplified_tinybert.trec import read_qrels, read_run
+from simplified_tinybert.ranking.significance import EXACT_QUERIES, LEVEL, PERMUTATIONS, TESTS, Comparison
+from simplified_tinybert.ranking.tables import markdown
+from simplified_tinybert.ranking.trec import read_qrels, read_run
 
 ROW = "#####################"
 COLUMNS = ("measure", "other run", "queries", "RUN", "other", "difference", "wins/ties/losses",

@@ -39,9 +39,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from simplified_tinybert.collection import Collection, count_candidates, open_collection
-from simplified_tinybert.dataset import open_dataset
-from simplified_tinybert.files import (
+from simplified_tinybert.common.files import (
     Problems,
     UserError,
     atomic_writer,
@@ -50,10 +48,12 @@ from simplified_tinybert.files import (
     run_main,
     say,
 )
-from simplified_tinybert.left_out import LeftOut
-from simplified_tinybert.passages import Cutting, passages_of
-from simplified_tinybert.records import record_file, record_path
-from simplified_tinybert.sampling import (
+from simplified_tinybert.common.records import record_file, record_path
+from simplified_tinybert.data.collection import Collection, count_candidates, open_collection
+from simplified_tinybert.data.ir_dataset import open_dataset
+from simplified_tinybert.data.left_out import LeftOut
+from simplified_tinybert.data.passages import Cutting, passages_of
+from simplified_tinybert.data.sampling import (
     LookUp,
     Sampling,
     can_be_used,
@@ -66,7 +66,7 @@ from simplified_tinybert.sampling import (
 )
 
 if TYPE_CHECKING:
-    from simplified_tinybert.passage_filter import PassageFilter
+    from simplified_tinybert.data.passage_filter import PassageFilter
 
 INPUTS = {"docs": "documents", "queries": "queries", "qrels": "judgements", "candidates": "candidates"}
 TRAIN_ONLY = {"qrels": None, "relevance_level": 1, "negatives": 1.0, "max_queries": None, "positive_passages": None,
@@ -153,7 +153,7 @@ def check_args(args: argparse.Namespace, problems: Problems) -> None:
 def open_filter(args: argparse.Namespace, problems: Problems) -> "PassageFilter | None":
     if not args.filter_model:
         return None
-    from simplified_tinybert.passage_filter import PassageFilter  # here, because it takes seconds
+    from simplified_tinybert.data.passage_filter import PassageFilter  # here, because it takes seconds
     from tokenize_to_features import tokenize
     return PassageFilter(args.filter_model, args.max_seq_length, args.device, args.bf16, tokenize, problems)
 

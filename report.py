@@ -32,21 +32,28 @@ from pathlib import Path
 import torch
 import transformers
 
-from simplified_tinybert import statistics
+from simplified_tinybert.common.checks import check_model_fits
+from simplified_tinybert.common.device import keep_freed_memory, select_device
+from simplified_tinybert.common.files import (
+    Problems,
+    atomic_writer,
+    check_input_file,
+    check_output_files,
+    run_main,
+    say,
+)
+from simplified_tinybert.common.records import plain
 from simplified_tinybert.common.text import argument_text
-from simplified_tinybert.features import Examples, FeatureSummary, summarise
-from simplified_tinybert.files import Problems, atomic_writer, check_input_file, check_output_files, run_main, say
-from simplified_tinybert.measures import Qrels, Run, check_common_queries, check_grades
-from simplified_tinybert.plots import Point, effectiveness_figure, save
-from simplified_tinybert.precision import select_precision, warn_if_emulated
-from simplified_tinybert.preflight import check_model_fits
-from simplified_tinybert.records import plain
-from simplified_tinybert.runtime import keep_freed_memory, select_device
-from simplified_tinybert.speed import machine, sample_pairs
-from simplified_tinybert.statistics import LEVEL, TESTS, Comparison
-from simplified_tinybert.systems import System, choose_measures, evaluate_systems, find_systems, measure_systems
-from simplified_tinybert.tables import latex, markdown, number
-from simplified_tinybert.trec import read_qrels, read_run
+from simplified_tinybert.data.features import Examples, FeatureSummary, summarise
+from simplified_tinybert.model.precision import select_precision, warn_if_emulated
+from simplified_tinybert.ranking import significance as statistics
+from simplified_tinybert.ranking.measures import Qrels, Run, check_common_queries, check_grades
+from simplified_tinybert.ranking.plots import Point, effectiveness_figure, save
+from simplified_tinybert.ranking.significance import LEVEL, TESTS, Comparison
+from simplified_tinybert.ranking.speed import machine, sample_pairs
+from simplified_tinybert.ranking.systems import System, choose_measures, evaluate_systems, find_systems, measure_systems
+from simplified_tinybert.ranking.tables import latex, markdown, number
+from simplified_tinybert.ranking.trec import read_qrels, read_run
 
 SPEED_PAIRS = {"cpu": 256, "cuda": 16384}
 NONE = "–"

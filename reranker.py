@@ -26,10 +26,9 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.checkpoints import load_ranker
-from simplified_tinybert.distributed import Processes, process_group
-from simplified_tinybert.features import Examples, FeatureSummary, summarise
-from simplified_tinybert.files import (
+from simplified_tinybert.common.checks import check_length, check_model_fits, find_models
+from simplified_tinybert.common.device import keep_freed_memory, select_device
+from simplified_tinybert.common.files import (
     Problems,
     UserError,
     check_output_file,
@@ -40,13 +39,14 @@ from simplified_tinybert.files import (
     say,
     sync_folder,
 )
+from simplified_tinybert.common.processes import Processes, process_group
+from simplified_tinybert.common.records import read_record, record, record_file, record_path
+from simplified_tinybert.data.features import Examples, FeatureSummary, summarise
+from simplified_tinybert.model.bert import CrossEncoder, count_parameters, describe
+from simplified_tinybert.model.precision import select_precision, warn_if_emulated
+from simplified_tinybert.model.pretrained import load_ranker
 from simplified_tinybert.model.weights import weights_fingerprint
-from simplified_tinybert.modeling import CrossEncoder, count_parameters, describe
-from simplified_tinybert.precision import select_precision, warn_if_emulated
-from simplified_tinybert.preflight import check_length, check_model_fits, find_models
-from simplified_tinybert.records import read_record, record, record_file, record_path
-from simplified_tinybert.runtime import keep_freed_memory, select_device
-from simplified_tinybert.scoring import BATCH_TOKENS, prepare, relevance, scored_chunks
+from simplified_tinybert.ranking.scoring import BATCH_TOKENS, prepare, relevance, scored_chunks
 
 
 def parse_args() -> argparse.Namespace:

@@ -8,7 +8,7 @@
 In, one pair a line, UTF-8, plain or gzip, columns separated by one tab:
     train      index <tab> query <tab> passage <tab> label        label 1: relevant, 0: not
     dev, test  query_id#passage_id <tab> query <tab> passage (<tab> label)
-Out, a pickled feature file (format: simplified_tinybert/features.py): [CLS] query [SEP] passage [SEP] of each pair in
+Out, a pickled feature file (format: simplified_tinybert/data/features.py): [CLS] query [SEP] passage [SEP] of each pair in
 input order, at most max_seq_length word pieces; the longer of the two texts loses a piece at a time, the passage at a
 tie. Tokens are those of the model directory's tokenizer, as transformers reads it. The whole input is checked before
 the first pair is tokenized; if lines are wrong, the first 20 are named and nothing is written. FILE.run.json tells what
@@ -24,12 +24,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from simplified_tinybert.common.text import lines_of, open_binary, read_blocks, read_lines
-from simplified_tinybert.data.tokenizer_files import load_vocabulary
-from simplified_tinybert.data.vocabulary import Vocabulary
-from simplified_tinybert.duplicates import DuplicateFinder
-from simplified_tinybert.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
-from simplified_tinybert.files import (
+from simplified_tinybert.common.duplicates import DuplicateFinder
+from simplified_tinybert.common.files import (
     Problems,
     UserError,
     atomic_writer,
@@ -39,10 +35,14 @@ from simplified_tinybert.files import (
     say,
     shorten,
 )
-from simplified_tinybert.hub import find_model
-from simplified_tinybert.records import record_file
-from simplified_tinybert.tokenization import PieceCutter, truncated_lengths, words_suffice
-from simplified_tinybert.workers import MOST_WORKERS, default_workers, map_in_order
+from simplified_tinybert.common.records import record_file
+from simplified_tinybert.common.text import lines_of, open_binary, read_blocks, read_lines
+from simplified_tinybert.common.workers import MOST_WORKERS, default_workers, map_in_order
+from simplified_tinybert.data.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
+from simplified_tinybert.data.tokenization import PieceCutter, truncated_lengths, words_suffice
+from simplified_tinybert.data.tokenizer_files import load_vocabulary
+from simplified_tinybert.data.vocabulary import Vocabulary
+from simplified_tinybert.model.hub import find_model
 
 COLUMNS = {"train": "index, query, passage, label", "dev": "query_id#passage_id, query, passage (, label)",
            "test": "query_id#passage_id, query, passage (, label)"}

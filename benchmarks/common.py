@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig
 
-from simplified_tinybert.files import atomic_writer, say
-from simplified_tinybert.records import plain
-from simplified_tinybert.runtime import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
-from simplified_tinybert.speed import seconds
-from simplified_tinybert.tables import number
+from simplified_tinybert.common.device import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
+from simplified_tinybert.common.files import atomic_writer, say
+from simplified_tinybert.common.records import plain
+from simplified_tinybert.ranking.speed import seconds
+from simplified_tinybert.ranking.tables import number
 
 ROOT = Path(__file__).resolve().parent.parent
 M_MMAP_THRESHOLD = -3       # of glibc's malloc.h

@@ -36,14 +36,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common, ours, pictures, samples  # noqa: E402
 from benchmarks.original import OriginalAdam, OriginalBert, original_losses  # noqa: E402
-from simplified_tinybert.checkpoints import read_config  # noqa: E402
-from simplified_tinybert.features import Examples  # noqa: E402
-from simplified_tinybert.files import run_main, say  # noqa: E402
-from simplified_tinybert.modeling import Batch  # noqa: E402
-from simplified_tinybert.precision import warn_if_emulated  # noqa: E402
-from simplified_tinybert.runtime import select_device  # noqa: E402
-from simplified_tinybert.speed import machine, seconds  # noqa: E402
-from simplified_tinybert.tables import markdown  # noqa: E402
+from simplified_tinybert.common.device import select_device  # noqa: E402
+from simplified_tinybert.common.files import run_main, say  # noqa: E402
+from simplified_tinybert.data.features import Examples  # noqa: E402
+from simplified_tinybert.model.bert import Batch  # noqa: E402
+from simplified_tinybert.model.precision import warn_if_emulated  # noqa: E402
+from simplified_tinybert.model.pretrained import read_config  # noqa: E402
+from simplified_tinybert.ranking.speed import machine, seconds  # noqa: E402
+from simplified_tinybert.ranking.tables import markdown  # noqa: E402
 
 BATCH = {"cpu": {384: 32, 768: 16}, "cuda": {384: 64, 768: 64}}
 WIDTH, LENGTHS = 256, (128, 256, 512)

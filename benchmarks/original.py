@@ -20,8 +20,8 @@ from transformers import BertForSequenceClassification
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.utils.logging import disable_progress_bar
 
-from simplified_tinybert.hub import PROJECTION_FILE
-from simplified_tinybert.modeling import Batch
+from simplified_tinybert.model.bert import Batch
+from simplified_tinybert.model.hub import PROJECTION_FILE
 
 RERANK_BATCH, RERANK_WIDTH = 100, 256
 

@@ -13,17 +13,17 @@ from transformers import BertConfig
 
 import tokenize_to_features
 from benchmarks.common import ROOT
-from simplified_tinybert import scoring
-from simplified_tinybert.checkpoints import fit_projections, initialise, load_cross_encoder, save_cross_encoder
-from simplified_tinybert.cpu_linear import pack_linear_layers
+from simplified_tinybert.data.features import Examples
+from simplified_tinybert.data.tokenization import PieceCutter
 from simplified_tinybert.data.tokenizer_files import load_vocabulary
-from simplified_tinybert.features import Examples
-from simplified_tinybert.modeling import Batch, CrossEncoder
-from simplified_tinybert.objectives import objective, stage_weights
-from simplified_tinybert.optimizer import BertAdam, decay_groups
-from simplified_tinybert.precision import autocast
-from simplified_tinybert.tokenization import PieceCutter
-from simplified_tinybert.training import epoch_batches
+from simplified_tinybert.model.bert import Batch, CrossEncoder
+from simplified_tinybert.model.cpu_linear import pack_linear_layers
+from simplified_tinybert.model.precision import autocast
+from simplified_tinybert.model.pretrained import fit_projections, initialise, load_cross_encoder, save_cross_encoder
+from simplified_tinybert.ranking import scoring
+from simplified_tinybert.training.loop import epoch_batches
+from simplified_tinybert.training.objective import objective, stage_weights
+from simplified_tinybert.training.optimizer import BertAdam, decay_groups
 
 HEADS = 12
 PROBE = """

@@ -43,11 +43,11 @@ from benchmarks.ways import (  # noqa: E402
     real_sample,
     ways,
 )
-from simplified_tinybert.checkpoints import read_config  # noqa: E402
-from simplified_tinybert.files import run_main, say  # noqa: E402
-from simplified_tinybert.runtime import select_device  # noqa: E402
-from simplified_tinybert.speed import machine  # noqa: E402
-from simplified_tinybert.tables import markdown, number  # noqa: E402
+from simplified_tinybert.common.device import select_device  # noqa: E402
+from simplified_tinybert.common.files import run_main, say  # noqa: E402
+from simplified_tinybert.model.pretrained import read_config  # noqa: E402
+from simplified_tinybert.ranking.speed import machine  # noqa: E402
+from simplified_tinybert.ranking.tables import markdown, number  # noqa: E402
 
 PAIRS = {"cpu": {"3x384": 200, "6x768": 32, "12x768": 24}, "cuda": {"3x384": 8192, "6x768": 4096, "12x768": 4096}}
 ALL = (ORIGINAL, PEER, PEER_BF16, OURS, OURS_TEXTS, OURS_BF16, OURS_INT8)

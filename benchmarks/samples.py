@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import ROOT
+from simplified_tinybert.common.files import Problems, UserError, atomic_writer
 from simplified_tinybert.common.text import read_lines
-from simplified_tinybert.files import Problems, UserError, atomic_writer
 
 sys.path.append(str(ROOT / "examples"))
 

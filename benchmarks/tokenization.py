@@ -25,11 +25,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common, ours, pictures, samples  # noqa: E402
-from simplified_tinybert.features import read_chunks  # noqa: E402
-from simplified_tinybert.files import UserError, run_main, say  # noqa: E402
-from simplified_tinybert.runtime import select_device  # noqa: E402
-from simplified_tinybert.speed import machine  # noqa: E402
-from simplified_tinybert.tables import markdown  # noqa: E402
+from simplified_tinybert.common.device import select_device  # noqa: E402
+from simplified_tinybert.common.files import UserError, run_main, say  # noqa: E402
+from simplified_tinybert.data.features import read_chunks  # noqa: E402
+from simplified_tinybert.ranking.speed import machine  # noqa: E402
+from simplified_tinybert.ranking.tables import markdown  # noqa: E402
 
 FEW = 10                # pairs of a run that is all start-up
 WAYS = ("original", "ours")

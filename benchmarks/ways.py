@@ -8,9 +8,9 @@ import torch
 
 from benchmarks import ours, samples
 from benchmarks.original import RERANK_BATCH, RERANK_WIDTH, OriginalBert, original_scores
-from simplified_tinybert.features import Examples
-from simplified_tinybert.files import UserError, say
-from simplified_tinybert.speed import seconds
+from simplified_tinybert.common.files import UserError, say
+from simplified_tinybert.data.features import Examples
+from simplified_tinybert.ranking.speed import seconds
 
 ORIGINAL, PEER, PEER_BF16 = "original", "sentence-transformers", "sentence-transformers, bf16"
 OURS, OURS_TEXTS, OURS_BF16, OURS_INT8 = "ours", "ours, from texts", "ours, bf16", "ours, int8"

@@ -34,7 +34,7 @@ from stdlib_docs import read_library
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' shared module
-from simplified_tinybert.files import UserError, atomic_writer, run_main  # noqa: E402
+from simplified_tinybert.common.files import UserError, atomic_writer, run_main  # noqa: E402
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -36,8 +36,8 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForPreTraining
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' shared module
-from simplified_tinybert.files import UserError, atomic_writer, run_main  # noqa: E402
-from simplified_tinybert.precision import warn_if_emulated  # noqa: E402
+from simplified_tinybert.common.files import UserError, atomic_writer, run_main  # noqa: E402
+from simplified_tinybert.model.precision import warn_if_emulated  # noqa: E402
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

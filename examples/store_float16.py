@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' shared module
-from simplified_tinybert.files import Problems, atomic_writer, check_input_file, run_main  # noqa: E402
+from simplified_tinybert.common.files import Problems, atomic_writer, check_input_file, run_main  # noqa: E402
 
 TEXTS = ("vocab.txt", "tokenizer_config.json")
 

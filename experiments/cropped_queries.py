@@ -20,8 +20,8 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from simplified_tinybert.documents import read_documents
-from simplified_tinybert.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
+from simplified_tinybert.common.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
+from simplified_tinybert.data.documents import read_documents
 
 PASSAGE, QUERY = 24, (4, 8)     # words
 

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.checkpoints import new_cross_encoder
-from simplified_tinybert.features import summarise
-from simplified_tinybert.files import Problems
-from simplified_tinybert.measures import PerQuery, Qrels, Run, evaluate, parse_measures
-from simplified_tinybert.modeling import count_parameters
-from simplified_tinybert.scoring import prepare
-from simplified_tinybert.speed import machine, measure, sample_pairs
-from simplified_tinybert.statistics import compare, correct
-from simplified_tinybert.trec import split_passage_id
+from simplified_tinybert.common.files import Problems
+from simplified_tinybert.data.features import summarise
+from simplified_tinybert.model.bert import count_parameters
+from simplified_tinybert.model.pretrained import new_cross_encoder
+from simplified_tinybert.ranking.measures import PerQuery, Qrels, Run, evaluate, parse_measures
+from simplified_tinybert.ranking.scoring import prepare
+from simplified_tinybert.ranking.significance import compare, correct
+from simplified_tinybert.ranking.speed import machine, measure, sample_pairs
+from simplified_tinybert.ranking.trec import split_passage_id
 
 SPEED_PAIRS, SPEED_ROUNDS = {"cpu": 256, "cuda": 16384}, 5
 Values = dict[str, dict[str, PerQuery]]         # system → measure → query → mean over the seeds

@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pictures import TERMS, effectiveness_picture, losses_picture, title
 from summary import write_summary
 
-from simplified_tinybert.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
-from simplified_tinybert.statistics import LEVEL
-from simplified_tinybert.tables import markdown, number
+from simplified_tinybert.common.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
+from simplified_tinybert.ranking.significance import LEVEL
+from simplified_tinybert.ranking.tables import markdown, number
 
 NONE, TEST, UNDECIDED = "–", "t-test", "cannot be told apart"
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from running import check_same, essence
 
+from simplified_tinybert.common.files import UserError, atomic_writer, warn
 from simplified_tinybert.common.text import BLOCK
-from simplified_tinybert.files import UserError, atomic_writer, warn
-from simplified_tinybert.measures import PerQuery
 from simplified_tinybert.model.weights import weight_files
-from simplified_tinybert.speed import machine
-from simplified_tinybert.training_log import first_measure
+from simplified_tinybert.ranking.measures import PerQuery
+from simplified_tinybert.ranking.speed import machine
+from simplified_tinybert.training.log import first_measure
 
 DECIMALS, DIGITS = 6, 6     # of a query's values; of a row of a log, significant
 

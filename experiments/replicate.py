@@ -36,14 +36,14 @@ from settings import keep_facts, read_settings
 from study import Study
 from transformers import BertConfig
 
-from simplified_tinybert.collection import by_query, read_rows
+from simplified_tinybert.common.checks import check_pair, find_models
+from simplified_tinybert.common.files import Problems, check_input_file, locked, run_main, say
+from simplified_tinybert.common.records import content_facts
+from simplified_tinybert.data.collection import by_query, read_rows
 from simplified_tinybert.data.tokenizer_files import load_vocabulary
-from simplified_tinybert.files import Problems, check_input_file, locked, run_main, say
-from simplified_tinybert.measures import check_common_queries, first_ten
 from simplified_tinybert.model.weights import weights_fingerprint
-from simplified_tinybert.preflight import check_pair, find_models
-from simplified_tinybert.records import content_facts
-from simplified_tinybert.trec import read_qrels
+from simplified_tinybert.ranking.measures import check_common_queries, first_ten
+from simplified_tinybert.ranking.trec import read_qrels
 
 DATA = ("max_seq_length", "passages", "sampling", "dev_depth", "test_depth")     # settings that all models share
 FILES = {"docs": "docs.tsv", **{f"{kind}.{split}": f"{kind}.{split}.{ending}" for split in ("train", "dev", "test")

@@ -9,10 +9,10 @@ from evaluation import comparisons, first_ranking, speeds, values_of
 from findings import write_all
 from study import Pair, Study
 
-from simplified_tinybert.files import Problems, atomic_writer, say
+from simplified_tinybert.common.device import select_device
+from simplified_tinybert.common.files import Problems, atomic_writer, say
 from simplified_tinybert.model.configuration import read_config
-from simplified_tinybert.runtime import select_device
-from simplified_tinybert.trec import read_qrels
+from simplified_tinybert.ranking.trec import read_qrels
 
 
 def write_results(study: Study, rates: dict[Pair, list[float]]) -> None:

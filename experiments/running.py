@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from simplified_tinybert.files import UserError, atomic_writer
+from simplified_tinybert.common.files import UserError, atomic_writer
 
 LAST_LINES = 12             # of the log of a command that failed
 PR_SET_PDEATHSIG = 1        # of prctl(2)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
+from simplified_tinybert.common.files import Problems, UserError, atomic_writer
 from simplified_tinybert.common.text import read_text
-from simplified_tinybert.files import Problems, UserError, atomic_writer
-from simplified_tinybert.measures import parse_measures
+from simplified_tinybert.ranking.measures import parse_measures
 
 # Flags that follow from other settings
 OWN = {"--learning_rate", "--seed", "--num_train_epochs", "--intermediate_epochs", "--train_batch_size", "--eval_step",

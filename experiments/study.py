@@ -15,10 +15,10 @@ from model_records import Records
 from running import Command, run_all
 from settings import Settings, slug
 
-from simplified_tinybert.files import Problems, UserError
-from simplified_tinybert.hub import find_model
+from simplified_tinybert.common.files import Problems, UserError
 from simplified_tinybert.model.configuration import read_config
-from simplified_tinybert.trec import read_qrels, read_run
+from simplified_tinybert.model.hub import find_model
+from simplified_tinybert.ranking.trec import read_qrels, read_run
 
 Pair = tuple[str, str]      # shape ("3/384") and method
 FINETUNE = ["--distill_model", "finetune"]

@@ -10,7 +10,7 @@ import json
 import statistics
 from pathlib import Path
 
-from simplified_tinybert.files import UserError, atomic_writer, say
+from simplified_tinybert.common.files import UserError, atomic_writer, say
 
 MEASURE, TEST, DIGITS = "nDCG@10", "t-test", 6
 

@@ -16,10 +16,10 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
-from simplified_tinybert import features
+from simplified_tinybert.data import features
+from simplified_tinybert.data.features import Examples, FeatureWriter
 from simplified_tinybert.data.vocabulary import Vocabulary, bert_vocabulary
-from simplified_tinybert.features import Examples, FeatureWriter
-from simplified_tinybert.training import Training
+from simplified_tinybert.training.loop import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"

@@ -11,9 +11,9 @@ from conftest import DATA, ROOT, random_rows, write_features
 from test_golden import batch, golden_name  # noqa: F401
 
 from benchmarks import common, original, original_tokenizer, ours, samples
-from simplified_tinybert.checkpoints import load_cross_encoder, read_config, save_cross_encoder
-from simplified_tinybert.features import read_chunks
-from simplified_tinybert.optimizer import linear_warmup_decay
+from simplified_tinybert.data.features import read_chunks
+from simplified_tinybert.model.pretrained import load_cross_encoder, read_config, save_cross_encoder
+from simplified_tinybert.training.optimizer import linear_warmup_decay
 
 VOCABULARY = DATA / "bert-base-uncased-vocab.txt"
 SIMPLIFIED = (2, 3, 6, 7)          # cases with classifier(pooled), the head of the baseline

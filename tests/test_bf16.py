@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from conftest import random_rows, write_features
 from test_distributed import torchrun
 
-from simplified_tinybert import precision
-from simplified_tinybert.precision import has_bf16, is_emulated, slowdown, warn_if_emulated
+from simplified_tinybert.model import precision
+from simplified_tinybert.model.precision import has_bf16, is_emulated, slowdown, warn_if_emulated
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 

@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder as SentenceCrossEncoder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
-from simplified_tinybert.checkpoints import fit_projections, load_cross_encoder, save_cross_encoder
+from simplified_tinybert.common.files import UserError
+from simplified_tinybert.data.features import Examples
+from simplified_tinybert.data.tokenization import PieceCutter
 from simplified_tinybert.data.tokenizer_files import load_vocabulary
-from simplified_tinybert.features import Examples
-from simplified_tinybert.files import UserError
-from simplified_tinybert.hub import find_model
+from simplified_tinybert.model.bert import Batch, CrossEncoder
 from simplified_tinybert.model.configuration import read_config
+from simplified_tinybert.model.hub import find_model
+from simplified_tinybert.model.pretrained import fit_projections, load_cross_encoder, save_cross_encoder
 from simplified_tinybert.model.weights import canonical_names, weights_fingerprint
-from simplified_tinybert.modeling import Batch, CrossEncoder
-from simplified_tinybert.tokenization import PieceCutter
 from tokenize_to_features import tokenize
 
 NAME = "student_2x24"

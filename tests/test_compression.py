@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig
 
-from simplified_tinybert import compression
-from simplified_tinybert.checkpoints import fit_projections, new_cross_encoder
-from simplified_tinybert.features import Examples
-from simplified_tinybert.objectives import objective
+from simplified_tinybert.data.features import Examples
+from simplified_tinybert.model import compression
+from simplified_tinybert.model.pretrained import fit_projections, new_cross_encoder
+from simplified_tinybert.training.objective import objective
 
 SIZES = {"vocab_size": 200, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
          "intermediate_size": 96, "max_position_embeddings": 64}

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import convert_to_trec_results as convert
-from simplified_tinybert.files import Problems, UserError
+from simplified_tinybert.common.files import Problems, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "data" / "aggregation"

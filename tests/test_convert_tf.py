@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 import convert_tf_checkpoint
 import reranker
-from simplified_tinybert.checkpoints import load_cross_encoder
-from simplified_tinybert.files import UserError
-from simplified_tinybert.modeling import Batch
+from simplified_tinybert.common.files import UserError
+from simplified_tinybert.model.bert import Batch
+from simplified_tinybert.model.pretrained import load_cross_encoder
 
 LAYERS, WIDTH, HEADS, INNER, WORDS, POSITIONS = 2, 24, 3, 40, 200, 32
 CONFIG = {"attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": WIDTH,

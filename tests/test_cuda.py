@@ -16,9 +16,9 @@ from transformers import BertConfig
 
 import distill
 import reranker
-from simplified_tinybert.checkpoints import fit_projections
-from simplified_tinybert.modeling import Batch, CrossEncoder
-from simplified_tinybert.objectives import objective, stage_weights
+from simplified_tinybert.model.bert import Batch, CrossEncoder
+from simplified_tinybert.model.pretrained import fit_projections
+from simplified_tinybert.training.objective import objective, stage_weights
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 import distill
-from simplified_tinybert.checkpoints import load_cross_encoder
-from simplified_tinybert.features import read_chunks
-from simplified_tinybert.files import UserError, locked
-from simplified_tinybert.objectives import objective
-from simplified_tinybert.training import Plan, epoch_batches, padding_share
+from simplified_tinybert.common.files import UserError, locked
+from simplified_tinybert.data.features import read_chunks
+from simplified_tinybert.model.pretrained import load_cross_encoder
+from simplified_tinybert.training.loop import Plan, epoch_batches, padding_share
+from simplified_tinybert.training.objective import objective
 
 
 @pytest.fixture
@@ -393,8 +393,8 @@ def test_number_of_steps(examples, batch, accumulation, epochs, steps):
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow, to see it left alone")
 def test_tensorboard_does_without_tensorflow(tmp_path):
-    code = ("import sys, torch; from pathlib import Path; from simplified_tinybert.distributed import Processes; "
-            "from simplified_tinybert.training_log import TrainingLog; "
+    code = ("import sys, torch; from pathlib import Path; from simplified_tinybert.common.processes import Processes; "
+            "from simplified_tinybert.training.log import TrainingLog; "
             "TrainingLog(Path(sys.argv[1]), None, torch.device('cpu'), Processes()).close(); "
             "print('tensorflow' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)

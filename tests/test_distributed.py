@@ -17,13 +17,15 @@ from test_stages import dev_set
 
 import distill
 import reranker
-from simplified_tinybert import distillation, features, files
-from simplified_tinybert.checkpoints import load_cross_encoder
-from simplified_tinybert.distributed import WHOLE, Processes, process_group
-from simplified_tinybert.features import Examples
-from simplified_tinybert.files import UserError
-from simplified_tinybert.objectives import METHODS, objective, stage_weights
-from simplified_tinybert.runtime import select_device
+from simplified_tinybert.common import files
+from simplified_tinybert.common.device import select_device
+from simplified_tinybert.common.files import UserError
+from simplified_tinybert.common.processes import WHOLE, Processes, process_group
+from simplified_tinybert.data import features
+from simplified_tinybert.data.features import Examples
+from simplified_tinybert.model.pretrained import load_cross_encoder
+from simplified_tinybert.training.loop import distillation
+from simplified_tinybert.training.objective import METHODS, objective, stage_weights
 
 OBJECTIVES = {"reference": ["--padding", "reference"], "masked": ["--padding", "masked"],
               "standard": ["--distill_model", "standard", "--temperature", 2],

@@ -18,9 +18,9 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simplified_tinybert import documents
-from simplified_tinybert.documents import Document, open_documents
-from simplified_tinybert.files import Problems, UserError
+from simplified_tinybert.common.files import Problems, UserError
+from simplified_tinybert.data import documents
+from simplified_tinybert.data.documents import Document, open_documents
 
 ids = st.text(st.characters(codec="utf-8", categories=("L", "N", "P")), min_size=1, max_size=4)
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\t\r\n"), max_size=20)

@@ -18,15 +18,15 @@ from test_distill import arguments, log_of, with_dropout
 from test_stages import dev_set, without_speed
 
 import distill
-from simplified_tinybert.checkpoints import load_cross_encoder
-from simplified_tinybert.distributed import Processes
-from simplified_tinybert.features import read_chunks
-from simplified_tinybert.files import UserError
-from simplified_tinybert.losses import attention_loss, hidden_loss
-from simplified_tinybert.objectives import objective
-from simplified_tinybert.signals import Terminated
-from simplified_tinybert.training import HEED_EVERY, Training, step_of
-from simplified_tinybert.validation import area_under_curve
+from simplified_tinybert.common.files import UserError
+from simplified_tinybert.common.processes import Processes
+from simplified_tinybert.common.signals import Terminated
+from simplified_tinybert.data.features import read_chunks
+from simplified_tinybert.model.pretrained import load_cross_encoder
+from simplified_tinybert.training.loop import HEED_EVERY, Training, step_of
+from simplified_tinybert.training.losses import attention_loss, hidden_loss
+from simplified_tinybert.training.objective import objective
+from simplified_tinybert.training.validation import area_under_curve
 
 LONG = ("--train_batch_size", 4, "--num_train_epochs", 40, "--train_loss_step", 3, "--save_model_step", 10 ** 6,
         "--learning_rate", 1e-3)
@@ -161,7 +161,7 @@ def test_a_terminated_script_leaves_nothing_half_written(golden_models, tmp_path
 
 
 def test_a_second_sigterm_does_not_end_the_tidying():
-    code = ("import os, signal, time; from simplified_tinybert.files import run_main\n"
+    code = ("import os, signal, time; from simplified_tinybert.common.files import run_main\n"
             "def main():\n"
             "    try:\n"
             "        os.kill(os.getpid(), signal.SIGTERM), time.sleep(9)\n"
@@ -207,7 +207,7 @@ def test_a_checkpoint_that_is_being_removed_is_none_any_more(golden_models, tmp_
         (folder / "model.safetensors").unlink()
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("simplified_tinybert.training.shutil.rmtree", breaking_off)
+        patch.setattr("simplified_tinybert.training.loop.shutil.rmtree", breaking_off)
         run_main(distill, *call)
     kept = [*(tmp_path / "out").glob("checkpoint-*"), *(tmp_path / "out").glob("best")]
     assert kept and all((folder / "model.safetensors").is_file() for folder in kept)

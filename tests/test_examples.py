@@ -9,10 +9,10 @@ import pytest
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
-from simplified_tinybert.checkpoints import load_cross_encoder, read_config
+from simplified_tinybert.common.files import Problems
 from simplified_tinybert.data.tokenizer_files import load_vocabulary
-from simplified_tinybert.files import Problems
-from simplified_tinybert.trec import read_qrels, read_run
+from simplified_tinybert.model.pretrained import load_cross_encoder, read_config
+from simplified_tinybert.ranking.trec import read_qrels, read_run
 from tokenize_to_features import check_pairs
 
 EXAMPLES = ROOT / "examples"

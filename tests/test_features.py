@@ -16,10 +16,10 @@ from conftest import ROOT, random_rows, vocabulary, write_features
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from simplified_tinybert import features
-from simplified_tinybert.feature_cache import map_examples
-from simplified_tinybert.features import FORMAT, VERSION, Examples, read_chunks, read_header, summarise
-from simplified_tinybert.files import Problems, UserError
+from simplified_tinybert.common.files import Problems, UserError
+from simplified_tinybert.data import features
+from simplified_tinybert.data.cache import map_examples
+from simplified_tinybert.data.features import FORMAT, VERSION, Examples, read_chunks, read_header, summarise
 
 example_ids = st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=8)
 repeated = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -385,8 +385,8 @@ GREEDY = {
 WITH_LITTLE_MEMORY = """
 import resource, sys
 from pathlib import Path
-from simplified_tinybert.features import read_chunks
-from simplified_tinybert.files import UserError
+from simplified_tinybert.data.features import read_chunks
+from simplified_tinybert.common.files import UserError
 resource.setrlimit(resource.RLIMIT_AS, (2 ** 33, 2 ** 33))
 for name in sys.argv[1:]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -558,9 +558,9 @@ def test_a_damaged_cache_is_named(tmp_path, two_files, name, size):
 BUILD = """
 import sys
 from pathlib import Path
-from simplified_tinybert.feature_cache import map_examples
-from simplified_tinybert.features import summarise
-from simplified_tinybert.files import Problems
+from simplified_tinybert.data.cache import map_examples
+from simplified_tinybert.data.features import summarise
+from simplified_tinybert.common.files import Problems
 paths = [Path(sys.argv[2])]
 summary = summarise(paths, Problems())
 print("ready", flush=True)

@@ -13,9 +13,8 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simplified_tinybert.common.text import read_lines
-from simplified_tinybert.duplicates import DuplicateFinder
-from simplified_tinybert.files import (
+from simplified_tinybert.common.duplicates import DuplicateFinder
+from simplified_tinybert.common.files import (
     Problems,
     UserError,
     atomic_writer,
@@ -24,6 +23,7 @@ from simplified_tinybert.files import (
     run_main,
     shorten,
 )
+from simplified_tinybert.common.text import read_lines
 
 line_texts = st.text(st.characters(codec="utf-8", exclude_characters="\r\n\0"), max_size=12)   # NUL: test_text.py
 keys = st.text(max_size=2) | st.tuples(st.text(max_size=1), st.text(max_size=1))
@@ -260,7 +260,7 @@ def test_checking_a_pipe_neither_waits_nor_disturbs_its_writer(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     problems = Problems()
-    check = [sys.executable, "-c", "import sys; from pathlib import Path\nfrom simplified_tinybert.files import *\n"
+    check = [sys.executable, "-c", "import sys; from pathlib import Path\nfrom simplified_tinybert.common.files import *\n"
              "problems = Problems()\nchecked = check_input_file(Path(sys.argv[1]), problems, 'run')\n"
              "print(checked, problems.messages)"]
     done = subprocess.run([*check, str(pipe)], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -284,7 +284,7 @@ def test_atomic_writer_follows_a_link(tmp_path):
 def test_a_full_disk_is_told_with_its_file(tmp_path, write, told):
     script = ("import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
               "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-              "import numpy\nfrom simplified_tinybert.files import atomic_writer, run_main\n"
+              "import numpy\nfrom simplified_tinybert.common.files import atomic_writer, run_main\n"
               f"def main():\n    with atomic_writer(sys.argv[1], 'wb') as handle:\n        {write}\n"
               "run_main(main)")
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "big.txt")], cwd=ROOT, capture_output=True,

@@ -16,11 +16,11 @@ from transformers import AutoModel
 
 import distill
 import general_distill
-from simplified_tinybert.checkpoints import load_cross_encoder
-from simplified_tinybert.corpus import COLUMNS, check_corpus, documents, map_corpus, segments
-from simplified_tinybert.files import Problems, UserError
-from simplified_tinybert.objectives import objective
-from simplified_tinybert.tokenization import PieceCutter
+from simplified_tinybert.common.files import Problems, UserError
+from simplified_tinybert.data.corpus import COLUMNS, check_corpus, documents, map_corpus, segments
+from simplified_tinybert.data.tokenization import PieceCutter
+from simplified_tinybert.model.pretrained import load_cross_encoder
+from simplified_tinybert.training.objective import objective
 
 SHAPE = {"model_type": "bert", "vocab_size": 200, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 96, "max_position_embeddings": 64, "hidden_dropout_prob": 0.0,
@@ -121,7 +121,7 @@ def test_the_cut_corpus_is_kept_and_several_processes_cut_it_alike(tmp_path, mon
     path.write_text("".join(words(random.integers(5, 200, 400)) + "\n" for _ in range(1200)))
     assert path.stat().st_size > 2 ** 20                # enough for several processes
     first = map_corpus([path], "lines", vocabulary(), 16, "content", tmp_path / "cache")
-    monkeypatch.setattr("simplified_tinybert.corpus.default_workers", lambda: 1)
+    monkeypatch.setattr("simplified_tinybert.data.corpus.default_workers", lambda: 1)
     second = map_corpus([path], "lines", vocabulary(), 16, "content", tmp_path / "other")
     assert np.array_equal(first.tokens, second.tokens) and np.array_equal(first.lengths, second.lengths)
     path.write_text("")                                 # not read again

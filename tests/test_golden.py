@@ -3,12 +3,12 @@ import numpy as np
 import pytest
 import torch
 
-from simplified_tinybert.checkpoints import load_cross_encoder
-from simplified_tinybert.losses import attention_loss, hidden_loss, layer_map
-from simplified_tinybert.modeling import Batch
-from simplified_tinybert.objectives import objective, stage_weights
-from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay
-from simplified_tinybert.scoring import relevance
+from simplified_tinybert.model.bert import Batch
+from simplified_tinybert.model.pretrained import load_cross_encoder
+from simplified_tinybert.ranking.scoring import relevance
+from simplified_tinybert.training.losses import attention_loss, hidden_loss, layer_map
+from simplified_tinybert.training.objective import objective, stage_weights
+from simplified_tinybert.training.optimizer import BertAdam, decay_groups, linear_warmup_decay
 
 CASES = range(16)
 TERMS = {"soft_loss": "soft", "hard_loss": "hard", "loss": "total", "att_loss": "attention", "rep_loss": "hidden",

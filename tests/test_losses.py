@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simplified_tinybert.losses import attention_loss, hard_loss, hidden_loss, layer_map, soft_loss
+from simplified_tinybert.training.losses import attention_loss, hard_loss, hidden_loss, layer_map, soft_loss
 
 shapes = st.fixed_dictionaries({
     "batch": st.integers(1, 4), "heads": st.integers(1, 4), "length": st.integers(1, 40), "width": st.integers(1, 9),

@@ -30,7 +30,7 @@ def make(layers: int, width: int, dropout: float):
     import torch
     from transformers import BertConfig
 
-    from simplified_tinybert.modeling import CrossEncoder
+    from simplified_tinybert.model.bert import CrossEncoder
     torch.manual_seed(0)
     return CrossEncoder(BertConfig(vocab_size=100, hidden_size=width, num_hidden_layers=layers, num_attention_heads=12,
                                    intermediate_size=4 * width, hidden_dropout_prob=dropout,
@@ -41,8 +41,8 @@ def step(student, teacher, length: int) -> int:
     """Peak memory in bytes that a forward and backward pass adds to what was there before."""
     import torch
 
-    from simplified_tinybert.modeling import Batch
-    from simplified_tinybert.objectives import objective, stage_weights
+    from simplified_tinybert.model.bert import Batch
+    from simplified_tinybert.training.objective import objective, stage_weights
     mask = (torch.arange(length) < torch.full((8, 1), length - 7)).long()
     batch = Batch(torch.randint(100, (8, length)), torch.zeros(8, length, dtype=torch.long), mask, torch.arange(8) % 2)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -53,7 +53,7 @@ def step(student, teacher, length: int) -> int:
 def main() -> None:
     import torch
 
-    from simplified_tinybert.checkpoints import fit_projections
+    from simplified_tinybert.model.pretrained import fit_projections
     dropout = float(sys.argv[1])
     student, teacher = make(3, 96, dropout).train(), make(6, 192, dropout).eval().requires_grad_(False)
     fit_projections(student, 192, torch.Generator().manual_seed(0))

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForSequenceClassification
 
-from simplified_tinybert.modeling import ACTIVATIONS, Batch, CrossEncoder, Dropout, attend, drop
-from simplified_tinybert.runtime import read_ahead
+from simplified_tinybert.common.device import read_ahead
+from simplified_tinybert.model.bert import ACTIVATIONS, Batch, CrossEncoder, Dropout, attend, drop
 
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, "gelu_fast", "quick_gelu", "mish", "linear"])
@@ -117,7 +117,7 @@ def test_freed_memory_is_kept_on_cpus(device, kept):
     """Page faults of large tensors that are made and freed again and again, in a process of its own."""
     code = f"""
 import resource, torch
-from simplified_tinybert.runtime import keep_freed_memory
+from simplified_tinybert.common.device import keep_freed_memory
 keep_freed_memory(torch.device("{device}"))
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -8,8 +8,8 @@ from conftest import run_script
 from scipy import stats
 
 import msmarco_mrr_eval as evaluate
-from simplified_tinybert.files import UserError
-from simplified_tinybert.statistics import holm
+from simplified_tinybert.common.files import UserError
+from simplified_tinybert.ranking.significance import holm
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "data" / "aggregation"

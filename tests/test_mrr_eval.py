@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import msmarco_mrr_eval as evaluate
-from simplified_tinybert import measures
-from simplified_tinybert.files import Problems, UserError
-from simplified_tinybert.trec import rank
+from simplified_tinybert.common.files import Problems, UserError
+from simplified_tinybert.ranking import measures
+from simplified_tinybert.ranking.trec import rank
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "data" / "aggregation"

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from simplified_tinybert.optimizer import BertAdam, decay_groups, linear_warmup_decay
+from simplified_tinybert.training.optimizer import BertAdam, decay_groups, linear_warmup_decay
 
 
 def naive_step(parameter, gradient, mean, square, rate, decay):

@@ -1,5 +1,5 @@
 """The picture of effectiveness against speed: what is in it, and that it can be read."""
-from simplified_tinybert import plots
+from simplified_tinybert.ranking import plots
 
 
 def names_drawn(points):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import reranker
-from simplified_tinybert.checkpoints import load_cross_encoder, read_config
-from simplified_tinybert.cpu_linear import (
+from simplified_tinybert.common.files import UserError
+from simplified_tinybert.data.features import read_chunks
+from simplified_tinybert.model.cpu_linear import (
     WEIGHT_LEVELS,
     Int8Linear,
     PackedLinear,
@@ -20,9 +21,8 @@ from simplified_tinybert.cpu_linear import (
     quantize_linear_layers,
     saturates,
 )
-from simplified_tinybert.features import read_chunks
-from simplified_tinybert.files import UserError
-from simplified_tinybert.precision import to_half
+from simplified_tinybert.model.precision import to_half
+from simplified_tinybert.model.pretrained import load_cross_encoder, read_config
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 BITS = 7 if saturates() else 8          # of weights on this machine

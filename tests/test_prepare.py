@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 
 import prepare_examples
 import tokenize_to_features
-from simplified_tinybert import sampling
-from simplified_tinybert.collection import by_query, read_rows
-from simplified_tinybert.documents import Document
-from simplified_tinybert.features import read_chunks
-from simplified_tinybert.files import Problems, UserError
-from simplified_tinybert.passages import Cutting, cut, window_starts
-from simplified_tinybert.sampling import best_passages, draw_passages, draw_queries, shuffled, whole_number
+from simplified_tinybert.common.files import Problems, UserError
+from simplified_tinybert.data import sampling
+from simplified_tinybert.data.collection import by_query, read_rows
+from simplified_tinybert.data.documents import Document
+from simplified_tinybert.data.features import read_chunks
+from simplified_tinybert.data.passages import Cutting, cut, window_starts
+from simplified_tinybert.data.sampling import best_passages, draw_passages, draw_queries, shuffled, whole_number
 
 DATA = ROOT.parent / "shared" / "data"
 
@@ -651,7 +651,7 @@ def test_judgements_and_ids_of_a_dataset_are_checked_as_those_of_files(refused_r
 
 
 def test_documents_without_a_text_name_the_fields_there_are():
-    from simplified_tinybert.dataset import parts_of
+    from simplified_tinybert.data.ir_dataset import parts_of
     with pytest.raises(UserError, match="document 'D1' has no text, but doc_id, image"):
         parts_of(namedtuple("Picture", "doc_id image")("D1", b"png"))
 
@@ -669,7 +669,7 @@ def test_documents_of_many_kinds():
     from ir_datasets.datasets.msmarco_document import MsMarcoDocument
     from ir_datasets.formats import GenericDoc, TitleUrlTextDoc
 
-    from simplified_tinybert.dataset import parts_of
+    from simplified_tinybert.data.ir_dataset import parts_of
     assert parts_of(MsMarcoDocument("D1", "u", "a  title", "a\nbody")) == ("a title", "a body")
     assert parts_of(GenericDoc("D1", "text\ud800")) == ("", "text?")
     assert parts_of(TitleUrlTextDoc("D1", "t", "u", "x")) == ("t", "x")

@@ -8,7 +8,7 @@ import pytest
 from conftest import random_rows, run_script, words, write_features
 
 import reranker
-from simplified_tinybert.records import file_facts, record_file, record_path
+from simplified_tinybert.common.records import file_facts, record_file, record_path
 
 
 def test_a_ranking_is_traced_to_model_features_and_pairs(golden_models, tmp_path):
@@ -39,7 +39,7 @@ def test_a_ranking_is_traced_to_model_features_and_pairs(golden_models, tmp_path
 
 
 def test_huge_files_are_not_hashed(tmp_path, monkeypatch):
-    monkeypatch.setattr("simplified_tinybert.records.SMALL", 3)
+    monkeypatch.setattr("simplified_tinybert.common.records.SMALL", 3)
     (tmp_path / "small").write_text("abc")
     (tmp_path / "large").write_text("abcd")
     assert file_facts(tmp_path / "small")["sha256"] == hashlib.sha256(b"abc").hexdigest()

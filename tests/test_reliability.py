@@ -32,12 +32,12 @@ import prepare_examples
 import report
 import reranker
 import tokenize_to_features
-from simplified_tinybert import features
-from simplified_tinybert.checkpoints import load_cross_encoder
-from simplified_tinybert.collection import read_queries, read_rows
-from simplified_tinybert.documents import open_documents
-from simplified_tinybert.files import Problems, UserError, run_main
-from simplified_tinybert.trec import read_qrels, read_run
+from simplified_tinybert.common.files import Problems, UserError, run_main
+from simplified_tinybert.data import features
+from simplified_tinybert.data.collection import read_queries, read_rows
+from simplified_tinybert.data.documents import open_documents
+from simplified_tinybert.model.pretrained import load_cross_encoder
+from simplified_tinybert.ranking.trec import read_qrels, read_run
 
 SCRIPTS = {module.__name__: module for module in (convert_to_trec_results, distill, general_distill, prepare_examples,
                                                   report, reranker, tokenize_to_features)}

@@ -33,8 +33,8 @@ from running import Command, run_all  # noqa: E402
 from settings import divisor_at_least, read_settings  # noqa: E402
 from study import extension  # noqa: E402
 
-from simplified_tinybert.files import Problems, UserError  # noqa: E402
-from simplified_tinybert.trec import read_qrels  # noqa: E402
+from simplified_tinybert.common.files import Problems, UserError  # noqa: E402
+from simplified_tinybert.ranking.trec import read_qrels  # noqa: E402
 
 SUMMARY = ROOT / "experiments" / "results" / "summary.json"
 SETTINGS = """

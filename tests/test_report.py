@@ -10,12 +10,12 @@ from scipy import stats
 import convert_to_trec_results
 import report
 import reranker
-from simplified_tinybert.checkpoints import load_cross_encoder
-from simplified_tinybert.files import UserError
-from simplified_tinybert.modeling import count_parameters
-from simplified_tinybert.speed import sample_pairs
-from simplified_tinybert.statistics import holm
-from simplified_tinybert.systems import System
+from simplified_tinybert.common.files import UserError
+from simplified_tinybert.model.bert import count_parameters
+from simplified_tinybert.model.pretrained import load_cross_encoder
+from simplified_tinybert.ranking.significance import holm
+from simplified_tinybert.ranking.speed import sample_pairs
+from simplified_tinybert.ranking.systems import System
 
 SETTINGS = {"fp16": False, "bf16": False, "int8": False}
 
@@ -212,7 +212,7 @@ def test_the_record_of_the_pairs_beside_a_run_is_not_its_own(made, folder):
 
 @pytest.mark.parametrize("count", [1, 7, 40, 100])
 def test_pairs_at_equal_distances(tmp_path, monkeypatch, count):
-    monkeypatch.setattr("simplified_tinybert.features.CHUNK_EXAMPLES", 9)
+    monkeypatch.setattr("simplified_tinybert.data.features.CHUNK_EXAMPLES", 9)
     rows = random_rows(40)
     files = [write_features(tmp_path / name, part) for name, part in (("1", rows[:25]), ("2", rows[25:]))]
     pairs, least = sample_pairs(files, 40, count), min(count, 40)

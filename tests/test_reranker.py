@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import reranker
-from simplified_tinybert import features, scoring
-from simplified_tinybert.checkpoints import load_cross_encoder
-from simplified_tinybert.files import UserError, locked
-from simplified_tinybert.modeling import Batch
+from simplified_tinybert.common.files import UserError, locked
+from simplified_tinybert.data import features
+from simplified_tinybert.model.bert import Batch
+from simplified_tinybert.model.pretrained import load_cross_encoder
+from simplified_tinybert.ranking import scoring
 
 
 def arguments(model, features_file, output, *more):

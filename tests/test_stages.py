@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from test_distill import arguments, log_of, with_dropout
 
 import distill
-from simplified_tinybert.checkpoints import load_cross_encoder
-from simplified_tinybert.features import Examples
-from simplified_tinybert.files import UserError
-from simplified_tinybert.objectives import METHODS, formula, objective, parse_loss_weights, stage_weights
+from simplified_tinybert.common.files import UserError
+from simplified_tinybert.data.features import Examples
+from simplified_tinybert.model.pretrained import load_cross_encoder
+from simplified_tinybert.training.objective import METHODS, formula, objective, parse_loss_weights, stage_weights
 
 SMALL_STEPS = ("--train_batch_size", 8, "--train_loss_step", 1, "--learning_rate", 1e-3)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from simplified_tinybert import statistics
+from simplified_tinybert.ranking import significance as statistics
 
 value = st.sampled_from([0.0, 0.1, 0.25, 0.5, 1 / 3, 0.7, 1.0])
 pairs = st.integers(1, 9).flatmap(lambda count: st.tuples(*[st.lists(value, min_size=count, max_size=count)] * 2))

@@ -4,7 +4,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simplified_tinybert import tables
+from simplified_tinybert.ranking import tables
 
 
 def test_markdown():

@@ -20,11 +20,11 @@ import convert_to_trec_results
 import general_distill
 import tokenize_to_features
 from experiments import settings as study_settings
-from simplified_tinybert.collection import read_queries, read_rows
-from simplified_tinybert.corpus import check_corpus
-from simplified_tinybert.documents import Document, open_documents
-from simplified_tinybert.files import Problems, atomic_writer
-from simplified_tinybert.trec import read_qrels, read_run
+from simplified_tinybert.common.files import Problems, atomic_writer
+from simplified_tinybert.data.collection import read_queries, read_rows
+from simplified_tinybert.data.corpus import check_corpus
+from simplified_tinybert.data.documents import Document, open_documents
+from simplified_tinybert.ranking.trec import read_qrels, read_run
 
 MARK = codecs.BOM_UTF8
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
 import tokenize_to_features
+from simplified_tinybert.common.files import UserError, run_main
+from simplified_tinybert.data.features import read_chunks, read_header
+from simplified_tinybert.data.tokenization import PieceCutter, truncated_lengths
 from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.data.vocabulary import bert_vocabulary
-from simplified_tinybert.features import read_chunks, read_header
-from simplified_tinybert.files import UserError, run_main
-from simplified_tinybert.tokenization import PieceCutter, truncated_lengths
 from tokenize_to_features import tokenize
 
 CASES = json.loads((DATA / "tokenization.json").read_text(encoding="utf-8"))

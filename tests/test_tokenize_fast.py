@@ -13,12 +13,12 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import tokenize_to_features
+from simplified_tinybert.common.files import UserError
 from simplified_tinybert.common.text import lines_of, read_blocks, read_lines
+from simplified_tinybert.common.workers import _receive, map_in_order
+from simplified_tinybert.data.features import CHUNK_EXAMPLES, Examples, read_chunks
+from simplified_tinybert.data.tokenization import PieceCutter, Remembered
 from simplified_tinybert.data.tokenizer_files import load_vocabulary
-from simplified_tinybert.features import CHUNK_EXAMPLES, Examples, read_chunks
-from simplified_tinybert.files import UserError
-from simplified_tinybert.tokenization import PieceCutter, Remembered
-from simplified_tinybert.workers import _receive, map_in_order
 
 LINES = st.text(alphabet="\t\t\t#ab 01\u00a0\u2028\x1c\x1f\u3000é", max_size=25)
 LETTERS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\n"), max_size=120)
@@ -117,7 +117,7 @@ def test_a_process_lost_while_it_sends_is_told_of():
 
 def test_processes_that_start_hear_no_signals():
     """In a process of its own, as Python changes what is blocked when it starts the first one."""
-    code = ("import signal; from functools import partial; from simplified_tinybert.workers import map_in_order\n"
+    code = ("import signal; from functools import partial; from simplified_tinybert.common.workers import map_in_order\n"
             "blocked = map_in_order(partial(partial, signal.pthread_sigmask, signal.SIG_BLOCK), [[], []], 2)\n"
             "print([signal.SIGINT in each and signal.SIGTERM in each for each in blocked])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -21,13 +21,13 @@ from transformers import AutoTokenizer, BertConfig, BertTokenizer
 import distill
 import reranker
 import tokenize_to_features
-from simplified_tinybert.checkpoints import load_cross_encoder, new_cross_encoder, save_cross_encoder
-from simplified_tinybert.corpus import map_corpus
+from simplified_tinybert.common.files import UserError
+from simplified_tinybert.data.corpus import map_corpus
+from simplified_tinybert.data.features import read_chunks
+from simplified_tinybert.data.tokenization import PieceCutter, words_suffice
 from simplified_tinybert.data.tokenizer_files import load_vocabulary, save_tokenizer
 from simplified_tinybert.data.vocabulary import SPECIAL, Vocabulary
-from simplified_tinybert.features import read_chunks
-from simplified_tinybert.files import UserError
-from simplified_tinybert.tokenization import PieceCutter, words_suffice
+from simplified_tinybert.model.pretrained import load_cross_encoder, new_cross_encoder, save_cross_encoder
 from tokenize_to_features import tokenize
 
 SIZE = 420                                              # embeddings of the tiny models

@@ -10,9 +10,9 @@ import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simplified_tinybert.collection import read_rows
-from simplified_tinybert.files import Problems
-from simplified_tinybert.trec import float32_ties, parse_score, rank, read_qrels, read_run, sum_in_order
+from simplified_tinybert.common.files import Problems
+from simplified_tinybert.data.collection import read_rows
+from simplified_tinybert.ranking.trec import float32_ties, parse_score, rank, read_qrels, read_run, sum_in_order
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

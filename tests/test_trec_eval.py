@@ -7,9 +7,9 @@ import ir_measures
 import pytest
 import pytrec_eval
 
-from simplified_tinybert.files import Problems
-from simplified_tinybert.measures import evaluate
-from simplified_tinybert.trec import read_qrels, read_run
+from simplified_tinybert.common.files import Problems
+from simplified_tinybert.ranking.measures import evaluate
+from simplified_tinybert.ranking.trec import read_qrels, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "data" / "aggregation"

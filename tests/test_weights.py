@@ -12,12 +12,12 @@ from conftest import DATA, change_config, tiny_vocabulary
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from simplified_tinybert.checkpoints import load_cross_encoder, load_ranker
-from simplified_tinybert.files import UserError, reason
-from simplified_tinybert.hub import FETCHED, find_model
+from simplified_tinybert.common.checks import check_chain
+from simplified_tinybert.common.files import UserError, reason
 from simplified_tinybert.model.configuration import read_config
+from simplified_tinybert.model.hub import FETCHED, find_model
+from simplified_tinybert.model.pretrained import load_cross_encoder, load_ranker
 from simplified_tinybert.model.weights import canonical_names, weights_fingerprint
-from simplified_tinybert.preflight import check_chain
 
 NAME = "student_2x24"
 WEIGHTS = load_file(DATA / f"{NAME}.safetensors")

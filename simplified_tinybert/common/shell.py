@@ -16,10 +16,10 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 
-from simplified_tinybert.files import Problems, UserError, check_input_file, run_main
-from simplified_tinybert.measures import check_grades, parse_measures
+from simplified_tinybert.common.files import Problems, UserError, check_input_file, run_main
 from simplified_tinybert.ranking.aggregation import aggregation
-from simplified_tinybert.trec import read_qrels, read_run
+from simplified_tinybert.ranking.measures import check_grades, parse_measures
+from simplified_tinybert.ranking.trec import read_qrels, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 Rule = Callable[[str], str | None]                      # a value → what is expected instead, or None

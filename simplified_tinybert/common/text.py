@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from simplified_tinybert.files import Problems, UserError
+from simplified_tinybert.common.files import Problems, UserError
 
 BUFFER = 2 ** 17        # bytes; Python's own 8 KiB make a system call of every few lines
 BLOCK = 2 ** 18         # bytes

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from transformers import BertConfig
 
-from simplified_tinybert.files import Problems, UserError, reason
-from simplified_tinybert.hub import ADAPTER_FILE, CONFIG_FILES
+from simplified_tinybert.common.files import Problems, UserError, reason
+from simplified_tinybert.model.bert import ACTIVATIONS, activation_named
+from simplified_tinybert.model.hub import ADAPTER_FILE, CONFIG_FILES
 from simplified_tinybert.model.weights import read_json, some
-from simplified_tinybert.modeling import ACTIVATIONS, activation_named
 
 LEAST = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 1,
          "max_position_embeddings": 1, "type_vocab_size": 2}

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from simplified_tinybert.files import UserError, reason, shorten
-from simplified_tinybert.hub import PROJECTION_FILE, WEIGHT_FILES
+from simplified_tinybert.common.files import UserError, reason, shorten
+from simplified_tinybert.model.hub import PROJECTION_FILE, WEIGHT_FILES
 
 # Segments of a name that PyTorch's wrappers add anywhere in it; no parameter of BERT has one
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simplified_tinybert.trec import sum_in_order
+from simplified_tinybert.ranking.trec import sum_in_order
 
 
 class Aggregation(NamedTuple):

@@ -1,0 +1,250 @@
+"""Reading and writing model folders: one loader for teachers, general students and finished students.
+
+Two layouts are read: config.json with model.safetensors or pytorch_model.bin (Hugging Face), and the original's
+bert_config.json with pytorch_model.bin. Weights are read without running any code of the file. What is written is a
+normal Hugging Face folder; the projections that only distillation needs go into fit_dense.safetensors beside it.
+"""
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import BertConfig
+
+from simplified_tinybert.common.files import Problems, UserError, atomic_writer, reason, warn
+from simplified_tinybert.data.tokenizer_files import has_vocabulary, save_tokenizer
+from simplified_tinybert.model.bert import CrossEncoder
+from simplified_tinybert.model.configuration import read_config, reversed_labels
+from simplified_tinybert.model.hub import PROJECTION_FILE
+from simplified_tinybert.model.weights import read_weights, some
+from simplified_tinybert.training.losses import layer_map
+
+BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")           # constants that older libraries stored
+PRETRAINING_HEADS = ("cls.", "qa_outputs.")
+HEAD = ("bert.pooler.", "classifier.")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# Sizes of a configuration, and where the weights show them: a tensor and its dimension
+SHOWN = {"vocab_size": ("bert.embeddings.word_embeddings.weight", 0),
+         "hidden_size": ("bert.embeddings.word_embeddings.weight", 1),
+         "max_position_embeddings": ("bert.embeddings.position_embeddings.weight", 0),
+         "type_vocab_size": ("bert.embeddings.token_type_embeddings.weight", 0),
+         "intermediate_size": ("bert.encoder.layer.0.intermediate.dense.weight", 0)}
+IN_A_LAYER = 16                                         # parameters
+FOR_OTHERS = ("sentence_transformers", "sbert_ce_default_activation_function", "auto_map")      # of the model before
+
+
+def load_cross_encoder(folder: Path, config: BertConfig | None = None, new_head: torch.Generator | None = None,
+                       dtype: torch.dtype = torch.float32) -> tuple[CrossEncoder, list[str]]:
+    """Model of a folder in evaluation mode, with notes for the user on what was ignored or newly initialised.
+
+    Every parameter must be in the checkpoint and every tensor of the checkpoint must have a place, or a UserError
+    lists what does not fit. With `new_head` (general students) pooler and classifier may be missing: they are then
+    drawn from this generator, the classifier with two classes.
+    """
+    config = config or read_config(folder)
+    weights = {name: tensor for name, tensor in read_weights(folder).items() if not BUFFERS.search(name)}
+    check_sizes(weights, config, folder)
+    if "classifier.weight" in weights and weights["classifier.weight"].dim() == 2:
+        config.num_labels = weights["classifier.weight"].shape[0]
+    elif new_head and "classifier.weight" not in weights:
+        config.id2label = {0: "not relevant", 1: "relevant"}
+    ignored = sorted(name for name in weights if name.startswith(PRETRAINING_HEADS))
+    weights = {name: tensor for name, tensor in weights.items() if name not in ignored}
+    try:
+        with _WithoutInitialisation():                  # all of it is filled below
+            model = CrossEncoder(config)
+            add_projections(model, weights)
+    except Exception as error:                          # sizes that no model can have; which, the library says
+        raise UserError(f"{folder}: its configuration describes no possible model: {reason(error)}") from error
+    model.to(dtype)
+    notes = [f"{len(ignored)} tensors of pre-training heads are not used ({ignored[0]}, ...)"] if ignored else []
+    notes += _fill(model, weights, folder, new_head)
+    return model.eval(), notes
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Modules that are made in this context draw no random numbers."""
+
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) \
+            -> object:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return function(*args, **(kwargs or {}))
+
+
+def check_sizes(weights: dict[str, Tensor], config: BertConfig, folder: Path) -> None:
+    """Raise UserError with each size of the configuration that the weights contradict: what follows from it is not."""
+    problems = Problems()
+    for size, (name, dimension) in SHOWN.items():
+        expected = getattr(config, size)
+        if name in weights and weights[name].dim() == 2 and weights[name].shape[dimension] != expected:
+            problems.add(f"{folder}: {name} has shape {list(weights[name].shape)}, which makes {size} "
+                         f"{weights[name].shape[dimension]}; the configuration says {expected}")
+    layers = Counter(found[1] for found in map(re.compile(r"bert\.encoder\.layer\.(\d+)\.").match, weights) if found)
+    if set(layers.values()) == {IN_A_LAYER} and len(layers) != config.num_hidden_layers:
+        problems.add(f"{folder}: the weights have {len(layers)} layers, which makes num_hidden_layers {len(layers)}; "
+                     f"the configuration says {config.num_hidden_layers}")
+    problems.raise_if_any()
+
+
+def _fill(model: CrossEncoder, weights: dict[str, Tensor], folder: Path, new_head: torch.Generator | None) -> list[str]:
+    """Copy all weights into the model; complain about every name or shape that does not fit."""
+    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    missing = sorted(expected.keys() - weights.keys())
+    fresh = [name for name in missing if new_head and name.startswith(HEAD)]
+    problems = Problems()
+    complain_of_names([name for name in missing if name not in fresh], sorted(weights.keys() - expected.keys()),
+                      folder, problems)
+    for name in sorted(expected.keys() & weights.keys()):
+        if expected[name] != weights[name].shape:
+            problems.add(f"{folder}: {name} has shape {list(weights[name].shape)}; expected {list(expected[name])} "
+                         f"by the configuration")
+    for dtype in sorted({tensor.dtype for tensor in weights.values()}.difference(FLOATS), key=str):
+        names = sorted(name for name, tensor in weights.items() if tensor.dtype == dtype)
+        problems.add(f"{folder}: the weights hold {dtype} in {some(names)}; expected floating-point numbers of 16 to "
+                     f"64 bits: fetch or save the model without quantization")
+    problems.raise_if_any()
+    for name in fresh:
+        initialise(model.get_parameter(name), model.config.initializer_range, new_head)
+    model.load_state_dict(weights, strict=False)
+    return [f"newly initialised: {', '.join(fresh)}"] if fresh else []
+
+
+def complain_of_names(missing: list[str], unexpected: list[str], folder: Path, problems: Problems) -> None:
+    """What the weights lack, and beside it what they hold that has no place."""
+    if missing:
+        hint = "; the model was not fine-tuned for ranking" \
+            if not unexpected and all(name.startswith(HEAD) for name in missing) else ""
+        problems.add(f"{folder}: the weights lack {some(missing)}{hint}")
+    if unexpected:
+        hint = "; merge the LoRA weights into the model first (merge_and_unload of peft)" \
+            if any(".lora_" in name for name in unexpected) else \
+            "; if these are the missing ones, save them under those names" if missing else ""
+        problems.add(f"{folder}: the weights hold {some(unexpected)}, which {'have' if unexpected[1:] else 'has'} no "
+                     f"place in this model{hint}")
+
+
+def load_ranker(folder: Path, config: BertConfig | None = None, new_head: torch.Generator | None = None) \
+        -> tuple[CrossEncoder, list[str]]:
+    """A model with the two classes not relevant and relevant, as `load_cross_encoder` does it. Raises UserError.
+
+    The head of a model with a single logit z is made to give the two logits (0, z), whose softmax is z's sigmoid.
+    Warns where the configuration names the classes the other way round.
+    """
+    model, notes = load_cross_encoder(folder, config, new_head)
+    if model.config.num_labels == 1:
+        notes.append(f"{folder}: {split_logit(model)}")
+    elif model.config.num_labels != 2:
+        raise UserError(f"{folder}: the model has {model.config.num_labels} classes; expected 2 (not relevant, "
+                        f"relevant), or 1 logit")
+    elif labels := reversed_labels(model.config):
+        warn(f"{folder}: {labels} in its configuration, but class 1 is taken as relevant; if the names are right, the "
+             f"ranking is upside down: exchange the two rows of classifier.weight and classifier.bias")
+    return model, notes
+
+
+def split_logit(model: CrossEncoder) -> str:
+    """Give a model with one logit z the two logits (0, z), in place. Returns a note for the user."""
+    head = model.classifier
+    head.weight, head.bias = (nn.Parameter(torch.cat([torch.zeros_like(tensor), tensor.detach()]))
+                              for tensor in (head.weight, head.bias))
+    head.out_features = model.config.num_labels = 2
+    kind, model.config.problem_type = model.config.problem_type, None
+    return ("its one logit z becomes the two (0, z); z is taken as the log-odds of relevance, " + (
+        "though its configuration says regression: the order of passages is right, their probabilities may not be"
+        if kind == "regression" else "as in models trained with a sigmoid"))
+
+
+def initialise(parameter: nn.Parameter, spread: float, generator: torch.Generator) -> None:
+    """BERT's way: matrices normal with standard deviation `spread`, biases zero."""
+    with torch.no_grad():
+        parameter.normal_(std=spread, generator=generator) if parameter.dim() > 1 else parameter.zero_()
+
+
+def new_cross_encoder(config: BertConfig, generator: torch.Generator) -> CrossEncoder:
+    """A model with BERT's random initial weights; the embedding of [PAD] is zero."""
+    model = CrossEncoder(config)
+    for name, parameter in model.named_parameters():
+        if "LayerNorm" not in name:                     # which start as the identity
+            initialise(parameter, config.initializer_range, generator)
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[config.pad_token_id or 0] = 0.0
+    return model.eval()
+
+
+def copy_teacher_layers(student: CrossEncoder, teacher: CrossEncoder) -> None:
+    """Start a student of the teacher's width from its embeddings, its pooler and every k-th of its layers."""
+    sources = layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    student.bert.embeddings.load_state_dict(teacher.bert.embeddings.state_dict())
+    student.bert.pooler.load_state_dict(teacher.bert.pooler.state_dict())
+    for layer, source in zip(student.bert.encoder.layer, sources):
+        layer.load_state_dict(teacher.bert.encoder.layer[source - 1].state_dict())
+
+
+def add_projections(model: CrossEncoder, weights: dict[str, Tensor]) -> None:
+    """Give the model the projections that its checkpoint holds (one shared, or TinyBERT v2's one per hidden state)."""
+    count = len({name.split(".")[1] for name in weights if name.startswith("projections.")})
+    for number in range(count):
+        matrix = weights.get(f"projections.{number}.weight")
+        if matrix is not None and matrix.dim() == 2:
+            model.projections.append(nn.Linear(matrix.shape[1], matrix.shape[0]))
+
+
+def fit_projections(model: CrossEncoder, teacher_width: int, generator: torch.Generator) -> list[str]:
+    """Make sure that the student has projections to `teacher_width`: kept where they fit, else one new shared one."""
+    states = model.config.num_hidden_layers + 1
+    kept = [(layer.in_features, layer.out_features) for layer in model.projections]
+    if kept and set(kept) == {(model.config.hidden_size, teacher_width)} and len(kept) in (1, states):
+        return [] if len(kept) == 1 else [f"fit_denses: one projection for each of the {states} hidden states"]
+    model.projections = nn.ModuleList([nn.Linear(model.config.hidden_size, teacher_width)])
+    model.projections.to(model.classifier.weight.dtype)
+    for parameter in model.projections.parameters():
+        initialise(parameter, model.config.initializer_range, generator)
+    why = f" (the checkpoint's {len(kept)} of shape {kept[0]} do not fit)" if kept else ""
+    return [f"newly initialised: fit_dense, {model.config.hidden_size} → {teacher_width}{why}"]
+
+
+def save_cross_encoder(model: CrossEncoder, folder: Path, tokenizer_folder: Path | None, lower_case: bool,
+                       card: str = "", general: bool = False) -> None:
+    """Write a Hugging Face folder: config.json, model.safetensors, tokenizer files, a model card, the projections.
+
+    A `general` student has no classifier yet.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
+               if not (general and name.startswith("classifier."))}
+    projections = {name: tensors.pop(name) for name in list(tensors) if name.startswith("projections.")}
+    if projections:
+        name = "fit_dense." if len(model.projections) == 1 else "fit_denses.0."
+        renamed = {key.replace("projections.0.", name).replace("projections.", "fit_denses."): tensor
+                   for key, tensor in projections.items()}
+        _save_tensors(renamed, folder / PROJECTION_FILE)
+    else:
+        (folder / PROJECTION_FILE).unlink(missing_ok=True)                  # of a model that was here before
+    architecture = "BertModel" if general else "BertForSequenceClassification"
+    config = {key: value for key, value in model.config.to_dict().items() if key not in FOR_OTHERS}
+    config |= {"architectures": [architecture], "model_type": "bert",
+                                       "dtype": str(model.classifier.weight.dtype).removeprefix("torch.")}
+    if model.config.num_labels == 2 and not general:
+        config |= {"id2label": {"0": "not relevant", "1": "relevant"}, "label2id": {"not relevant": 0, "relevant": 1}}
+    _write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if tokenizer_folder and has_vocabulary(tokenizer_folder):
+        save_tokenizer(tokenizer_folder, folder, lower_case, model.config.max_position_embeddings)
+    if card:
+        _write_text(folder / "README.md", card)
+    _save_tensors(tensors, folder / "model.safetensors")
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    with atomic_writer(path, "wb") as handle:
+        handle.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_writer(path) as handle:
+        handle.write(text)

@@ -1,0 +1,1 @@
+"""Distillation: losses, objectives, optimizer and the training loop."""

@@ -1,0 +1,114 @@
+"""The log of a training, as JSON lines and for TensorBoard: means of the loss terms over intervals, dev measures."""
+import json
+import math
+import sys
+import time
+import types
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from simplified_tinybert.common.files import atomic_writer, naming
+from simplified_tinybert.common.processes import Processes
+
+TERMS = ("loss", "cls_loss", "att_loss", "rep_loss", "soft_loss", "hard_loss")
+GRADIENTS = {"att_loss": "att_grad", "rep_loss": "rep_grad", "soft_loss": "soft_grad", "hard_loss": "hard_grad"}
+
+
+class TrainingLog:
+    """Means of the loss terms to train_loss.jsonl, dev measures to dev.jsonl, both to TensorBoard.
+
+    The first process writes, in `folder`. Rows of steps after `finished_steps`, of a run that was resumed, are dropped.
+    """
+
+    def __init__(self, folder: Path, tensorboard_dir: Path | None, device: torch.device, processes: Processes,
+                 finished_steps: int = 0):
+        self.losses, self.dev, self.best = folder / "train_loss.jsonl", folder / "dev.jsonl", -math.inf
+        self.processes, self.tensorboard = processes, None
+        self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)            # of this process
+        self.steps, self.examples, self.since = 0, 0, time.perf_counter()
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)   # first whose loss was no number; 0: none
+        if not processes.first:
+            return
+        # TensorBoard looks for this name; with it, it does without TensorFlow, which takes seconds and talks much
+        sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
+
+        self.tensorboard = SummaryWriter(str(tensorboard_dir or folder / "tensorboard"), purge_step=finished_steps + 1)
+        keep_rows(self.losses, finished_steps)
+        for row in keep_rows(self.dev, finished_steps):
+            self.best = max(self.best, first_measure(row))
+
+    def add(self, terms: dict[str, Tensor], weight: float) -> None:
+        """Count the terms of one batch with its share `weight` of the step's examples; asks nothing of the device."""
+        zero = self.sums.new_zeros(())
+        self.sums += weight * torch.stack([terms.get(name, zero).detach().double() for name in TERMS])
+
+    def step(self, number: int, examples: int) -> None:
+        """Count a whole step; asks nothing of the device."""
+        self.steps += 1
+        self.examples += examples
+        bad = ~torch.isfinite(self.sums[0]) & (self.bad_step == 0)
+        self.bad_step = torch.where(bad, number, self.bad_step)
+
+    def write(self, global_step: int, learning_rate: float, norms: dict[str, float]) -> dict[str, float]:
+        """Append a row for the steps since the last one, with the norms of gradients at the last."""
+        sums = self.processes.total(self.sums).tolist()
+        seconds = time.perf_counter() - self.since
+        row = {"global_step": global_step, **{name: value / self.steps for name, value in zip(TERMS, sums)},
+               "learning_rate": learning_rate, "examples_per_second": self.examples / seconds, **norms}
+        self._append(self.losses, row)
+        self.sums.zero_()
+        self.steps, self.examples, self.since = 0, 0, time.perf_counter()
+        return row
+
+    def write_dev(self, global_step: int, measures: dict[str, float]) -> bool:
+        """Append a row of dev measures. True, in the first process, if the first of them is better than ever before."""
+        row = {"global_step": global_step, **measures}
+        self._append(self.dev, row, "dev/")
+        better = self.processes.first and first_measure(row) > self.best
+        self.best = max(self.best, first_measure(row))
+        return better
+
+    def _append(self, path: Path, row: dict[str, float], prefix: str = "") -> None:
+        if not self.processes.first:
+            return
+        with naming(path), open(path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+        for name, value in list(row.items())[1:]:
+            self.tensorboard.add_scalar(prefix + name, value, row["global_step"])
+        self.tensorboard.flush()
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count time that was not spent on training."""
+        self.since += seconds
+
+    def state(self) -> dict:
+        return {"sums": self.sums.cpu(), "steps": self.steps, "examples": self.examples,
+                "seconds": time.perf_counter() - self.since}
+
+    def restore(self, state: dict) -> None:
+        self.sums.copy_(state["sums"])
+        self.steps, self.examples = state["steps"], state["examples"]
+        self.since = time.perf_counter() - state["seconds"]
+
+    def close(self) -> None:
+        if self.tensorboard:
+            self.tensorboard.close()
+
+
+def keep_rows(path: Path, finished_steps: int) -> list[dict]:
+    """Cut the rows of steps after `finished_steps` off a log, and a torn last one. Returns the rest."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    kept = [row for row in map(json.loads, text.split("\n")[:-1]) if row["global_step"] <= finished_steps]
+    lines = "".join(json.dumps(row) + "\n" for row in kept)
+    if lines != text:
+        with atomic_writer(path) as handle:
+            handle.write(lines)
+    return kept
+
+
+def first_measure(row: dict[str, float]) -> float:
+    """Of a row of dev.jsonl: what decides which student is the best."""
+    return list(row.values())[1]
