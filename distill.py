@@ -33,44 +33,53 @@ Several GPUs of a machine, or processes on its CPU, share every batch and end in
 """
 import argparse
 import math
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import BertConfig
 
 from simplified_tinybert.common.checks import (
     check_dev_set,
-    check_flags,
     check_length,
     check_model_fits,
-    check_output_dir,
     check_pair,
     find_models,
-    find_run,
 )
 from simplified_tinybert.common.device import keep_freed_memory, select_device
 from simplified_tinybert.common.files import Problems, process_count, run_main, say
 from simplified_tinybert.common.processes import Processes, process_group
 from simplified_tinybert.data.cache import map_examples
-from simplified_tinybert.data.features import FeatureSummary, ids_of, summarise
+from simplified_tinybert.data.features import FeatureSummary, summarise
 from simplified_tinybert.data.tokenizer_files import has_vocabulary
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.precision import select_precision, warn_if_emulated
-from simplified_tinybert.model.pretrained import fit_projections, load_ranker, save_cross_encoder
+from simplified_tinybert.model.pretrained import fit_projections, load_ranker
 from simplified_tinybert.model.weights import weights_fingerprint
+from simplified_tinybert.training.checkpoints import check_output_dir
 from simplified_tinybert.training.description import describe_run, model_card
-from simplified_tinybert.training.distillation import (
-    SETTINGS,
+from simplified_tinybert.training.flags import (
+    RESUMABLE,
+    Stage,
+    TrainingSettings,
     add_training_flags,
     check_apex,
-    make_plan,
-    make_student,
-    train,
+    check_flags,
 )
-from simplified_tinybert.training.loop import Plan
-from simplified_tinybert.training.loop import objective as objectives
-from simplified_tinybert.training.objective import Weights
+from simplified_tinybert.training.loop import Trainer, TrainingSet
+from simplified_tinybert.training.objective import METHODS, ObjectiveSettings, parse_loss_weights, stage_weights
+from simplified_tinybert.training.run import SavedAs, find_output_run, output_run
 from simplified_tinybert.training.validation import DevSet, find_dev_set, warn_of_chance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the student is made of. models: role → directory and configuration."""
+    stages: list[Stage]
+    models: dict[str, tuple[Path, BertConfig]]
+    features: FeatureSummary
+    max_seq_length: int
+    dev_set: DevSet | None
 
 
 def parse_args() -> argparse.Namespace:
@@ -79,14 +88,15 @@ def parse_args() -> argparse.Namespace:
     add("--features_file", type=Path, nargs="+", required=True, help="feature file(s) of labelled pairs")
     add("--teacher_model", help="folder or hub id of the teacher; not needed with finetune")
     add("--general_student_model", required=True, help="folder or hub id of the student to start from")
-    add("--distill_model", choices=objectives.METHODS, default="simplified",
+    add("--distill_model", choices=METHODS, default="simplified",
         help="method, see above (default: simplified)")
     add("--loss_weights", nargs="+", default=[], metavar="TERM=WEIGHT",
         help="other weights of attention, hidden, soft, hard than the method's; 0 leaves a term out")
     add("--layer_map", type=int, nargs="+", metavar="LAYER",
         help="teacher layer (from 1) that each student layer learns from (default: every k-th of the teacher's)")
     add("--alpha", type=float, default=0.5, help="weight of the soft loss in standard (default: 0.5)")
-    add("--temperature", type=float, default=1.0, help="softens teacher and student in the soft loss (default: 1)")
+    add("--temperature", type=float, default=ObjectiveSettings.temperature,
+        help="softens teacher and student in the soft loss (default: 1)")
     add("--intermediate_epochs", type=float,
         help="passes over the data in the first stage of tinybert (default: --num_train_epochs)")
     add("--intermediate_learning_rate", type=float,
@@ -98,7 +108,8 @@ def parse_args() -> argparse.Namespace:
     add("--do_lower_case", action="store_true", help="refuse features that were not made lower-cased")
     add("--dev_features_file", type=Path, nargs="+", help="feature file(s) of pairs to validate on")
     add("--dev_qrels_file", type=Path, help="judgements of the dev queries: query_id 0 document_id grade")
-    add("--eval_step", type=int, default=1000, help="steps between validations (default: 1000)")
+    add("--eval_step", type=int, default=TrainingSettings.eval_every,
+        help=f"steps between validations (default: {TrainingSettings.eval_every})")
     add_training_flags(parser, batch_size=64, learning_rate=5e-5, epochs=2)
     args = parser.parse_args()
     if args.distill_model != "tinybert" and (args.intermediate_epochs, args.intermediate_learning_rate) != (None, None):
@@ -111,53 +122,29 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def load_models(args: argparse.Namespace, stages: list[Weights], models: dict, checkpoint: Path | None,
-                device: torch.device) -> tuple[CrossEncoder, CrossEncoder | None]:
-    """Student (from a checkpoint if given) and teacher on the device, with the head that --pooled_relu asks for."""
-    generator = torch.Generator().manual_seed(args.seed)
-    folder, config = models["general student"]
-    student, notes = load_ranker(checkpoint or folder, None if checkpoint else config, new_head=generator)
-    teacher = None
-    if "teacher" in models:
-        teacher, more = load_ranker(*models["teacher"])
-        teacher.requires_grad_(False)
-        notes += more
-    for model in filter(None, (student, teacher)):
-        model.config.pooled_relu = args.pooled_relu or getattr(model.config, "pooled_relu", False)
-    if any("hidden" in weights for weights in stages):
-        notes += fit_projections(student, teacher.config.hidden_size, generator)
-    for note in notes:
-        say(f"note         {note}")
-    return student.to(device), teacher and teacher.to(device)
-
-
-def settings(args: argparse.Namespace, stages: list[Weights], models: dict, summary: FeatureSummary,
-             dev_set: DevSet | None) -> dict:
-    """What must not change when a run is resumed."""
-    names = (*SETTINGS, "distill_model", "max_seq_length", "temperature", "pooled_relu", "layer_map",
-             "intermediate_epochs", "intermediate_learning_rate")
-    validation = [*dev_set.fingerprints(), args.eval_step] if dev_set else None
-    inputs = {role: weights_fingerprint(folder) for role, (folder, _) in models.items()}
-    return {name: getattr(args, name) for name in names} | inputs | {
-        "loss_weights": stages, "features": summary.fingerprint, "validation": validation,
-        "processes": process_count()}
-
-
-def find_stages(args: argparse.Namespace, problems: Problems) -> list[Weights]:
-    """Weights of the loss terms in each stage."""
+def make_stages(args: argparse.Namespace, problems: Problems) -> list[Stage]:
+    """The stages of --distill_model, with the weights that --loss_weights changes."""
     try:
-        changed = objectives.parse_loss_weights(args.loss_weights)
+        changed = parse_loss_weights(args.loss_weights)
     except ValueError as error:
         problems.add(str(error))
         return []
-    stages = objectives.stage_weights(args.distill_model, args.alpha, changed)
-    for number, weights in enumerate(stages, start=1):
-        if not any(weights.values()):
+    weights = stage_weights(args.distill_model, args.alpha, changed)
+    times = [(args.intermediate_epochs, args.intermediate_learning_rate), (args.num_train_epochs, args.learning_rate)]
+    stages = [Stage(objective=ObjectiveSettings(weights=each, padding=args.padding, temperature=args.temperature,
+                                                layer_map=args.layer_map), epochs=epochs, learning_rate=rate)
+              for each, (epochs, rate) in zip(weights, times[-len(weights):])]
+    for number, each in enumerate(weights, start=1):
+        if not any(each.values()):
             problems.add(f"--loss_weights {' '.join(args.loss_weights)}: nothing is left to minimize in stage {number} "
                          f"of {args.distill_model}; leave a weight above 0")
-    if any(map(objectives.uses_teacher, stages)) and not args.teacher_model:
+    if use(stages, "teacher") and not args.teacher_model:
         problems.add(f"--distill_model {args.distill_model} needs --teacher_model")
     return stages
+
+
+def use(stages: list[Stage], need: str) -> bool:
+    return any(stage.objective.uses(need) for stage in stages)
 
 
 def check_numbers(args: argparse.Namespace, problems: Problems) -> None:
@@ -170,81 +157,105 @@ def check_numbers(args: argparse.Namespace, problems: Problems) -> None:
 
 
 def check_settings(args: argparse.Namespace, problems: Problems) -> dict:
-    """Role → directory and configuration of the models; what is wrong before features are there is added to problems.
-    """
-    stages = find_stages(args, problems)
+    """Check all that can be checked without features; role → directory and configuration of the models."""
+    stages = make_stages(args, problems)
     check_numbers(args, problems)
     check_apex(args, len(stages), problems)
     check_output_dir(args.output_student_dir, args.resume, problems)
     roles = {"general student": args.general_student_model}
-    if any(map(objectives.uses_teacher, stages)):
+    if use(stages, "teacher"):
         roles["teacher"] = args.teacher_model
     models = find_models(roles, problems)
-    if any(map(objectives.uses_layers, stages)) and len(models) == 2:
+    if use(stages, "layers") and len(models) == 2:
         check_pair(models["teacher"][1], models["general student"][1], problems, args.layer_map)
     return models
 
 
-def check_all(args: argparse.Namespace, stages: list[Weights], problems: Problems) \
-        -> tuple[dict, FeatureSummary, int, DevSet | None]:
-    """Models, features, padded length, dev set, once everything is known to fit. Raises UserError otherwise."""
-    models, summary, width = check_settings(args, problems), summarise(args.features_file, problems), 0
+def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
+    """Find the inputs and check that they go together. Raises UserError with all that is wrong."""
+    models, stages = check_settings(args, problems), make_stages(args, Problems())      # whose problems are known
+    features = summarise(args.features_file, problems)
     dev_set = find_dev_set(args.dev_features_file, args.dev_qrels_file, problems)
-    if dev_set and stages and not any(map(objectives.uses_labels, stages)):
+    if dev_set and stages and not use(stages, "head"):
         problems.add(f"--dev_features_file: --loss_weights {' '.join(args.loss_weights)} leaves the head untrained, so "
                      f"that the student ranks at random; leave the flag out")
     if dev_set and "general student" in models:
-        check_dev_set(dev_set.summary, summary, models["general student"][1], problems)
-    if summary:
-        width = check_length(args.max_seq_length, summary, problems)
-        for role, (folder, config) in models.items():
-            check_model_fits(role, folder, config, summary, width, problems)
-        if summary.labelled < summary.examples:
-            problems.add(f"{summary.examples - summary.labelled} of {summary.examples} examples have no label; "
-                         f"training needs features made with --set_name train")
-        if args.do_lower_case and not summary.header["lower_case"]:
-            problems.add("--do_lower_case: the features are cased; tokenize again with --do_lower_case")
+        check_dev_set(dev_set.summary, features, models["general student"][1], problems)
+    max_seq_length = check_features(args, features, models, problems) if features else 0
     problems.raise_if_any()
-    return models, summary, width, dev_set
+    return Inputs(stages=stages, models=models, features=features, max_seq_length=max_seq_length, dev_set=dev_set)
 
 
-def make_plans(args: argparse.Namespace, stages: list[Weights], width: int) -> list[Plan]:
-    first, last = ((args.intermediate_epochs, args.intermediate_learning_rate),
-                   (args.num_train_epochs, args.learning_rate))
-    return [make_plan(args, weights, width, *times)
-            for weights, times in zip(stages, [first, last][-len(stages):])]
+def check_features(args: argparse.Namespace, features: FeatureSummary, models: dict, problems: Problems) -> int:
+    """Check that features and models go together; returns the sequence length to pad to."""
+    max_seq_length = check_length(args.max_seq_length, features, problems)
+    for role, (directory, config) in models.items():
+        check_model_fits(role, directory, config, features, max_seq_length, problems)
+    if features.labelled < features.examples:
+        problems.add(f"{features.examples - features.labelled} of {features.examples} examples have no label; "
+                     f"training needs features made with --set_name train")
+    if args.do_lower_case and not features.header["lower_case"]:
+        problems.add("--do_lower_case: the features are cased; tokenize again with --do_lower_case")
+    return max_seq_length
+
+
+def resumable(args: argparse.Namespace, inputs: Inputs) -> dict:
+    """What must not change when a run is resumed."""
+    names = (*RESUMABLE, "distill_model", "max_seq_length", "temperature", "pooled_relu", "layer_map",
+             "intermediate_epochs", "intermediate_learning_rate")
+    validation = [*inputs.dev_set.fingerprints(), args.eval_step] if inputs.dev_set else None
+    models = {role: weights_fingerprint(directory) for role, (directory, _) in inputs.models.items()}
+    return {name: getattr(args, name) for name in names} | models | {
+        "loss_weights": [stage.objective.weights for stage in inputs.stages], "features": inputs.features.fingerprint,
+        "validation": validation, "processes": process_count()}
+
+
+def load_models(args: argparse.Namespace, inputs: Inputs,
+                checkpoint: Path | None) -> tuple[CrossEncoder, CrossEncoder | None]:
+    """Student (from a checkpoint if given) and teacher, with the head that --pooled_relu asks for."""
+    generator = torch.Generator().manual_seed(args.seed)
+    directory, config = inputs.models["general student"]
+    student, notes = load_ranker(checkpoint or directory, None if checkpoint else config, new_head=generator)
+    teacher = None
+    if "teacher" in inputs.models:
+        teacher, more = load_ranker(*inputs.models["teacher"])
+        teacher.requires_grad_(False)
+        notes += more
+    for model in filter(None, (student, teacher)):
+        model.config.pooled_relu = args.pooled_relu or getattr(model.config, "pooled_relu", False)
+    if any("hidden" in stage.objective.weights for stage in inputs.stages):
+        notes += fit_projections(student, teacher.config.hidden_size, generator)
+    for note in notes:
+        say(f"note         {note}")
+    return student, teacher
 
 
 def distill(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
     problems = Problems()
     dtype = select_precision(args.fp16, args.bf16, device, problems)
-    stages = find_stages(args, Problems())
-    models, summary, width, dev_set = check_all(args, stages, problems)
-    facts = {"settings": settings(args, stages, models, summary, dev_set), "device": str(device)}
-    finished, checkpoint = find_run(args.output_student_dir, facts["settings"])
-    processes.check_agreement(facts["settings"] | {"checkpoint": checkpoint})
-    if finished:
-        say(f"{args.output_student_dir}: the student is finished already; remove the folder to distill it again")
+    inputs = check_inputs(args, problems)
+    run = find_output_run(args, {"settings": resumable(args, inputs), "device": str(device)}, processes)
+    if run.finished:
         return
 
     warn_if_emulated(dtype, device)
-    student, teacher = load_models(args, stages, models, checkpoint, device)
+    student, teacher = load_models(args, inputs, run.checkpoint)
+    student, teacher = student.to(device), teacher and teacher.to(device)
     args.cache_file_dir.mkdir(parents=True, exist_ok=True)
     with processes.first_on_machine():
-        examples = map_examples(args.features_file, summary, args.cache_file_dir)
-    plans = make_plans(args, stages, width)
-    if teacher and not checkpoint and processes.first:
+        examples = map_examples(args.features_file, inputs.features, args.cache_file_dir)
+    if teacher and not run.checkpoint and processes.first:
         warn_of_chance(teacher, examples, device, dtype)
-    describe_run(args, student, teacher, examples, plans, processes, args.general_student_model)
-    tokenizer_folder = next((folder for folder, _ in models.values() if has_vocabulary(folder)), None)
-
-    def save_model(folder: Path) -> None:
-        save_cross_encoder(student, folder, tokenizer_folder, summary.header["lower_case"],
-                           model_card(args, student, teacher is not None))
-
-    make_student(args, facts, processes, save_model, partial(
-        train, args, student, teacher, examples, plans, dtype, save_model, checkpoint, processes,
-        partial(ids_of, args.features_file), dev_set))
+    saved_as = SavedAs(
+        tokenizer_dir=next((directory for directory, _ in inputs.models.values() if has_vocabulary(directory)), None),
+        lower_case=inputs.features.header["lower_case"], card=model_card(args, student, teacher is not None))
+    settings = TrainingSettings.from_args(args, dtype, inputs.max_seq_length, args.eval_step)
+    with output_run(run, saved_as) as run:
+        trainer = Trainer(student, teacher, TrainingSet(examples, args.features_file), settings, run, inputs.dev_set)
+        describe_run(trainer, inputs.stages, args.general_student_model, args.teacher_model)
+        for stage in inputs.stages:
+            trainer.train(stage)
+        trainer.finish()
 
 
 def main() -> None:

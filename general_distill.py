@@ -9,12 +9,14 @@ In, UTF-8, plain or gzip: --corpus, text files with one document a line (--docum
 blank lines); or --docs, documents as prepare_examples.py takes them (document_id <tab> url <tab> title <tab> body, or
 document_id <tab> text), of which title and body are used. Each document is cut into segments [CLS] up to
 max_seq_length - 2 word pieces [SEP]; nothing is masked.
-The student has the shape of --student_config (a config.json, or the folder of one), or the teacher's with
---student_layers; its weights are random, or with --init_from_teacher, where it has the teacher's width, the teacher's
-embeddings, pooler and every k-th layer, or with --compress_teacher, whatever its width, fitted to what the teacher
-computes on some of the text (simplified_tinybert/model/compression.py): nearer to the teacher from the start, which a narrow
-student needs where there is too little text to learn a language from. It learns attention + hidden (Jiao et al. 2020,
-as TinyBERT's general stage).
+The student has the shape of --student_config (a config.json, or the directory of one), or the teacher's with
+--student_layers. What it starts from:
+    (no flag)             random weights
+    --init_from_teacher   the teacher's embeddings, pooler and every k-th layer; needs the teacher's hidden size
+    --compress_teacher    a fit to what the teacher computes on some of the text, for a student of any smaller shape
+                          (simplified_tinybert/model/compression.py); helps where there is too little text to learn a
+                          language from
+It learns attention + hidden (Jiao et al. 2020, as TinyBERT's general stage).
 
 Out, in --output_student_dir: the general student, which distill.py takes as --general_student_model, as a Hugging Face
 folder (without classifier; fit_dense.safetensors holds the projection to the teacher's width), train_loss.jsonl and
@@ -25,22 +27,16 @@ Several GPUs or processes: torchrun --standalone --nproc_per_node=4 general_dist
 import argparse
 import math
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.common.checks import (
-    check_flags,
-    check_output_dir,
-    check_pair,
-    find_models,
-    find_run,
-)
+from simplified_tinybert.common.checks import check_pair, find_models
 from simplified_tinybert.common.device import keep_freed_memory, select_device
-from simplified_tinybert.common.files import Problems, UserError, process_count, run_main, say
+from simplified_tinybert.common.files import Problems, UserError, process_count, run_main
 from simplified_tinybert.common.processes import Processes, process_group
 from simplified_tinybert.data.corpus import COLUMNS, DOCUMENTS, check_corpus, map_corpus
 from simplified_tinybert.data.features import Examples
@@ -48,25 +44,28 @@ from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.model.bert import Batch, CrossEncoder
 from simplified_tinybert.model.compression import compress
+from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.precision import select_precision, warn_if_emulated
 from simplified_tinybert.model.pretrained import (
     copy_teacher_layers,
     fit_projections,
     load_cross_encoder,
     new_cross_encoder,
-    read_config,
-    save_cross_encoder,
 )
 from simplified_tinybert.model.weights import weights_fingerprint
+from simplified_tinybert.training.checkpoints import check_output_dir
 from simplified_tinybert.training.description import describe_run, general_card
-from simplified_tinybert.training.distillation import (
-    SETTINGS,
+from simplified_tinybert.training.flags import (
+    RESUMABLE,
+    Stage,
+    TrainingSettings,
     add_training_flags,
     check_apex,
-    make_plan,
-    make_student,
-    train,
+    check_flags,
 )
+from simplified_tinybert.training.loop import Trainer, TrainingSet
+from simplified_tinybert.training.objective import ObjectiveSettings
+from simplified_tinybert.training.run import SavedAs, find_output_run, output_run
 
 COMPRESSED_TOKENS = 16384   # that a compressed student is fitted to: 1 GB of memory for 6/384, 4 GB for 12/768
 WEIGHTS = {"attention": 1.0, "hidden": 1.0}
@@ -75,6 +74,15 @@ MADE_ALIKE = ("vocab_size", "max_position_embeddings", "type_vocab_size", "hidde
               "num_attention_heads")
 SHAPE = (*MADE_ALIKE, "num_hidden_layers", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob",
          "initializer_range", "layer_norm_eps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What the student is made of. corpus: checksum of the texts."""
+    teacher: tuple[Path, BertConfig]
+    student: BertConfig
+    vocabulary: Vocabulary
+    corpus: str
 
 
 def parse_args() -> argparse.Namespace:
@@ -141,15 +149,15 @@ def check_numbers(args: argparse.Namespace, problems: Problems) -> None:
 
 
 def check_settings(args: argparse.Namespace, problems: Problems) -> dict:
-    """Role → directory and configuration of the model; what is wrong before the text is there is added to problems."""
+    """Check all that can be checked without the texts; role → directory and configuration of the teacher."""
     check_numbers(args, problems)
     check_apex(args, 1, problems)
     check_output_dir(args.output_student_dir, args.resume, problems)
     return find_models({"teacher": args.teacher_model}, problems)
 
 
-def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertConfig, BertConfig, Vocabulary, str]:
-    """Teacher, both configurations, vocabulary, fingerprint of the corpus. Raises UserError with all that is wrong."""
+def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
+    """Find the inputs and check that they go together. Raises UserError with all that is wrong."""
     teacher, config, vocabulary = check_settings(args, problems).get("teacher"), None, None
     if teacher:
         config = student_config(args, teacher[1], problems)
@@ -159,23 +167,23 @@ def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertC
             problems.add(str(error))
     corpus = check_corpus(args.docs or args.corpus, args.documents, problems)
     problems.raise_if_any()
-    return *teacher, config, vocabulary, corpus
+    return Inputs(teacher=teacher, student=config, vocabulary=vocabulary, corpus=corpus)
 
 
-def load_models(args: argparse.Namespace, folder: Path, teacher_config: BertConfig, config: BertConfig,
-                checkpoint: Path | None, device: torch.device) -> tuple[CrossEncoder, CrossEncoder]:
-    """Student (from a checkpoint if given) and teacher on the device."""
+def load_models(args: argparse.Namespace, inputs: Inputs,
+                checkpoint: Path | None) -> tuple[CrossEncoder, CrossEncoder]:
+    """Student (from a checkpoint if given) and teacher."""
     generator = torch.Generator().manual_seed(args.seed)
-    teacher, _ = load_cross_encoder(folder, teacher_config, new_head=torch.Generator())     # its head is not used
+    teacher, _ = load_cross_encoder(*inputs.teacher, new_head=torch.Generator())        # its head is not used
     teacher.requires_grad_(False)
     if checkpoint:
         student, _ = load_cross_encoder(checkpoint, new_head=generator)
     else:
-        student = new_cross_encoder(config, generator)
-    fit_projections(student, teacher_config.hidden_size, generator)
+        student = new_cross_encoder(inputs.student, generator)
+    fit_projections(student, teacher.config.hidden_size, generator)
     if args.init_from_teacher and not checkpoint:
         copy_teacher_layers(student, teacher)
-    return student.to(device), teacher.to(device)
+    return student, teacher
 
 
 def some_batches(examples: Examples, seed: int) -> Iterator[Batch]:
@@ -187,38 +195,42 @@ def some_batches(examples: Examples, seed: int) -> Iterator[Batch]:
             yield examples.batch(indices)
 
 
+def resumable(args: argparse.Namespace, inputs: Inputs) -> dict:
+    """What must not change when a run is resumed."""
+    names = (*RESUMABLE, "max_seq_length", "documents", "init_from_teacher", "compress_teacher")
+    return {name: getattr(args, name) for name in names} | {
+        "student": {name: getattr(inputs.student, name) for name in SHAPE},
+        "teacher": weights_fingerprint(inputs.teacher[0]), "corpus": inputs.corpus, "processes": process_count()}
+
+
 def general_distill(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
     problems = Problems()
     dtype = select_precision(args.fp16, args.bf16, device, problems)
-    folder, teacher_config, config, vocabulary, corpus = check_all(args, problems)
-    names = (*SETTINGS, "max_seq_length", "documents", "init_from_teacher", "compress_teacher")
-    facts = {"device": str(device), "settings": {name: getattr(args, name) for name in names} | {
-        "student": {name: getattr(config, name) for name in SHAPE}, "teacher": weights_fingerprint(folder),
-        "corpus": corpus, "processes": process_count()}}
-    finished, checkpoint = find_run(args.output_student_dir, facts["settings"])
-    processes.check_agreement(facts["settings"] | {"checkpoint": checkpoint})
-    if finished:
-        say(f"{args.output_student_dir}: the student is finished already; remove the folder to make it again")
+    inputs = check_inputs(args, problems)
+    run = find_output_run(args, {"device": str(device), "settings": resumable(args, inputs)}, processes)
+    if run.finished:
         return
 
     warn_if_emulated(dtype, device)
-    student, teacher = load_models(args, folder, teacher_config, config, checkpoint, device)
+    student, teacher = load_models(args, inputs, run.checkpoint)
+    student, teacher = student.to(device), teacher.to(device)
     with processes.first_on_machine():
-        examples = map_corpus(args.docs or args.corpus, args.documents, vocabulary, args.max_seq_length, corpus,
-                              args.cache_file_dir)
-    plans = [make_plan(args, WEIGHTS, args.max_seq_length, args.num_train_epochs, args.learning_rate)]
-    if args.compress_teacher and not checkpoint:
+        examples = map_corpus(args.docs or args.corpus, args.documents, inputs.vocabulary, args.max_seq_length,
+                              inputs.corpus, args.cache_file_dir)
+    if args.compress_teacher and not run.checkpoint:
         compress(student, teacher, some_batches(examples, args.seed))
     start = ("the teacher's layers" if args.init_from_teacher else
              "the teacher compressed" if args.compress_teacher else "random weights")
-    describe_run(args, student, teacher, examples, plans, processes, start)
-
-    def save_model(target: Path) -> None:
-        save_cross_encoder(student, target, folder, vocabulary.lower_case, general_card(args, student), general=True)
-
-    make_student(args, facts, processes, save_model, partial(
-        train, args, student, teacher, examples, plans, dtype, save_model, checkpoint, processes,
-        lambda indices: [f"segment {index}" for index in indices]))
+    stage = Stage(objective=ObjectiveSettings(weights=WEIGHTS, padding=args.padding), epochs=args.num_train_epochs,
+                  learning_rate=args.learning_rate)
+    saved_as = SavedAs(tokenizer_dir=inputs.teacher[0], lower_case=inputs.vocabulary.lower_case,
+                       card=general_card(args, student), general=True)
+    settings = TrainingSettings.from_args(args, dtype, args.max_seq_length)
+    with output_run(run, saved_as) as run:
+        trainer = Trainer(student, teacher, TrainingSet(examples), settings, run)
+        describe_run(trainer, [stage], start, args.teacher_model)
+        trainer.train(stage)
+        trainer.finish()
 
 
 def main() -> None:

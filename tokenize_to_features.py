@@ -8,11 +8,11 @@
 In, one pair a line, UTF-8, plain or gzip, columns separated by one tab:
     train      index <tab> query <tab> passage <tab> label        label 1: relevant, 0: not
     dev, test  query_id#passage_id <tab> query <tab> passage (<tab> label)
-Out, a pickled feature file (format: simplified_tinybert/data/features.py): [CLS] query [SEP] passage [SEP] of each pair in
-input order, at most max_seq_length word pieces; the longer of the two texts loses a piece at a time, the passage at a
-tie. Tokens are those of the model directory's tokenizer, as transformers reads it. The whole input is checked before
-the first pair is tokenized; if lines are wrong, the first 20 are named and nothing is written. FILE.run.json tells what
-a feature file came from.
+Out, a pickled feature file (simplified_tinybert/data/features.py): [CLS] query [SEP] passage [SEP] of each pair, in
+input order, at most max_seq_length tokens; the longer of the two texts loses a token at a time, the passage at a tie.
+Tokens are those of the model directory's tokenizer, as transformers reads it. The whole input is checked before the
+first pair is tokenized; if lines are wrong, the first 20 are named and nothing is written. FILE.run.json tells what a
+feature file came from.
 """
 import argparse
 import re

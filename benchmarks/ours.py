@@ -22,7 +22,7 @@ from simplified_tinybert.model.precision import autocast
 from simplified_tinybert.model.pretrained import fit_projections, initialise, load_cross_encoder, save_cross_encoder
 from simplified_tinybert.ranking import scoring
 from simplified_tinybert.training.loop import epoch_batches
-from simplified_tinybert.training.objective import objective, stage_weights
+from simplified_tinybert.training.objective import ObjectiveSettings, objective, stage_weights, total_loss
 from simplified_tinybert.training.optimizer import BertAdam, decay_groups
 
 HEADS = 12
@@ -129,12 +129,13 @@ class Step:
         self.student, self.teacher, self.dtype = student, teacher.requires_grad_(False), dtype
         if not dtype:
             pack_linear_layers(teacher)
-        self.weights, self.padding = stage_weights("simplified")[0], padding
+        self.settings = ObjectiveSettings(weights=stage_weights("simplified")[0], padding=padding)
         self.optimizer = BertAdam(decay_groups(student.named_parameters(), 0.01), rate, lambda step: 1.0)
 
     def losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         with autocast(batch.input_ids.device, self.dtype):
-            return objective(self.student, self.teacher, batch, self.weights, padding=self.padding)
+            terms = objective(self.student, self.teacher, batch, self.settings)
+            return total_loss(terms, self.settings.weights)
 
     def __call__(self, batch: Batch) -> None:
         self.losses(batch)["loss"].backward()

@@ -16,10 +16,12 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
+from simplified_tinybert.common.processes import WHOLE
 from simplified_tinybert.data import features
 from simplified_tinybert.data.features import Examples, FeatureWriter
 from simplified_tinybert.data.vocabulary import Vocabulary, bert_vocabulary
-from simplified_tinybert.training.loop import Training
+from simplified_tinybert.training.loop import Trainer
+from simplified_tinybert.training.objective import ObjectiveSettings, mean_over, objective, total_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
@@ -136,12 +138,20 @@ def random_rows(count: int, max_seq_length: int = 32, seed: int = 0) -> list[tup
     return rows
 
 
+def loss_terms(student, teacher, batch, weights, share=WHOLE, **settings) -> dict[str, torch.Tensor]:
+    """The loss of a batch and its parts, as the training loop adds them up."""
+    chosen = ObjectiveSettings(weights=weights, **settings)
+    terms = {name: value * share.of(mean_over(name, chosen.padding))
+             for name, value in objective(student, teacher, batch, chosen).items()}
+    return total_loss(terms, weights)
+
+
 @pytest.fixture
 def interrupted(monkeypatch):
     """Context in which a training is interrupted, as by Ctrl-C, after some steps."""
     @contextmanager
     def context(stop_after: int) -> Iterator[None]:
-        steps, real_step = [], Training._step
+        steps, real_step = [], Trainer._step
 
         def step_until_interrupted(self, number, group):
             if len(steps) == stop_after:
@@ -149,7 +159,7 @@ def interrupted(monkeypatch):
             steps.append(number)
             real_step(self, number, group)
         with monkeypatch.context() as patch:
-            patch.setattr(Training, "_step", step_until_interrupted)
+            patch.setattr(Trainer, "_step", step_until_interrupted)
             with pytest.raises(KeyboardInterrupt):
                 yield
     return context

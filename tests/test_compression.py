@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_rows
+from conftest import loss_terms, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -11,7 +11,6 @@ from transformers import BertConfig
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model import compression
 from simplified_tinybert.model.pretrained import fit_projections, new_cross_encoder
-from simplified_tinybert.training.objective import objective
 
 SIZES = {"vocab_size": 200, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
          "intermediate_size": 96, "max_position_embeddings": 64}
@@ -39,7 +38,7 @@ def model(spread=0.2, seed=0, **changes):
 
 def distance(student, teacher, batch):
     with torch.no_grad():
-        terms = objective(student, teacher, batch, {"attention": 1.0, "hidden": 1.0}, padding="masked")
+        terms = loss_terms(student, teacher, batch, {"attention": 1.0, "hidden": 1.0}, padding="masked")
     return {name: terms[name].item() for name in ("att_loss", "rep_loss")}
 
 

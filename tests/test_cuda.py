@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_rows, write_features
+from conftest import ROOT, loss_terms, random_rows, write_features
 from test_distill import arguments, golden_features, log_of  # noqa: F401
 from test_distributed import assert_same_student
 from test_golden import CASES, TERMS, batch, load_case  # noqa: F401
@@ -18,7 +18,7 @@ import distill
 import reranker
 from simplified_tinybert.model.bert import Batch, CrossEncoder
 from simplified_tinybert.model.pretrained import fit_projections
-from simplified_tinybert.training.objective import objective, stage_weights
+from simplified_tinybert.training.objective import stage_weights
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_golden_losses_and_gradients(golden, golden_models, batch, number, dtype, tolerance):  # noqa: F811
     case, student, teacher, settings = load_case(golden, golden_models, number, dtype)
-    terms = objective(student.cuda(), teacher.cuda(), batch.to(torch.device("cuda")), **settings)
+    terms = loss_terms(student.cuda(), teacher.cuda(), batch.to(torch.device("cuda")), **settings)
     expected = {mine: case["losses"][theirs] for mine, theirs in TERMS.items() if theirs in case["losses"]}
     assert {name: terms[name].item() for name in expected} == pytest.approx(expected, rel=tolerance)
     terms["loss"].backward()
@@ -110,7 +110,7 @@ def test_peak_memory_of_a_training_step_is_linear_in_the_length(precision, layer
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with torch.autocast("cuda", dtype=precision, enabled=precision != torch.float32):
-            loss = objective(student, teacher, data, stage_weights("simplified")[0])["loss"]
+            loss = loss_terms(student, teacher, data, stage_weights("simplified")[0])["loss"]
         loss.backward()
         peaks.append((torch.cuda.max_memory_allocated() - before) / 2 ** 20)
         del loss, data

@@ -8,7 +8,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, change_config, random_rows, run_script, single_logit, tiny_vocabulary, write_features
+from conftest import (
+    ROOT,
+    change_config,
+    loss_terms,
+    random_rows,
+    run_script,
+    single_logit,
+    tiny_vocabulary,
+    write_features,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
@@ -16,8 +25,9 @@ import distill
 from simplified_tinybert.common.files import UserError, locked
 from simplified_tinybert.data.features import read_chunks
 from simplified_tinybert.model.pretrained import load_cross_encoder
-from simplified_tinybert.training.loop import Plan, epoch_batches, padding_share
-from simplified_tinybert.training.objective import objective
+from simplified_tinybert.training.flags import Stage, TrainingSettings
+from simplified_tinybert.training.loop import epoch_batches, padding_share
+from simplified_tinybert.training.objective import ObjectiveSettings
 
 
 @pytest.fixture
@@ -136,7 +146,7 @@ def test_gradients_of_each_term(golden_models, golden_features, tmp_path, run_ma
         student, _ = load_cross_encoder(tmp_path / "out" / "checkpoint-0")
         batch = next(read_chunks(golden_features)).batch(np.arange(6), 32)
         padding = "masked" if "masked" in flags else "reference"
-        objective(student, teacher, batch, {term: 3.0 if "attention=3" in flags and name == "att" else 1.0},
+        loss_terms(student, teacher, batch, {term: 3.0 if "attention=3" in flags and name == "att" else 1.0},
                   padding=padding)["loss"].backward()
         norm = torch.cat([parameter.grad.flatten() for key, parameter in student.named_parameters()
                           if parameter.grad is not None and "projections" not in key]).norm().item()
@@ -374,21 +384,25 @@ def test_bfloat16_stays_near_float32(golden_models, tmp_path, run_main):
 
 def test_batches_of_an_epoch_hold_every_example_once():
     lengths = np.random.default_rng(1).integers(5, 100, 1003)
-    for bucket in (False, True):
-        batches = epoch_batches(lengths, 8, seed=1, epoch=3, bucket=bucket)
+    plain, grouped = (TrainingSettings(batch_size=8, seed=1, max_seq_length=99, group_by_length=group)
+                      for group in (False, True))
+    for settings in (plain, grouped):
+        batches = epoch_batches(lengths, settings, epoch=3)
         assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
         assert all(len(batch) <= 8 for batch in batches) and len(batches) == 126
         assert not np.array_equal(np.concatenate(batches),
-                                  np.concatenate(epoch_batches(lengths, 8, seed=1, epoch=4, bucket=bucket)))
-    shares = [padding_share(lengths, epoch_batches(lengths, 8, 1, 0, bucket), None) for bucket in (False, True)]
-    assert shares[1] < 0.05 < 0.3 < shares[0] < padding_share(lengths, epoch_batches(lengths, 8, 1, 0, False), 99)
+                                  np.concatenate(epoch_batches(lengths, settings, epoch=4)))
+    shares = [padding_share(lengths, epoch_batches(lengths, settings, 0), None) for settings in (plain, grouped)]
+    assert shares[1] < 0.05 < 0.3 < shares[0] < padding_share(lengths, epoch_batches(lengths, plain, 0), 99)
 
 
 @pytest.mark.parametrize("examples, batch, accumulation, epochs, steps", [
     (100, 10, 1, 2, 20), (101, 10, 1, 2, 22), (100, 10, 3, 1, 4), (100, 10, 1, 2.5, 25), (3, 10, 4, 1, 1),
     (100, 10, 1, 0.01, 1)])
 def test_number_of_steps(examples, batch, accumulation, epochs, steps):
-    assert Plan(batch, accumulation, epochs, 0, None, False, 1, 1, 1, {}, 1e-3).total_steps(examples) == steps
+    settings = TrainingSettings(batch_size=batch, accumulation=accumulation, max_seq_length=32)
+    stage = Stage(objective=ObjectiveSettings(weights={}), epochs=epochs, learning_rate=1e-3)
+    assert stage.total_steps(examples, settings) == steps
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="needs TensorFlow, to see it left alone")

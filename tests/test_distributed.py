@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_rows, write_features
+from conftest import ROOT, loss_terms, random_rows, write_features
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -24,8 +24,8 @@ from simplified_tinybert.common.processes import WHOLE, Processes, process_group
 from simplified_tinybert.data import features
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model.pretrained import load_cross_encoder
-from simplified_tinybert.training.loop import distillation
-from simplified_tinybert.training.objective import METHODS, objective, stage_weights
+from simplified_tinybert.training import flags
+from simplified_tinybert.training.objective import METHODS, stage_weights
 
 OBJECTIVES = {"reference": ["--padding", "reference"], "masked": ["--padding", "masked"],
               "standard": ["--distill_model", "standard", "--temperature", 2],
@@ -178,7 +178,8 @@ def test_shares_of_a_batch_add_up_to_it(golden_models, lengths, count, kind, see
         student.zero_grad()
         total = {}
         for mine, share in parts:
-            terms = objective(student, teacher, examples.batch(mine, width), weights, 1.5, padding, share=share)
+            terms = loss_terms(student, teacher, examples.batch(mine, width), weights, share, temperature=1.5,
+                               padding=padding)
             terms["loss"].backward()
             total = {name: total.get(name, 0.0) + value.item() for name, value in terms.items()}
         return total, {name: weight.grad.clone() for name, weight in student.named_parameters()
@@ -265,6 +266,6 @@ def test_half_an_environment_is_called_out(monkeypatch):
 
 def test_apex_works_in_one_process_only(golden_models, tmp_path, run_main, monkeypatch):
     file = write_features(tmp_path / "train.pkl", random_rows(8))
-    monkeypatch.setattr(distillation, "process_count", lambda: 2)
+    monkeypatch.setattr(flags, "process_count", lambda: 2)
     with pytest.raises(UserError, match="apex works in one process and one stage only"):
         run_main(distill, *arguments(file, golden_models, tmp_path / "out", "--fp16", "--fp16_backend", "apex"))

@@ -141,7 +141,8 @@ def test_killed_half_way_leaves_no_index_that_could_be_taken_for_one(tmp_path):
     """A job that is killed while a pipe keeps it reading: its folder has another name, the next job builds anew."""
     docs, cache = tmp_path / "docs.tsv.gz", tmp_path / "cache"
     docs.write_bytes(gzip.compress("".join(f"D{n}\tbody {n}\n" for n in range(200_000)).encode(), 1))
-    code = ("import sys, time; from pathlib import Path; from simplified_tinybert import documents, files\n"
+    code = ("import sys, time; from pathlib import Path; from simplified_tinybert.data import documents\n"
+            "from simplified_tinybert.common import files\n"
             "real = documents.hash_of\n"
             "def slow(name):\n"
             "    if name == b'D150000': print('half', flush=True); time.sleep(60)\n"

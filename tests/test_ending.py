@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_rows, write_features
+from conftest import ROOT, loss_terms, random_rows, write_features
 from safetensors.torch import load_file, save_file
 from test_distill import arguments, log_of, with_dropout
 from test_stages import dev_set, without_speed
@@ -23,9 +23,9 @@ from simplified_tinybert.common.processes import Processes
 from simplified_tinybert.common.signals import Terminated
 from simplified_tinybert.data.features import read_chunks
 from simplified_tinybert.model.pretrained import load_cross_encoder
-from simplified_tinybert.training.loop import HEED_EVERY, Training, step_of
+from simplified_tinybert.training.checkpoints import step_of
+from simplified_tinybert.training.loop import CHECK_EVERY, Trainer
 from simplified_tinybert.training.losses import attention_loss, hidden_loss
-from simplified_tinybert.training.objective import objective
 from simplified_tinybert.training.validation import area_under_curve
 
 LONG = ("--train_batch_size", 4, "--num_train_epochs", 40, "--train_loss_step", 3, "--save_model_step", 10 ** 6,
@@ -75,14 +75,14 @@ def test_a_signal_at_any_step_costs_no_row_and_no_step(golden_models, tmp_path, 
     more = ("--distill_model", "tinybert", "--train_batch_size", 8, "--num_train_epochs", 2, "--train_loss_step", 3,
             "--save_model_step", 5, "--eval_step", 4, *dev_set(tmp_path), "--learning_rate", 1e-3)
     run_main(distill, *arguments(features, golden_models, tmp_path / "whole", *more))
-    real_step = Training._step
+    real_step = Trainer._step
 
     def step_and_signal(self, number, group):
         real_step(self, number, group)
         if number == at:
             os.kill(os.getpid(), signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", step_and_signal)
+        patch.setattr(Trainer, "_step", step_and_signal)
         call = arguments(features, golden_models, tmp_path / "halves", *more)
         if at == 20:
             run_main(distill, *call)                    # it is finished in the same moment
@@ -98,17 +98,17 @@ def test_a_signal_at_any_step_costs_no_row_and_no_step(golden_models, tmp_path, 
 
 @pytest.fixture
 def signal_at_7(monkeypatch):
-    real_step = Training._step
+    real_step = Trainer._step
 
     def step_and_signal(self, number, group):
         real_step(self, number, group)
         if number == 7:
             os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(Training, "_step", step_and_signal)
+    monkeypatch.setattr(Trainer, "_step", step_and_signal)
 
 
 def test_a_gpu_is_not_waited_for_to_hear_a_signal(golden_models, tmp_path, run_main, monkeypatch, signal_at_7):
-    monkeypatch.setitem(HEED_EVERY, "cpu", 50)
+    monkeypatch.setitem(CHECK_EVERY, "cpu", 50)
     features = write_features(tmp_path / "train.pkl", random_rows(40))
     with pytest.raises(Terminated):
         run_main(distill, *arguments(features, golden_models, tmp_path / "out", *LONG))
@@ -217,13 +217,13 @@ def test_a_checkpoint_that_is_being_removed_is_none_any_more(golden_models, tmp_
 
 def test_a_loss_that_is_no_number_names_step_rate_and_examples(golden_models, tmp_path, run_main, monkeypatch):
     """Looked at only every 4 steps, as on a GPU: the step is told all the same. Rate by hand: peak 1e29, no warm-up."""
-    monkeypatch.setitem(distill.train.__globals__["Training"].run.__globals__["HEED_EVERY"], "cpu", 4)
+    monkeypatch.setitem(CHECK_EVERY, "cpu", 4)
     features = write_features(tmp_path / "train.pkl", random_rows(16))
     with pytest.raises(UserError) as raised:
         run_main(distill, *arguments(features, golden_models, tmp_path / "out", "--train_batch_size", 5,
                                      "--learning_rate", 1e29, "--warmup_proportion", 0, "--num_train_epochs", 3,
                                      "--save_model_step", 1000))
-    found = re.match(r"the loss of step (\d+) is not a finite number; learning rate ([\d.e+]+), examples ([^;]+); "
+    found = re.match(r"the loss of step (\d+) is NaN or infinite; learning rate ([\d.e+]+), examples ([^;]+); "
                      r"lower", str(raised.value))
     step = int(found[1])
     assert step == 2 and float(found[2]) == pytest.approx(1e29 * 11 / 12, rel=1e-2)
@@ -279,7 +279,7 @@ def test_a_layer_map_of_ones_own(golden_models, tmp_path, run_main):
                  for j, k in ((0, 0), (1, 1), (2, 4)))
     row = log_of(tmp_path / "out")[0]
     assert (row["att_loss"], row["rep_loss"]) == pytest.approx((attention.item(), hidden.item()), rel=1e-4)
-    plain = objective(student, teacher, batch, {"attention": 1.0})["loss"].item()
+    plain = loss_terms(student, teacher, batch, {"attention": 1.0})["loss"].item()
     assert abs(plain - attention.item()) > 1e-3
     assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["layer_map"] == [1, 4]
 

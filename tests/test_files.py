@@ -260,7 +260,8 @@ def test_checking_a_pipe_neither_waits_nor_disturbs_its_writer(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     problems = Problems()
-    check = [sys.executable, "-c", "import sys; from pathlib import Path\nfrom simplified_tinybert.common.files import *\n"
+    check = [sys.executable, "-c", "import sys; from pathlib import Path\n"
+             "from simplified_tinybert.common.files import *\n"
              "problems = Problems()\nchecked = check_input_file(Path(sys.argv[1]), problems, 'run')\n"
              "print(checked, problems.messages)"]
     done = subprocess.run([*check, str(pipe)], cwd=ROOT, capture_output=True, text=True, timeout=300)

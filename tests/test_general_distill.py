@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import random_rows, run_script, tiny_vocabulary, vocabulary, words, write_features
+from conftest import loss_terms, random_rows, run_script, tiny_vocabulary, vocabulary, words, write_features
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -20,7 +20,6 @@ from simplified_tinybert.common.files import Problems, UserError
 from simplified_tinybert.data.corpus import COLUMNS, check_corpus, documents, map_corpus, segments
 from simplified_tinybert.data.tokenization import PieceCutter
 from simplified_tinybert.model.pretrained import load_cross_encoder
-from simplified_tinybert.training.objective import objective
 
 SHAPE = {"model_type": "bert", "vocab_size": 200, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 96, "max_position_embeddings": 64, "hidden_dropout_prob": 0.0,
@@ -160,7 +159,7 @@ def test_the_loss_is_the_layers_part_of_the_simplified_objective(golden_models, 
     teacher, _ = load_cross_encoder(golden_models["teacher"])
     examples = segments(corpus.read_text().splitlines(), PieceCutter(vocabulary(), 16))
     batch = examples.batch(np.arange(len(examples)), 16)
-    terms = objective(student, teacher, batch, {"attention": 1.0, "hidden": 1.0})
+    terms = loss_terms(student, teacher, batch, {"attention": 1.0, "hidden": 1.0})
     row = log_of(tmp_path / "out")[0]
     assert (row["att_loss"], row["rep_loss"]) == pytest.approx(
         (terms["att_loss"].item(), terms["rep_loss"].item()), rel=1e-4)

@@ -2,12 +2,13 @@
 import numpy as np
 import pytest
 import torch
+from conftest import loss_terms
 
-from simplified_tinybert.model.bert import Batch
+from simplified_tinybert.model.bert import Batch, uniform_layer_map
 from simplified_tinybert.model.pretrained import load_cross_encoder
 from simplified_tinybert.ranking.scoring import relevance
-from simplified_tinybert.training.losses import attention_loss, hidden_loss, layer_map
-from simplified_tinybert.training.objective import objective, stage_weights
+from simplified_tinybert.training.losses import attention_loss, hidden_loss
+from simplified_tinybert.training.objective import stage_weights
 from simplified_tinybert.training.optimizer import BertAdam, decay_groups, linear_warmup_decay
 
 CASES = range(16)
@@ -40,7 +41,7 @@ def golden_name(name):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_losses(golden, golden_models, batch, number, dtype, tolerance):
     case, student, teacher, settings = load_case(golden, golden_models, number, dtype)
-    terms = objective(student, teacher, batch, **settings)
+    terms = loss_terms(student, teacher, batch, **settings)
     expected = {mine: case["losses"][theirs] for mine, theirs in TERMS.items() if theirs in case["losses"]}
     assert {name: terms[name].item() for name in expected} == pytest.approx(expected, rel=tolerance)
     assert terms["loss"].item() == pytest.approx(
@@ -51,7 +52,7 @@ def test_losses(golden, golden_models, batch, number, dtype, tolerance):
 def test_losses_of_each_layer(golden, golden_models, batch, number):
     case, student, teacher, _ = load_case(golden, golden_models, number)
     assert case["distill_model"] == "simplified"
-    layers = layer_map(student.config.num_hidden_layers, 4)
+    layers = uniform_layer_map(student.config.num_hidden_layers, 4)
     learnt, taught = student(batch, list(range(1, len(layers) + 1))), teacher(batch, layers)
     attention = [attention_loss(learnt.queries[j], learnt.keys[j], taught.queries[k], taught.keys[k],
                                 batch.attention_mask).item() for j, k in enumerate(layers, start=1)]
@@ -64,7 +65,7 @@ def test_losses_of_each_layer(golden, golden_models, batch, number):
 @pytest.mark.parametrize("number", CASES)
 def test_gradients(golden, golden_models, batch, number):
     case, student, teacher, settings = load_case(golden, golden_models, number)
-    objective(student, teacher, batch, **settings)["loss"].backward()
+    loss_terms(student, teacher, batch, **settings)["loss"].backward()
     found = {golden_name(name): parameter.grad for name, parameter in student.named_parameters()}
     assert found.keys() == case["grad_norm"].keys()
     for name, expected in case["grad_norm"].items():
@@ -82,7 +83,7 @@ def test_six_optimizer_steps(golden, golden_models, batch, number):
     optimizer = BertAdam(decay_groups(student.named_parameters(), training["weight_decay"]), training["learning_rate"],
                          lambda step: linear_warmup_decay(step, training["t_total"], training["warmup_proportion"]))
     for _ in range(6):
-        loss = objective(student, teacher, batch, **settings)["loss"]
+        loss = loss_terms(student, teacher, batch, **settings)["loss"]
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()

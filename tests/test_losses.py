@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simplified_tinybert.training.losses import attention_loss, hard_loss, hidden_loss, layer_map, soft_loss
+from simplified_tinybert.model.bert import uniform_layer_map
+from simplified_tinybert.training.losses import attention_loss, direct_attention_loss, hard_loss, hidden_loss, soft_loss
 
 shapes = st.fixed_dictionaries({
     "batch": st.integers(1, 4), "heads": st.integers(1, 4), "length": st.integers(1, 40), "width": st.integers(1, 9),
@@ -22,19 +23,6 @@ def draw(shape):
                            dtype=torch.float64).to(shape["dtype"]) for width in widths]
     lengths = torch.randint(1, shape["length"] + 1, (shape["batch"],), generator=generator)
     return tensors, (torch.arange(shape["length"]) < lengths[:, None]).long()
-
-
-def direct_attention_loss(student_queries, student_keys, teacher_queries, teacher_keys, mask, padding):
-    """The definition, with both score matrices: as quirks B11 has it, or over pairs of real tokens."""
-    def scores(queries, keys):
-        return queries @ keys.transpose(-1, -2) / math.sqrt(queries.shape[-1])
-    keys_kept = mask[:, None, None, :].bool()
-    student = torch.where(keys_kept, scores(student_queries, student_keys), 0.0)
-    teacher = torch.where(keys_kept, scores(teacher_queries, teacher_keys), 0.0)
-    if padding == "reference":
-        return F.mse_loss(student, teacher)
-    pairs = (keys_kept & mask[:, None, :, None].bool()).expand_as(student)
-    return (student - teacher)[pairs].square().mean()
 
 
 @settings(max_examples=150, deadline=None)
@@ -115,9 +103,9 @@ def test_losses_of_half_precision_logits_are_computed_in_float32():
 @pytest.mark.parametrize("student, teacher, expected", [(3, 12, [4, 8, 12]), (6, 12, [2, 4, 6, 8, 10, 12]),
                                                         (4, 4, [1, 2, 3, 4])])
 def test_layer_map(student, teacher, expected):
-    assert layer_map(student, teacher) == expected
+    assert uniform_layer_map(student, teacher) == expected
 
 
 def test_layer_map_of_depths_that_do_not_divide():
     with pytest.raises(ValueError, match="12 teacher layers"):
-        layer_map(5, 12)
+        uniform_layer_map(5, 12)

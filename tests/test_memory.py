@@ -42,11 +42,12 @@ def step(student, teacher, length: int) -> int:
     import torch
 
     from simplified_tinybert.model.bert import Batch
-    from simplified_tinybert.training.objective import objective, stage_weights
+    from simplified_tinybert.training.objective import ObjectiveSettings, objective, stage_weights, total_loss
     mask = (torch.arange(length) < torch.full((8, 1), length - 7)).long()
     batch = Batch(torch.randint(100, (8, length)), torch.zeros(8, length, dtype=torch.long), mask, torch.arange(8) % 2)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    objective(student, teacher, batch, stage_weights("simplified")[0])["loss"].backward()
+    settings = ObjectiveSettings(weights=stage_weights("simplified")[0])
+    total_loss(objective(student, teacher, batch, settings), settings.weights)["loss"].backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages * resource.getpagesize()
 
 

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import random_rows, run_script, words, write_features
+from conftest import loss_terms, random_rows, run_script, words, write_features
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -15,7 +15,7 @@ import distill
 from simplified_tinybert.common.files import UserError
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model.pretrained import load_cross_encoder
-from simplified_tinybert.training.objective import METHODS, formula, objective, parse_loss_weights, stage_weights
+from simplified_tinybert.training.objective import METHODS, formula, parse_loss_weights, stage_weights
 
 SMALL_STEPS = ("--train_batch_size", 8, "--train_loss_step", 1, "--learning_rate", 1e-3)
 
@@ -57,8 +57,8 @@ def test_the_total_is_the_weighted_sum_of_single_terms(golden_models, weights):
     teacher, _ = load_cross_encoder(golden_models["teacher"], dtype=torch.float64)
     batch = Examples(np.arange(5, 35, dtype=np.uint16), np.array([10, 20], np.uint16), np.array([4, 5], np.uint16),
                      np.array([0, 1], np.int8)).batch(np.arange(2))
-    single = {term: objective(student, teacher, batch, {term: 1.0})["loss"].item() for term in weights}
-    terms = objective(student, teacher, batch, weights)
+    single = {term: loss_terms(student, teacher, batch, {term: 1.0})["loss"].item() for term in weights}
+    terms = loss_terms(student, teacher, batch, weights)
     assert terms["loss"].item() == pytest.approx(sum(weights[term] * single[term] for term in weights), rel=1e-9)
     assert terms["loss"].item() == pytest.approx(sum(
         terms[part].item() for part in ("att_loss", "rep_loss", "cls_loss") if part in terms), rel=1e-12)

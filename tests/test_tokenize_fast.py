@@ -117,7 +117,8 @@ def test_a_process_lost_while_it_sends_is_told_of():
 
 def test_processes_that_start_hear_no_signals():
     """In a process of its own, as Python changes what is blocked when it starts the first one."""
-    code = ("import signal; from functools import partial; from simplified_tinybert.common.workers import map_in_order\n"
+    code = ("import signal; from functools import partial\n"
+            "from simplified_tinybert.common.workers import map_in_order\n"
             "blocked = map_in_order(partial(partial, signal.pthread_sigmask, signal.SIG_BLOCK), [[], []], 2)\n"
             "print([signal.SIGINT in each and signal.SIGTERM in each for each in blocked])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

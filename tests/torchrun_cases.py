@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distill  # noqa: E402
 from simplified_tinybert.common.files import UserError  # noqa: E402
 from simplified_tinybert.common.processes import process_group  # noqa: E402
-from simplified_tinybert.training.loop import newest_checkpoint, step_of  # noqa: E402
+from simplified_tinybert.training.checkpoints import newest_checkpoint, step_of  # noqa: E402
 
 
 def rewind(source: Path, target: Path, step: int) -> None:

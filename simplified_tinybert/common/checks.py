@@ -2,44 +2,20 @@
 
 The functions add what is wrong to a `Problems` list, each with the way out, so that one run shows all of it.
 """
-import argparse
 import copy
-import math
 from pathlib import Path
 
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.common.files import Problems, UserError, process_count, warn
-from simplified_tinybert.common.records import read_record
+from simplified_tinybert.common.files import Problems, UserError, warn
 from simplified_tinybert.data.features import FeatureSummary
 from simplified_tinybert.data.tokenizer_files import has_vocabulary, load_vocabulary
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.pretrained import load_cross_encoder, load_ranker
 from simplified_tinybert.ranking.measures import parse_measures
-from simplified_tinybert.training.loop import newest_checkpoint
-from simplified_tinybert.training.objective import METHODS, stage_weights, uses_layers
-
-
-def check_flags(args: argparse.Namespace, problems: Problems, further: list[tuple[str, bool, str]]) -> None:
-    """Complain about flags that no training can work with. `further` rules: (flag, whether it holds, expected)."""
-    several = f" for each of {process_count()} processes" if process_count() > 1 else ""
-    rules = [("train_batch_size", args.train_batch_size >= process_count(), f"1 or more{several}"),
-             ("gradient_accumulation_steps", args.gradient_accumulation_steps >= 1, "1 or more"),
-             ("learning_rate", 0 <= args.learning_rate < math.inf, "0 or more"),
-             ("warmup_proportion", 0 <= args.warmup_proportion < 1, "0 to less than 1"),
-             ("weight_decay", 0 <= args.weight_decay < math.inf, "0 or more"),
-             ("train_loss_step", args.train_loss_step >= 1, "1 or more"),
-             ("save_model_step", args.save_model_step >= 1, "1 or more"),
-             ("seed", 0 <= args.seed < 2 ** 62, "0 or more, below 2^62"),
-             ("keep_checkpoints", args.keep_checkpoints is None or args.keep_checkpoints >= 1, "1 or more"), *further]
-    for name, holds, expected in rules:
-        if not holds:
-            problems.add(f"--{name} {getattr(args, name)}: expected {expected}")
-    for folder in filter(None, (args.cache_file_dir, args.tensorboard_dir)):
-        if folder.exists() and not folder.is_dir():
-            problems.add(f"{folder}: is a file; name a folder")
+from simplified_tinybert.training.objective import METHODS, ObjectiveSettings, stage_weights
 
 
 def find_models(names: dict[str, str | None], problems: Problems) -> dict[str, tuple[Path, BertConfig]]:
@@ -149,41 +125,10 @@ def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: 
         shallow.num_hidden_layers = new_layers
         check_pair(student, shallow, problems)
         student = shallow
-    if folder != other and any(map(uses_layers, (stage for method in methods for stage in stage_weights(method)))):
+    if folder != other and any(ObjectiveSettings(weights=weights).uses("layers")
+                               for method in methods for weights in stage_weights(method)):
         check_pair(teacher, student, problems)
     problems.raise_if_any()
     load_ranker(folder, teacher, None if fine_tuned else torch.Generator())
     if other != folder:                                 # of a model that students are made of the head is not used
         (load_cross_encoder if new_layers else load_ranker)(other, models["student"][1], torch.Generator())
-
-
-def check_output_dir(folder: Path, resume: bool | None, problems: Problems) -> None:
-    """An output folder is new or empty, or holds a run that --resume may go on with (None: there is no such flag)."""
-    if folder.exists() and not folder.is_dir():
-        problems.add(f"{folder}: is a file; name a folder")
-    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        if not resume:
-            way_out = "" if resume is None else ", or go on with the run in it by --resume"
-            problems.add(f"{folder}: is not empty; name a new folder{way_out}")
-        elif not (folder / "run.json").is_file():
-            problems.add(f"{folder}: is not empty and holds no run to --resume (no run.json); name another folder")
-
-
-def find_run(output_dir: Path, settings: dict) -> tuple[bool, Path | None]:
-    """Whether the run in the output folder is finished, and the checkpoint to go on from.
-
-    Raises UserError if that run was started with other settings.
-    """
-    path = output_dir / "run.json"
-    if not path.is_file():
-        return False, None
-    run = read_record(path)
-    if run["settings"].keys() != settings.keys():
-        raise UserError(f"{output_dir}: holds a run of another version of this tool, which alone can go on with it; "
-                        f"name another folder, or remove this one to start again")
-    changed = [f"{name} was {run['settings'].get(name)}, is {value}"
-               for name, value in settings.items() if run["settings"].get(name) != value]
-    if changed:
-        raise UserError(f"{output_dir}: holds a run with other settings ({'; '.join(changed)}); name another folder, "
-                        f"or remove this one to start again")
-    return run.get("finished", False), newest_checkpoint(output_dir)

@@ -27,6 +27,10 @@ class Share:
     tokens: float = 1.0
     pairs: float = 1.0
 
+    def of(self, unit: str) -> float:
+        """The share of the batch's examples, tokens or pairs."""
+        return getattr(self, unit)
+
 
 WHOLE = Share()
 

@@ -214,6 +214,17 @@ class Dropout(nn.Dropout):
         return drop(inputs, self.p) if self.training else inputs
 
 
+def uniform_layer_map(student_layers: int, teacher_layers: int) -> list[int]:
+    """The teacher layer (from 1) that each student layer 1, 2, ... learns from: every k-th.
+
+    Raises ValueError if the depths do not divide.
+    """
+    if teacher_layers % student_layers:
+        raise ValueError(f"{teacher_layers} teacher layers cannot be shared evenly among {student_layers}")
+    step = teacher_layers // student_layers
+    return [step * (layer + 1) for layer in range(student_layers)]
+
+
 def count_parameters(model: CrossEncoder) -> int:
     """Parameters that scoring needs: projections, which serve distillation alone, are left out."""
     return sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith("projections."))

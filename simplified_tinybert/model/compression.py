@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from simplified_tinybert.model.bert import Batch, CrossEncoder, Layer, attend
-from simplified_tinybert.training.losses import layer_map
+from simplified_tinybert.model.bert import Batch, CrossEncoder, Layer, attend, uniform_layer_map
 
 RIDGE = 1e-2                # of the inputs' mean square; with less, what dropout changes is blown up by large weights
 
@@ -32,7 +31,7 @@ def compress(student: CrossEncoder, teacher: CrossEncoder, batches: Iterable[Bat
     """Fill in the student's weights. The two have equally many heads, and layers that can be mapped evenly."""
     with torch.no_grad():
         batches = [batch.to(teacher.classifier.weight.device) for batch in batches]
-        depths = layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+        depths = uniform_layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
         seen = observe(teacher, batches, depths)
         basis = principal_directions(seen.states, student.config.hidden_size)                            # (D', D)
         stream = compress_embeddings(student, teacher, seen, basis)                                      # (T, D)

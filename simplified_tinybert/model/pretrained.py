@@ -18,11 +18,10 @@ from transformers import BertConfig
 
 from simplified_tinybert.common.files import Problems, UserError, atomic_writer, reason, warn
 from simplified_tinybert.data.tokenizer_files import has_vocabulary, save_tokenizer
-from simplified_tinybert.model.bert import CrossEncoder
+from simplified_tinybert.model.bert import CrossEncoder, uniform_layer_map
 from simplified_tinybert.model.configuration import read_config, reversed_labels
 from simplified_tinybert.model.hub import PROJECTION_FILE
 from simplified_tinybert.model.weights import read_weights, some
-from simplified_tinybert.training.losses import layer_map
 
 BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")           # constants that older libraries stored
 PRETRAINING_HEADS = ("cls.", "qa_outputs.")
@@ -179,7 +178,7 @@ def new_cross_encoder(config: BertConfig, generator: torch.Generator) -> CrossEn
 
 def copy_teacher_layers(student: CrossEncoder, teacher: CrossEncoder) -> None:
     """Start a student of the teacher's width from its embeddings, its pooler and every k-th of its layers."""
-    sources = layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    sources = uniform_layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     student.bert.embeddings.load_state_dict(teacher.bert.embeddings.state_dict())
     student.bert.pooler.load_state_dict(teacher.bert.pooler.state_dict())
     for layer, source in zip(student.bert.encoder.layer, sources):

@@ -27,6 +27,19 @@ def hard_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(student_logits.to(_accumulate(student_logits)), labels)
 
 
+def direct_attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_queries: Tensor, teacher_keys: Tensor,
+                          attention_mask: Tensor, padding: str = "reference") -> Tensor:
+    """Definition of `attention_loss`, which computes the same faster. Read this one; tests compare the two."""
+    keep = attention_mask[:, None, None, :].to(student_queries.dtype)                    # (B, 1, 1, L)
+    student = student_queries @ student_keys.transpose(-1, -2) / student_queries.shape[-1] ** 0.5    # (B, H, L, L)
+    teacher = teacher_queries @ teacher_keys.transpose(-1, -2) / teacher_queries.shape[-1] ** 0.5
+    squared = ((student - teacher) * keep).square()
+    if padding == "reference":
+        return squared.mean()
+    pairs = keep * attention_mask[:, None, :, None]                                      # (B, 1, L, L), real tokens
+    return (squared * pairs).sum() / (pairs.sum() * squared.shape[1])
+
+
 def attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_queries: Tensor, teacher_keys: Tensor,
                    attention_mask: Tensor, padding: str = "reference") -> Tensor:
     """Attention loss of one pair of layers: mean squared difference of the scaled scores before the softmax.
@@ -74,17 +87,6 @@ def hidden_loss(student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: 
         return squared.mean()
     keep = attention_mask[:, :, None].to(dtype)                                          # (B, L, 1)
     return (squared * keep).sum() / (keep.sum() * squared.shape[-1])
-
-
-def layer_map(student_layers: int, teacher_layers: int) -> list[int]:
-    """Uniform layer map: the teacher layer (counted from 1) that each student layer 1, 2, ... learns from.
-
-    Raises ValueError if the depths do not divide.
-    """
-    if teacher_layers % student_layers:
-        raise ValueError(f"{teacher_layers} teacher layers cannot be shared evenly among {student_layers}")
-    step = teacher_layers // student_layers
-    return [step * (layer + 1) for layer in range(student_layers)]
 
 
 def _scaled(projection: Tensor, dtype: torch.dtype) -> Tensor:
