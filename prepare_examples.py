@@ -154,8 +154,7 @@ def open_filter(args: argparse.Namespace, problems: Problems) -> "PassageFilter 
     if not args.filter_model:
         return None
     from simplified_tinybert.data.passage_filter import PassageFilter  # here, because it takes seconds
-    from tokenize_to_features import tokenize
-    return PassageFilter(args.filter_model, args.max_seq_length, args.device, args.bf16, tokenize, problems)
+    return PassageFilter(args.filter_model, args.max_seq_length, args.device, args.bf16, problems)
 
 
 def test_lines(collection: Collection, look_up: LookUp, left_out: LeftOut, progress: tqdm) -> Iterator[str]:

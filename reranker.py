@@ -46,7 +46,7 @@ from simplified_tinybert.model.bert import CrossEncoder, count_parameters, descr
 from simplified_tinybert.model.precision import select_precision, warn_if_emulated
 from simplified_tinybert.model.pretrained import load_ranker
 from simplified_tinybert.model.weights import weights_fingerprint
-from simplified_tinybert.ranking.scoring import BATCH_TOKENS, prepare, relevance, scored_chunks
+from simplified_tinybert.ranking.scoring import BATCH_TOKENS, BatchLimits, prepare, relevance, scored_chunks
 
 
 def parse_args() -> argparse.Namespace:
@@ -165,8 +165,7 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
 
     def scored(done: int) -> Iterator[tuple[Examples, np.ndarray]]:
         done = processes.gather(done)[0]                # the first process knows
-        return scored_chunks(model, args.features_file, done, summary.examples, batch_tokens, args.eval_batch_size,
-                             device, processes)
+        return scored_chunks(model, summary, BatchLimits(batch_tokens, args.eval_batch_size), processes, done)
 
     if not processes.first:
         for _ in scored(0):

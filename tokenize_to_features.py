@@ -21,7 +21,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from simplified_tinybert.common.duplicates import DuplicateFinder
@@ -39,7 +38,7 @@ from simplified_tinybert.common.records import record_file
 from simplified_tinybert.common.text import lines_of, open_binary, read_blocks, read_lines
 from simplified_tinybert.common.workers import MOST_WORKERS, default_workers, map_in_order
 from simplified_tinybert.data.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
-from simplified_tinybert.data.tokenization import PieceCutter, truncated_lengths, words_suffice
+from simplified_tinybert.data.tokenization import PieceCutter, tokenize, words_suffice
 from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.model.hub import find_model
@@ -49,7 +48,6 @@ COLUMNS = {"train": "index, query, passage, label", "dev": "query_id#passage_id,
 TEXTS = r"\t[^\S\t]*\S[^\t]*\t[^\S\t]*\S"               # query and passage, each with more than white space
 BEGINNING = {"train": re.compile(r"([^\t]+)" + TEXTS), "dev": re.compile(r"([^\s#]+#\S+)" + TEXTS),
              "test": re.compile(r"([^\s#]+#\S+)" + TEXTS)}
-NO_LABEL = -1
 PAIRS_FOR_A_PROCESS = 16_384
 
 
@@ -122,21 +120,6 @@ def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
 def texts_of(path: Path) -> Iterator[str]:
     """Queries and passages of a checked file."""
     return chain.from_iterable(line.split("\t")[1:3] for _, line in read_lines(path, Problems()))
-
-
-def tokenize(lines: list[str], cutter: PieceCutter) -> Examples:
-    """Checked lines → examples."""
-    rows, size, vocabulary = [line.split("\t") for line in lines], cutter.token_type.itemsize, cutter.vocabulary
-    queries, passages = (cutter.beginnings([row[column] for row in rows]) for column in (1, 2))
-    kept_queries, kept_passages = truncated_lengths(
-        *(np.array([len(text) // size for text in texts]) for texts in (queries, passages)), cutter.max_seq_length)
-    cls, sep = (np.array(piece, cutter.token_type).tobytes() for piece in (vocabulary.cls_id, vocabulary.sep_id))
-    tokens = b"".join(chain.from_iterable(
-        (cls, query[:query_end], sep, passage[:passage_end], sep) for query, query_end, passage, passage_end
-        in zip(queries, (kept_queries * size).tolist(), passages, (kept_passages * size).tolist())))
-    labels = np.array([int(row[3]) if len(row) == 4 else NO_LABEL for row in rows], dtype=np.int8)
-    return Examples(np.frombuffer(tokens, cutter.token_type), (kept_queries + kept_passages + 3).astype(np.uint16),
-                    (kept_queries + 2).astype(np.uint16), labels, [row[0] for row in rows])
 
 
 def block_tokenizer(vocabulary: Vocabulary, max_seq_length: int, by_words: bool) -> Callable[[bytes], Examples]:

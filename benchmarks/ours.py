@@ -11,10 +11,9 @@ import torch
 from tqdm import tqdm
 from transformers import BertConfig
 
-import tokenize_to_features
 from benchmarks.common import ROOT
 from simplified_tinybert.data.features import Examples
-from simplified_tinybert.data.tokenization import PieceCutter
+from simplified_tinybert.data.tokenization import PieceCutter, tokenize
 from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.bert import Batch, CrossEncoder
 from simplified_tinybert.model.cpu_linear import pack_linear_layers
@@ -96,7 +95,7 @@ def load_scorer(folder: Path, device: torch.device, dtype: torch.dtype | None = 
 def tokenizer(folder: Path) -> Callable[[list[str], int], Examples]:
     """A function (lines of pairs, max_seq_length) → examples, as tokenize_to_features.py does it."""
     vocabulary = load_vocabulary(folder)
-    return lambda lines, length: tokenize_to_features.tokenize(lines, PieceCutter(vocabulary, length))
+    return lambda lines, length: tokenize(lines, PieceCutter(vocabulary, length))
 
 
 def subset(examples: Examples, indices: np.ndarray) -> Examples:
@@ -107,7 +106,7 @@ def subset(examples: Examples, indices: np.ndarray) -> Examples:
 
 def score(model: CrossEncoder, examples: Examples, device: torch.device) -> np.ndarray:
     """Probabilities of relevance (N), as reranker.py computes them."""
-    batches = scoring.token_batches(examples.lengths, scoring.BATCH_TOKENS[device.type], None)
+    batches = scoring.token_batches(examples.lengths, scoring.BatchLimits.of(device))
     logits = scoring.score_chunk(model, examples, batches, device, tqdm(disable=True))
     return scoring.relevance(logits, "probability")
 

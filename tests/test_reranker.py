@@ -89,7 +89,7 @@ def test_single_logit_models_score_by_the_sigmoid(golden_models, tmp_path, run_m
        st.one_of(st.none(), st.integers(1, 9)))
 def test_batches_hold_every_pair_once_within_the_budget(lengths, budget, most):
     lengths = np.array(lengths, dtype=np.uint16)
-    batches = list(scoring.token_batches(lengths, budget, most))
+    batches = list(scoring.token_batches(lengths, scoring.BatchLimits(budget, most)))
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * lengths[batch].max() <= budget

@@ -18,10 +18,9 @@ from transformers import BertTokenizerFast
 import tokenize_to_features
 from simplified_tinybert.common.files import UserError, run_main
 from simplified_tinybert.data.features import read_chunks, read_header
-from simplified_tinybert.data.tokenization import PieceCutter, truncated_lengths
+from simplified_tinybert.data.tokenization import PieceCutter, tokenize, truncated_lengths
 from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.data.vocabulary import bert_vocabulary
-from tokenize_to_features import tokenize
 
 CASES = json.loads((DATA / "tokenization.json").read_text(encoding="utf-8"))
 CONTROL = re.compile(r"\[(CLS|SEP|MASK|PAD|UNK)\]")

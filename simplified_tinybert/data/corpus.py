@@ -17,13 +17,12 @@ from simplified_tinybert.common.text import BLOCK, read_lines
 from simplified_tinybert.common.workers import default_workers, map_in_order
 from simplified_tinybert.data.cache import mapped
 from simplified_tinybert.data.documents import read_documents
-from simplified_tinybert.data.features import Examples
+from simplified_tinybert.data.features import NO_LABEL, Examples
 from simplified_tinybert.data.tokenization import PieceCutter, words_suffice
 from simplified_tinybert.data.vocabulary import Vocabulary
 
 DOCUMENTS = ("lines", "paragraphs")     # of --corpus
 COLUMNS = "columns"                     # of --docs
-NO_LABEL = -1
 
 
 def documents(paths: list[Path], kind: str, problems: Problems) -> Iterator[str]:

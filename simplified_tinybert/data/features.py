@@ -16,7 +16,7 @@ import hashlib
 import pickle
 import pickletools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -45,6 +45,9 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         raise pickle.UnpicklingError(f"it names {module}.{name}, which no feature file needs; the file is refused, "
                                      f"nothing in it was run")
+
+
+NO_LABEL = -1           # of an example
 
 
 @dataclass
@@ -157,18 +160,19 @@ def read_chunks(path: Path) -> Iterator[Examples]:
 @dataclass
 class FeatureSummary:
     """What a whole pass over one or several feature files tells. `fingerprint` identifies their content and order."""
-    header: dict
-    examples: int
-    tokens: int
-    labelled: int
-    unpaired: int                                       # ids that are not query_id#passage_id
-    chunks: list[int]                                   # examples of each chunk
-    fingerprint: str
+    paths: list[Path]
+    header: dict = field(default_factory=dict)
+    examples: int = 0
+    tokens: int = 0
+    labelled: int = 0
+    unpaired: int = 0                                   # ids that are not query_id#passage_id
+    chunks: list[int] = field(default_factory=list)     # examples of each chunk
+    fingerprint: str = ""
 
 
 def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
     """Read all files once, in bounded memory; damage and headers that do not go together are added to `problems`."""
-    before, headers, total = problems.count, [], FeatureSummary({}, 0, 0, 0, 0, [], "")
+    before, headers, total = problems.count, [], FeatureSummary(paths)
     digest = hashlib.sha256()
     for path in paths:
         if not check_input_file(path, problems, "features", read_twice=True):
@@ -187,9 +191,9 @@ def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
             problems.add(str(error))
     for path, header in headers[1:]:
         first_path, first = headers[0]
-        for field in ("max_seq_length", "vocabulary", "vocabulary_size", "lower_case", "token_type"):
-            if header[field] != first[field]:
-                problems.add(f"{path}: has {field} {header[field]}, but {first_path} has {first[field]}; "
+        for name in ("max_seq_length", "vocabulary", "vocabulary_size", "lower_case", "token_type"):
+            if header[name] != first[name]:
+                problems.add(f"{path}: has {name} {header[name]}, but {first_path} has {first[name]}; "
                              f"tokenize both with the same settings")
     if not total.examples and problems.count == before:
         problems.add(f"{', '.join(map(str, paths))}: no examples in the feature file")

@@ -1,5 +1,4 @@
 """Which passages of a relevant document are relevant? A ranker's probabilities, computed in process."""
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
@@ -9,8 +8,7 @@ from transformers import BertConfig
 
 from simplified_tinybert.common.device import keep_freed_memory, select_device
 from simplified_tinybert.common.files import Problems, UserError, say
-from simplified_tinybert.data.features import Examples
-from simplified_tinybert.data.tokenization import PieceCutter, words_suffice
+from simplified_tinybert.data.tokenization import PieceCutter, tokenize, words_suffice
 from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.bert import describe
 from simplified_tinybert.model.configuration import read_config
@@ -18,17 +16,14 @@ from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.precision import select_precision, warn_if_emulated
 from simplified_tinybert.model.pretrained import load_ranker
 from simplified_tinybert.model.weights import weights_fingerprint
-from simplified_tinybert.ranking.scoring import BATCH_TOKENS, finite, prepare, relevance, score_chunk, token_batches
-
-Tokenize = Callable[[list[str], PieceCutter], Examples]
+from simplified_tinybert.ranking.scoring import BatchLimits, finite, prepare, relevance, score_chunk, token_batches
 
 
 class PassageFilter:
     """Scores passages for queries with a cross-encoder; what is wrong with it or the request is added to `problems`."""
 
-    def __init__(self, model: str, max_seq_length: int, device: str, bf16: bool, tokenize: Tokenize,
-                 problems: Problems):
-        self.max_seq_length, self.tokenize, self.cutter = max_seq_length, tokenize, None
+    def __init__(self, model: str, max_seq_length: int, device: str, bf16: bool, problems: Problems):
+        self.max_seq_length, self.cutter = max_seq_length, None
         try:
             self.device = select_device(device)
             self.dtype = select_precision(False, bf16, self.device, problems)
@@ -58,8 +53,8 @@ class PassageFilter:
             self.cutter = PieceCutter(self.vocabulary, self.max_seq_length,
                                       words_suffice(self.vocabulary, chain.from_iterable(pairs)))
         lines = [f"{number}\t{query}\t{passage}" for number, (query, passage) in enumerate(pairs)]
-        chunk = self.tokenize(lines, self.cutter)
-        batches = token_batches(chunk.lengths, BATCH_TOKENS[self.device.type], None)
+        chunk = tokenize(lines, self.cutter)
+        batches = token_batches(chunk.lengths, BatchLimits.of(self.device))
         with tqdm(disable=True) as progress:
             logits = score_chunk(self.model, chunk, batches, self.device, progress)
         return relevance(finite(chunk, logits), "probability")

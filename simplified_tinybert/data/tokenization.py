@@ -5,10 +5,12 @@ Most of a text are words that were seen before, so texts are cut word by word wh
 import string
 import sys
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 import numpy as np
 
 from simplified_tinybert.common.files import say
+from simplified_tinybert.data.features import NO_LABEL, Examples
 from simplified_tinybert.data.vocabulary import Vocabulary
 
 MEMORY = 2 ** 26            # bytes that the texts and the words already seen may take, each
@@ -120,6 +122,21 @@ def words_suffice(vocabulary: Vocabulary, texts: Iterable[str]) -> bool:
         say("note         texts are cut by the tokenizers library as a whole, which takes longer: words alone would "
             "not always give the tokens of this model's tokenizer")
     return same
+
+
+def tokenize(lines: list[str], cutter: PieceCutter) -> Examples:
+    """Checked lines → examples."""
+    rows, size, vocabulary = [line.split("\t") for line in lines], cutter.token_type.itemsize, cutter.vocabulary
+    queries, passages = (cutter.beginnings([row[column] for row in rows]) for column in (1, 2))
+    kept_queries, kept_passages = truncated_lengths(
+        *(np.array([len(text) // size for text in texts]) for texts in (queries, passages)), cutter.max_seq_length)
+    cls, sep = (np.array(piece, cutter.token_type).tobytes() for piece in (vocabulary.cls_id, vocabulary.sep_id))
+    tokens = b"".join(chain.from_iterable(
+        (cls, query[:query_end], sep, passage[:passage_end], sep) for query, query_end, passage, passage_end
+        in zip(queries, (kept_queries * size).tolist(), passages, (kept_passages * size).tolist())))
+    labels = np.array([int(row[3]) if len(row) == 4 else NO_LABEL for row in rows], dtype=np.int8)
+    return Examples(np.frombuffer(tokens, cutter.token_type), (kept_queries + kept_passages + 3).astype(np.uint16),
+                    (kept_queries + 2).astype(np.uint16), labels, [row[0] for row in rows])
 
 
 def truncated_lengths(query_lengths: np.ndarray, passage_lengths: np.ndarray,

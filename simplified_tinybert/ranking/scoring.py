@@ -1,7 +1,7 @@
 """Scoring pairs: batches of similar length, logits in input order, the score of a pair; by one process or several."""
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import cycle, islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from simplified_tinybert.common.device import read_ahead
 from simplified_tinybert.common.files import UserError
 from simplified_tinybert.common.processes import Processes
-from simplified_tinybert.data.features import Examples, read_chunks
+from simplified_tinybert.data.features import Examples, FeatureSummary, read_chunks
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.cpu_linear import pack_linear_layers, quantize_linear_layers
 from simplified_tinybert.model.precision import to_half
@@ -28,13 +28,25 @@ def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> None:
         pack_linear_layers(model)
 
 
-def token_batches(lengths: np.ndarray, batch_tokens: int, batch_size: int | None) -> Iterator[np.ndarray]:
-    """Indices of each batch: longest pairs first, at most `batch_tokens` padded positions and `batch_size` pairs."""
+@dataclass(frozen=True)
+class BatchLimits:
+    """At most so many positions of a batch, padding included, and so many pairs (None: any number)."""
+    tokens: int
+    pairs: int | None = None
+
+    @classmethod
+    def of(cls, device: torch.device) -> "BatchLimits":
+        """What is fastest on a device."""
+        return cls(BATCH_TOKENS[device.type])
+
+
+def token_batches(lengths: np.ndarray, limits: BatchLimits) -> Iterator[np.ndarray]:
+    """Indices of each batch: longest pairs first."""
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
     start = 0
     while start < len(order):
-        size = max(1, batch_tokens // int(lengths[order[start]]))
-        size = min(size, batch_size) if batch_size else size
+        size = max(1, limits.tokens // int(lengths[order[start]]))
+        size = min(size, limits.pairs) if limits.pairs else size
         yield order[start:start + size]
         start += size
 
@@ -60,26 +72,25 @@ def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarr
     return logits
 
 
-def scored_chunks(model: CrossEncoder, paths: list[Path], done: int, total: int, batch_tokens: int,
-                  batch_size: int | None, device: torch.device, processes: Processes, passing: bool = False) \
-        -> Iterator[tuple[Examples, np.ndarray]]:
-    """Yield the chunks of feature files with their logits (N, C), after the first `done` of `total` pairs.
+def scored_chunks(model: CrossEncoder, features: FeatureSummary, limits: BatchLimits, processes: Processes,
+                  done: int = 0, passing: bool = False) -> Iterator[tuple[Examples, np.ndarray]]:
+    """Yield the chunks of feature files with their logits (N, C), after the first `done` pairs.
 
     Every process gets all logits, whoever computed them. A `passing` progress bar leaves nothing on the terminal.
 
     Batches, which follow from the lengths alone, are dealt out in turn. The processes exchange their logits after as
     many chunks as there are processes, so that they seldom wait for each other.
     """
-    chunks = read_ahead(chunk for path in paths for chunk in read_chunks(path))
-    seen, turns = 0, cycle(range(processes.count))
+    chunks = read_ahead(chunk for path in features.paths for chunk in read_chunks(path))
+    seen, turns, device = 0, cycle(range(processes.count)), model.classifier.weight.device
     while seen < done:
         seen += len(next(chunks))
-    with tqdm(total=total, initial=done, desc="scoring", unit=" pairs", leave=not passing,
+    with tqdm(total=features.examples, initial=done, desc="scoring", unit=" pairs", leave=not passing,
               disable=not processes.first) as progress:
         while window := list(islice(chunks, processes.count)):
             logits = []
             for chunk in window:
-                batches = token_batches(chunk.lengths, batch_tokens, batch_size)
+                batches = token_batches(chunk.lengths, limits)
                 mine = [indices for indices in batches if next(turns) == processes.rank]
                 logits.append(score_chunk(model, chunk, mine, device, progress))
             merged = [processes.merge(own) for own in logits]

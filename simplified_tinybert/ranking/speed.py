@@ -17,7 +17,7 @@ from tqdm import tqdm
 from simplified_tinybert.common.files import say
 from simplified_tinybert.data.features import Examples, joined, read_chunks
 from simplified_tinybert.model.bert import CrossEncoder
-from simplified_tinybert.ranking.scoring import BATCH_TOKENS, finite, score_chunk, token_batches
+from simplified_tinybert.ranking.scoring import BatchLimits, finite, score_chunk, token_batches
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -82,7 +82,7 @@ def measure(models: dict[str, CrossEncoder], pairs: Examples, device: torch.devi
     The models are prepared for scoring, and on the device.
     """
     def score(model: CrossEncoder) -> np.ndarray:
-        batches = token_batches(pairs.lengths, BATCH_TOKENS[device.type], None)
+        batches = token_batches(pairs.lengths, BatchLimits.of(device))
         return score_chunk(model, pairs, batches, device, tqdm(disable=True))
 
     for model in models.values():

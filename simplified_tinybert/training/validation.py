@@ -14,7 +14,7 @@ from simplified_tinybert.data.features import Examples, FeatureSummary, read_chu
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.precision import autocast
 from simplified_tinybert.ranking.measures import Qrels, other_measures, parse_measures, reciprocal_ranks
-from simplified_tinybert.ranking.scoring import BATCH_TOKENS, relevance, score_chunk, scored_chunks, token_batches
+from simplified_tinybert.ranking.scoring import BatchLimits, relevance, score_chunk, scored_chunks, token_batches
 from simplified_tinybert.ranking.trec import rank, read_qrels, split_passage_id
 
 PROBED = 256                # training pairs on which a teacher is tried out
@@ -36,8 +36,8 @@ class DevSet:
         training, best = student.training, {}                      # query id → document id → its best passage's score
         student.eval()
         with autocast(device, dtype):
-            for chunk, logits in scored_chunks(student, self.paths, 0, self.summary.examples, BATCH_TOKENS[device.type],
-                                               None, device, processes, passing=True):
+            for chunk, logits in scored_chunks(student, self.summary, BatchLimits.of(device), processes,
+                                               passing=True):
                 for example_id, score in zip(chunk.ids, relevance(logits, "log_odds").tolist()):
                     query_id, _, passage_id = example_id.partition("#")
                     documents = best.setdefault(query_id, {})
@@ -57,7 +57,7 @@ def warn_of_chance(teacher: CrossEncoder, examples: Examples, device: torch.devi
     Before hours are spent on it: it was not fine-tuned, or its classes or the labels are swapped.
     """
     some = np.unique(np.linspace(0, len(examples) - 1, PROBED, dtype=np.int64))
-    batches = (some[indices] for indices in token_batches(examples.lengths[some], BATCH_TOKENS[device.type], None))
+    batches = (some[indices] for indices in token_batches(examples.lengths[some], BatchLimits.of(device)))
     with autocast(device, dtype):
         logits = score_chunk(teacher, examples, batches, device, tqdm(disable=True))
     area, error = area_under_curve(relevance(logits[some], "log_odds"), examples.labels[some] == 1)
