@@ -87,7 +87,8 @@ def check_model_fits(role: str, folder: Path, config: BertConfig, summary: Featu
     except UserError as error:
         problems.add(str(error))
         return
-    check_vocabulary(folder, config, vocabulary, problems)
+    if not check_vocabulary(folder, config, vocabulary, problems):
+        return                                          # to tokenize again is no way out
     if vocabulary.fingerprint() != header["vocabulary"]:
         problems.add(f"{folder}: the features were made with another vocabulary than the {role}'s; tokenize with "
                      f"--bert_model_dir {folder}")
@@ -97,8 +98,8 @@ def check_model_fits(role: str, folder: Path, config: BertConfig, summary: Featu
              f"{names[header['lower_case']]}")
 
 
-def check_vocabulary(folder: Path, config: BertConfig, vocabulary: Vocabulary, problems: Problems) -> None:
-    """Complain about a model whose own tokenizer has tokens that its own embedding matrix has no row for."""
+def check_vocabulary(folder: Path, config: BertConfig, vocabulary: Vocabulary, problems: Problems) -> bool:
+    """Whether a model's own embedding matrix has a row for each token of its own tokenizer; complain if not."""
     size = max(vocabulary.pieces.values()) + 1
     if size > config.vocab_size:
         tokenizer = next(name for name in ("vocab.txt", "tokenizer.json") if (folder / name).is_file())
@@ -106,6 +107,7 @@ def check_vocabulary(folder: Path, config: BertConfig, vocabulary: Vocabulary, p
                      f"(vocab_size in {find_config(folder)}): these two files of the model do not go together; fetch "
                      f"both from one place or, if tokens were added, call resize_token_embeddings({size}) and save the "
                      f"model again")
+    return size <= config.vocab_size
 
 
 def check_dev_set(dev: FeatureSummary, train: FeatureSummary | None, student: BertConfig, problems: Problems) -> None:
