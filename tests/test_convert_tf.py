@@ -228,7 +228,7 @@ def test_a_pre_trained_model_is_written_without_a_classifier(tf, tmp_path, run_m
     assert "without a classifier" in convert(run_main, folder, tmp_path / "out")
     names = load_file(tmp_path / "out" / "model.safetensors")
     assert len(names) == len(variables) and not any(name.startswith("classifier") for name in names)
-    with pytest.raises(UserError, match="lack classifier.weight; the model was not fine-tuned for ranking"):
+    with pytest.raises(UserError, match="lack classifier.bias, classifier.weight; .* not fine-tuned"):
         load_cross_encoder(tmp_path / "out")
     _, notes = load_cross_encoder(tmp_path / "out", new_head=torch.Generator())      # as distill.py takes it
     assert notes == ["newly initialised: classifier.bias, classifier.weight"]
@@ -292,7 +292,7 @@ def unread(tmp_path):
     folder = tmp_path / "tf"
     folder.mkdir()
     for name in ("model.ckpt-1.index", "model.ckpt-1.data-00000-of-00002", "model.ckpt-1.data-00001-of-00002"):
-        (folder / name).write_bytes(b"")
+        (folder / name).write_bytes(b"\0")
     (folder / "bert_config.json").write_text(json.dumps(CONFIG))
     (folder / "vocab.txt").write_text("\n".join(tiny_vocabulary()) + "\n")
     return folder
@@ -323,6 +323,14 @@ def test_cheap_mistakes_are_told_without_tensorflow(unread, run_main, monkeypatc
         path.resolve().write_text(content)
     with pytest.raises(UserError, match=complaint):
         convert(run_main, unread, unread.parent / "out")
+
+
+@pytest.mark.parametrize("name", ["model.ckpt-1.index", "model.ckpt-1.data-00001-of-00002"])
+def test_pointers_in_place_of_a_checkpoint_are_told_without_tensorflow(unread, run_main, name):
+    (unread / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=f"{name}: is a Git LFS pointer"):
+        convert(run_main, unread, unread.parent / "out")
+    assert not (unread.parent / "out").exists()
 
 
 def test_without_tensorflow_the_message_says_what_to_install(unread, run_main, monkeypatch):

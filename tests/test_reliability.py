@@ -50,6 +50,7 @@ def forked(script, call, log, file_limit=None):
         return child
     code = 70                                           # of an exception that nobody caught: its words are in the log
     try:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of the tokenizers library do not survive a fork
         tqdm.set_lock(threading.RLock())                # its own one is shared with other children, who die holding it
         words_file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(words_file, 1)

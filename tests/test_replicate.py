@@ -92,89 +92,6 @@ quarter = { depth = 0.25, width = 0.5, general_learning_rate = 3e-4, learning_ra
 """
 
 
-def replicate(folder, model, *more):
-    return run_script("experiments/replicate.py", folder / "small.toml", "--collection", folder / "raw", "--output_dir",
-                      folder / "out", "--bert_model", model, "--device", "cpu", *more)
-
-
-def test_the_whole_study(golden_models, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    write_collection(tmp_path / "raw")
-    (tmp_path / "small.toml").write_text(SETTINGS)
-    out = tmp_path / "out"
-    done = replicate(tmp_path, golden_models["teacher"], "--until", "dev")
-    assert done.returncode == 0, done.stderr
-    assert not list((out / "runs").iterdir())                                   # nobody has looked at the test queries
-    results = json.loads((out / "results.json").read_text())
-    assert "systems" not in results and len(results["tuned"]) == 4 and len(results["curves"]) == 2
-    assert results["curves"][1]["rows"][0]["att_grad"] > 0
-
-    for path in (tmp_path / "raw").iterdir():                   # as a copy of the collection would have it
-        os.utime(path)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".safetensors", ".pkl")}
-    done = replicate(tmp_path, golden_models["teacher"])
-    assert done.returncode == 0, done.stderr
-    assert before.items() <= {path: path.stat().st_mtime_ns for path in before}.items()
-    results = json.loads((out / "results.json").read_text())
-    (tmp_path / "small.toml").write_text(SETTINGS.replace("test_depth = 5", "test_depth = 6"))
-    other = replicate(tmp_path, golden_models["teacher"])
-    assert other.returncode == 2 and "was begun with other inputs: test_depth was 5, is 6" in other.stderr
-    with open(tmp_path / "raw" / "queries.test.tsv", "a") as queries:
-        queries.write("one-more\tquery\n")
-    other = replicate(tmp_path, golden_models["student_4x48"])
-    assert other.returncode == 2 and "was begun with other inputs: queries.test was" in other.stderr
-    assert "pre-trained BERT was" in other.stderr
-    check_students(results, out)
-    check_figures(results, tmp_path)
-
-    tables = (out / "results.md").read_text()
-    assert re.search(r"\| TinyBERT +\| +1/24 \|.* ± 0\.\d{4} \|", tables) and "less teacher" in tables
-    again = run_script("experiments/findings.py", out / "results.json", "--output_dir", tmp_path / "again")
-    assert again.returncode == 0 and (tmp_path / "again" / "results.md").read_text() == tables
-    assert {path.name for path in (tmp_path / "again").iterdir()} == {"results.md", "results.png", "results-losses.png"}
-
-
-def check_students(results, out):
-    """Every method has as many steps; each student is the one its record tells of."""
-    for tuned in results["tuned"]:
-        name = f"1-24-{tuned['method'].replace(' ', '-')}-{tuned['learning_rate']:g}-seed1"
-        record = json.loads((out / "students" / name / "run.json").read_text())
-        assert record["finished"] and record["arguments"]["learning_rate"] == tuned["learning_rate"]
-        rows = rows_of(out / "students" / name / "train_loss.jsonl")
-        assert rows[-1]["global_step"] == 3                                     # 24 pairs in batches of 8
-        assert not list((out / "students" / name).glob("checkpoint-*"))
-    for method in ("TinyBERT", "Simplified TinyBERT"):
-        found = [tuned for tuned in results["tuned"] if tuned["method"] == method]
-        assert max(found, key=lambda each: each["dev"])["dev"] == [each for each in found if each["chosen"]][0]["dev"]
-
-
-def check_figures(results, folder):
-    """Averages as msmarco_mrr_eval.py has them for the same runs."""
-    qrels = folder / "raw" / "qrels.test.txt"
-    rates = {f"{run['shape']} {run['method']}": run["learning_rate"] for run in results["tuned"] if run["chosen"]}
-    for system in results["systems"][1:]:
-        name = "teacher" if system["name"] == "teacher" else system["name"].replace("/", "-").replace(" ", "-")
-        rate = rates.get(system["name"], 0.001)
-        names = [f"{name}-{rate:g}" + seed for seed in (["-seed42"] if name == "teacher" else ["-seed1", "-seed2"])]
-        assert len(names) == len(system["seeds"]["nDCG@10"])
-        runs = [folder / "out" / "runs" / f"{name}.trec" for name in names]
-        for number, run in enumerate(runs):
-            told = run_script("msmarco_mrr_eval.py", qrels, run, "--measures", "nDCG@10").stdout
-            average = float(re.search(r"nDCG@10\D*(\d\.\d+)", told).group(1))
-            assert system["seeds"]["nDCG@10"][number] == pytest.approx(average, abs=2e-6)
-    bm25 = evaluation.first_ranking(folder / "out" / "data" / "test.tsv")
-    assert {query: list(found) for query, found in bm25.items()} == {
-        query: found[:5] for query, found in candidates(folder / "raw" / "bm25.test.txt").items()}
-    assert set(results["comparisons"]) == {"BM25", "teacher", "1/24 Simplified TinyBERT"}
-
-
-def candidates(run):
-    found = {}
-    for line in run.read_text().splitlines():
-        found.setdefault(line.split()[0], []).append(line.split()[2])
-    return found
-
-
 STEPS = """
 like = "small.toml"
 seeds = [1]
@@ -224,7 +141,7 @@ class Forked:
 
 @pytest.fixture
 def study(golden_models, tmp_path, monkeypatch, run_main):
-    """Runs replicate.py in this process on a collection of made-up words, with the settings STEPS."""
+    """Runs replicate.py in this process on a collection of made-up words; returns the results."""
     monkeypatch.setattr(running, "subprocess", SimpleNamespace(Popen=Forked))
     monkeypatch.setitem(SCRIPTS, "cropped_queries", cropped_queries)
     importlib.import_module("torch.utils.tensorboard")              # once, not in every child
@@ -232,22 +149,93 @@ def study(golden_models, tmp_path, monkeypatch, run_main):
     (tmp_path / "small.toml").write_text(SETTINGS)
     (tmp_path / "steps.toml").write_text(STEPS)
 
-    def run(output, *more):
-        run_main(replicate_script, tmp_path / "steps.toml", "--collection", tmp_path / "raw", "--output_dir",
-                 tmp_path / output, "--records", tmp_path / "records", "--device", "cpu", "--bert_model",
-                 golden_models["teacher"], *more)
+    def run(settings, output, *more, model="teacher"):
+        run_main(replicate_script, tmp_path / settings, "--collection", tmp_path / "raw", "--output_dir",
+                 tmp_path / output, "--device", "cpu", "--bert_model", golden_models[model], *more)
         return json.loads((tmp_path / output / "results.json").read_text())
     return run
 
 
+def test_the_whole_study(study, tmp_path, run_main):
+    out = tmp_path / "out"
+    results = study("small.toml", "out", "--until", "dev")
+    assert not list((out / "runs").iterdir())                                   # nobody has looked at the test queries
+    assert "systems" not in results and len(results["tuned"]) == 4 and len(results["curves"]) == 2
+    assert results["curves"][1]["rows"][0]["att_grad"] > 0
+
+    for path in (tmp_path / "raw").iterdir():                   # as a copy of the collection would have it
+        os.utime(path)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".safetensors", ".pkl")}
+    results = study("small.toml", "out")
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in before}.items()
+    check_students(results, out)
+    check_figures(results, tmp_path)
+
+    tables = (out / "results.md").read_text()
+    assert re.search(r"\| TinyBERT +\| +1/24 \|.* ± 0\.\d{4} \|", tables) and "less teacher" in tables
+    run_main(findings, out / "results.json", "--output_dir", tmp_path / "again")
+    assert (tmp_path / "again" / "results.md").read_text() == tables
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {"results.md", "results.png", "results-losses.png"}
+
+    (tmp_path / "small.toml").write_text(SETTINGS.replace("test_depth = 5", "test_depth = 6"))
+    with pytest.raises(UserError, match="was begun with other inputs: test_depth was 5, is 6"):
+        study("small.toml", "out")
+    with open(tmp_path / "raw" / "queries.test.tsv", "a") as queries:
+        queries.write("one-more\tquery\n")
+    with pytest.raises(UserError, match="was begun with other inputs: queries.test was(.|\n)*pre-trained BERT was"):
+        study("small.toml", "out", model="student_4x48")
+
+
+def check_students(results, out):
+    """Every method has as many steps; each student is the one its record tells of."""
+    for tuned in results["tuned"]:
+        name = f"1-24-{tuned['method'].replace(' ', '-')}-{tuned['learning_rate']:g}-seed1"
+        record = json.loads((out / "students" / name / "run.json").read_text())
+        assert record["finished"] and record["arguments"]["learning_rate"] == tuned["learning_rate"]
+        rows = rows_of(out / "students" / name / "train_loss.jsonl")
+        assert rows[-1]["global_step"] == 3                                     # 24 pairs in batches of 8
+        assert not list((out / "students" / name).glob("checkpoint-*"))
+    for method in ("TinyBERT", "Simplified TinyBERT"):
+        found = [tuned for tuned in results["tuned"] if tuned["method"] == method]
+        assert max(found, key=lambda each: each["dev"])["dev"] == [each for each in found if each["chosen"]][0]["dev"]
+
+
+def check_figures(results, folder):
+    """Averages as msmarco_mrr_eval.py has them for the same runs."""
+    qrels = folder / "raw" / "qrels.test.txt"
+    rates = {f"{run['shape']} {run['method']}": run["learning_rate"] for run in results["tuned"] if run["chosen"]}
+    for system in results["systems"][1:]:
+        name = "teacher" if system["name"] == "teacher" else system["name"].replace("/", "-").replace(" ", "-")
+        rate = rates.get(system["name"], 0.001)
+        names = [f"{name}-{rate:g}" + seed for seed in (["-seed42"] if name == "teacher" else ["-seed1", "-seed2"])]
+        assert len(names) == len(system["seeds"]["nDCG@10"])
+        runs = [folder / "out" / "runs" / f"{name}.trec" for name in names]
+        for number, run in enumerate(runs):
+            told = run_script("msmarco_mrr_eval.py", qrels, run, "--measures", "nDCG@10").stdout
+            average = float(re.search(r"nDCG@10\D*(\d\.\d+)", told).group(1))
+            assert system["seeds"]["nDCG@10"][number] == pytest.approx(average, abs=2e-6)
+    bm25 = evaluation.first_ranking(folder / "out" / "data" / "test.tsv")
+    assert {query: list(found) for query, found in bm25.items()} == {
+        query: found[:5] for query, found in candidates(folder / "raw" / "bm25.test.txt").items()}
+    assert set(results["comparisons"]) == {"BM25", "teacher", "1/24 Simplified TinyBERT"}
+
+
+def candidates(run):
+    found = {}
+    for line in run.read_text().splitlines():
+        found.setdefault(line.split()[0], []).append(line.split()[2])
+    return found
+
+
 def test_steps_and_records_without_their_models(study, tmp_path, run_main):
     """A study that goes on in another directory, as on another machine, with the records of the first step."""
-    results = study("first", "--steps", 1)
+    records = "--records", tmp_path / "records"
+    results = study("steps.toml", "first", *records, "--steps", 1)
     assert [system["name"] for system in results["systems"]] == ["BM25", "teacher", "1/24 none"]
     assert list(results["teacher_seeds"]) == ["3"]
     before = check_tuning(results, tmp_path)
 
-    results = study("second")
+    results = study("steps.toml", "second", *records)
     assert not [path for path in (tmp_path / "second" / "students").iterdir() if "none" in path.name]
     assert {path: path.read_bytes() for path in before} == before                       # the same weights again
     assert [system["method"] for system in results["systems"]] == ["BM25", "teacher", "none", "Simplified TinyBERT"]
@@ -261,7 +249,7 @@ def test_steps_and_records_without_their_models(study, tmp_path, run_main):
 
     (tmp_path / "steps.toml").write_text(STEPS.replace("[warm_up]", 'flags = "--weight_decay 0"\n[warm_up]'))
     with pytest.raises(UserError, match="teacher-0.001-seed3.json: was made by another command"):
-        study("second")
+        study("steps.toml", "second", *records)
 
 
 def check_tuning(results, folder):
@@ -386,11 +374,12 @@ def is_gone(pid):
         return True
 
 
-def test_what_is_wrong_is_told_at_once(golden_models, tmp_path):
+def test_what_is_wrong_is_told_at_once(tmp_path):
     write_collection(tmp_path / "raw")
     (tmp_path / "raw" / "qrels.dev.txt").unlink()
     (tmp_path / "small.toml").write_text(SETTINGS.replace('proposed = "Simplified TinyBERT"', 'proposed = "X"'))
-    done = replicate(tmp_path, tmp_path / "none", "--jobs", 0)
+    done = run_script("experiments/replicate.py", tmp_path / "small.toml", "--collection", tmp_path / "raw",
+                      "--output_dir", tmp_path / "out", "--bert_model", tmp_path / "none", "--jobs", 0)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
     for complaint in ("proposed = 'X' is none of the methods", "cannot read the qrels.dev", str(tmp_path / "none"),
                       "--jobs 0: expected 1 or more"):
