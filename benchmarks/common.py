@@ -77,8 +77,9 @@ def spread(values: list[float], unit: str = "") -> str:
 def why_not_packed(dtype: torch.dtype) -> str | None:
     """Why oneDNN does not bring weights of this type into its own layout on this machine; None if it does."""
     try:
-        torch.ops.mkldnn._linear_pointwise  # noqa: B018
-        torch.ops.mkldnn._reorder_linear_weight(torch.ones(16, 16, dtype=dtype), RATE_TOKENS)
+        values = torch.ones(16, 16, dtype=dtype)
+        packed = torch.ops.mkldnn._reorder_linear_weight(values, len(values))
+        torch.ops.mkldnn._linear_pointwise(values, packed, values[0], "none", [], "")
     except (AttributeError, RuntimeError) as error:     # which types need which instructions, oneDNN alone knows
         return str(error).splitlines()[0]
     return None

@@ -19,6 +19,8 @@ from conftest import (
     write_features,
 )
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 from transformers import AutoModelForSequenceClassification
 
 import distill
@@ -247,8 +249,8 @@ def test_a_vocabulary_larger_than_the_embeddings_is_told_from_features_of_anothe
         (teacher / file).write_text("\n".join(tokens) + "\n")
     else:
         (teacher / "vocab.txt").unlink()
-        content = {"model": {"type": "WordPiece", "vocab": {token: number for number, token in enumerate(tokens)}}}
-        (teacher / file).write_text(json.dumps(content))
+        Tokenizer(WordPiece({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]")).save(
+            str(teacher / file))
     with pytest.raises(UserError) as raised:
         run_main(distill, *arguments(features, golden_models | {"teacher": teacher}, tmp_path / "out"))
     for part in (str(teacher / file), "201", str(teacher / "config.json"), "200", "do not go together"):

@@ -500,8 +500,8 @@ def test_output_that_cannot_be_written(run, tmp_path):
 def test_models_without_vocabulary(run, tmp_path):
     (tmp_path / "model").mkdir()
     for name, reason in [(tmp_path / "model", "holds no vocabulary"), ("nobody/nothing", "hub cannot be reached"),
-                         (tmp_path / "pairs.tsv", "no such model folder"), ("no-model", "hub cannot be reached"),
-                         ("a/b/c", "no such model folder")]:
+                         (tmp_path / "pairs.tsv", "is a file; name the directory"),
+                         ("no-model", "hub cannot be reached"), ("a/b/c", "no such model folder")]:
         code, told = run("q#p\tthe\tcat\n", bert_model_dir=name)
         assert code == 2 and len(errors(told)) == 1 and reason in told and str(name) in told
     assert os.listdir(tmp_path / "out") == []
