@@ -197,7 +197,7 @@ def test_an_interrupted_run_resumes_to_the_same_student(golden_models, tmp_path,
                  for row in log_of(tmp_path / "halves")]
     assert drop_rate == [{key: value for key, value in row.items() if key != "examples_per_second"}
                          for row in log_of(tmp_path / "whole")]
-    assert "finished already" in run_main(distill, *arguments(features, models, tmp_path / "halves", *more, "--resume"))
+    assert "already finished" in run_main(distill, *arguments(features, models, tmp_path / "halves", *more, "--resume"))
 
 
 def test_resume_refuses_other_settings(golden_models, tmp_path, run_main):
@@ -360,7 +360,7 @@ def test_two_runs_do_not_share_an_output_folder(golden_models, tmp_path, run_mai
 def test_folders_that_are_files_are_told_before_anything_is_written(golden_models, tmp_path, run_main):
     features = write_features(tmp_path / "train.pkl", random_rows(8))
     for flag in ("--tensorboard_dir", "--cache_file_dir"):
-        with pytest.raises(UserError, match="train.pkl: is a file; name a folder"):
+        with pytest.raises(UserError, match="train.pkl: is a file; name a directory"):
             run_main(distill, *arguments(features, golden_models, tmp_path / "out", flag, features))
     assert not (tmp_path / "out").exists()
 

@@ -57,7 +57,7 @@ def test_a_signal_saves_a_checkpoint_from_which_the_same_student_comes(golden_mo
     process.send_signal(number)
     told = process.communicate(timeout=600)[1]
     assert process.returncode == code and told.rstrip().endswith(word) and "Traceback" not in told
-    step = int(re.search(r"checkpoint-(\d+) is saved; .* --resume goes on", told)[1])
+    step = int(re.search(r"checkpoint-(\d+) is saved; .* --resume continues", told)[1])
     assert 3 <= step < 600 and (tmp_path / "halves" / f"checkpoint-{step}" / "training_state.pt").is_file()
     assert not (tmp_path / "halves" / "model.safetensors").exists()
 
@@ -207,7 +207,7 @@ def test_a_checkpoint_that_is_being_removed_is_none_any_more(golden_models, tmp_
         (folder / "model.safetensors").unlink()
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("simplified_tinybert.training.loop.shutil.rmtree", breaking_off)
+        patch.setattr("simplified_tinybert.training.checkpoints.shutil.rmtree", breaking_off)
         run_main(distill, *call)
     kept = [*(tmp_path / "out").glob("checkpoint-*"), *(tmp_path / "out").glob("best")]
     assert kept and all((folder / "model.safetensors").is_file() for folder in kept)

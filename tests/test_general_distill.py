@@ -87,7 +87,7 @@ def test_columns_make_the_student_that_their_texts_make(golden_models, corpus, t
     assert (tmp_path / "lines" / "model.safetensors").read_bytes() == (
         tmp_path / "columns" / "model.safetensors").read_bytes()
     assert json.loads((tmp_path / "columns" / "run.json").read_text())["settings"]["documents"] == COLUMNS
-    assert "finished already" in run_main(general_distill, *flags, "--resume")
+    assert "already finished" in run_main(general_distill, *flags, "--resume")
     with pytest.raises(UserError, match="documents was columns, is lines"):
         run_main(general_distill, *arguments(corpus, golden_models, "columns", "--num_train_epochs", 1, "--resume"))
 

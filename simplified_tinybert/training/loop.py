@@ -64,9 +64,8 @@ class Trainer:
         self.examples, self.device = training_set.examples, student.classifier.weight.device
         self.checkpoint, self.end = run.checkpoint, 0
         resumed = step_of(self.checkpoint) if self.checkpoint else 0
-        if teacher and not (settings.dtype or settings.apex_level):
-            pack_linear_layers(teacher)
         self.log = TrainingLog(run.output_dir, settings.tensorboard_dir, self.device, self.processes, resumed)
+        self.requests = StopRequests(patient=self.processes.count > 1)      # one at the end of a stage stops the next
         torch.manual_seed(settings.seed + self.processes.rank)
 
     def train(self, stage: Stage) -> None:
@@ -79,7 +78,7 @@ class Trainer:
         self.end += steps
         if self.checkpoint and step_of(self.checkpoint) >= self.end:
             return
-        with StopRequests(patient=self.processes.count > 1) as self.requests:
+        with self.requests:
             self._begin(steps)
             done = self._restore(self.checkpoint) if self.checkpoint else self.first_step
             if not self.checkpoint:
@@ -100,6 +99,8 @@ class Trainer:
     def _begin(self, steps: int) -> None:
         """Optimizer, loss scaling and objective of a stage."""
         settings, chosen = self.settings, self.stage.objective
+        if self.teacher and not (settings.dtype or settings.apex_level):
+            pack_linear_layers(self.teacher)            # once: a second time changes nothing
         self.student.projections.requires_grad_("hidden" in chosen.weights)
         schedule = partial(linear_warmup_decay, total_steps=steps, warmup_proportion=settings.warmup_proportion)
         groups = decay_groups(self.student.named_parameters(), settings.weight_decay)
