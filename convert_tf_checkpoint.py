@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.common.checks import check_output_dir
 from simplified_tinybert.common.files import Problems, UserError, check_input_file, reason, run_main, say
 from simplified_tinybert.common.records import record
 from simplified_tinybert.data.tokenizer_files import load_vocabulary
@@ -41,6 +40,7 @@ from simplified_tinybert.model.bert import CrossEncoder, describe
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.pretrained import save_cross_encoder
 from simplified_tinybert.model.weights import identify
+from simplified_tinybert.training.checkpoints import check_output_dir
 
 LEFTOVERS = {"Adam's slots": re.compile(r"(.*/)?adam_[mv]"), "global_step": re.compile("global_step"),
              "pre-training heads": re.compile("cls/.*")}
