@@ -308,7 +308,7 @@ def unread(tmp_path):
     ("model.ckpt-1.index", None, "holds no checkpoint; expected NAME.index"),
     ("model.ckpt-1.data-00001-of-00002", None, "1 of its data files are there, expected 2"),
     (".", None, "no such checkpoint; expected a file tf.index"),
-    ("../out", "", "out: is a file; name a folder"),
+    ("../out", "", "out: is a file; name a directory"),
     ("../out/model.safetensors", "", "out: is not empty; name a new directory$"),
 ])
 def test_cheap_mistakes_are_told_without_tensorflow(unread, run_main, monkeypatch, name, content, complaint):
