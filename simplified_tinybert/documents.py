@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from simplified_tinybert.common.text import BAD_GZIP, MARK, damaged, not_utf8, open_binary
+from simplified_tinybert.common.text import BAD_GZIP, MARK, damaged, is_line, not_utf8, open_binary
 from simplified_tinybert.files import Problems, UserError, atomic_writer, say, shorten, sync_folder
 
 COLUMNS = {2: "document_id, text", 4: "document_id, url, title, body"}
@@ -157,7 +157,7 @@ def _checked_lines(path: Path, source: IO[bytes], problems: Problems, doing: str
     on_disk = source.fileobj if isinstance(source, gzip.GzipFile) else source
     with tqdm(total=path.stat().st_size, desc=doing, unit="B", unit_scale=True, disable=not doing) as progress:
         try:
-            for number, line in enumerate(source, start=1):
+            for number, line in enumerate(filter(is_line, source), start=1):
                 start = 0
                 while line.startswith(MARK, start):
                     start += len(MARK)
