@@ -121,7 +121,7 @@ def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
     number = 0
     try:
         with open_binary(path) as handle:
-            for number, line in enumerate(handle, start=1):
+            for number, line in enumerate(filter(is_line, handle), start=1):
                 try:
                     yield number, _text(line)
                 except UnicodeDecodeError as error:
@@ -130,6 +130,11 @@ def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
         problems.add(f"{path}:{number + 1}: {damaged(error)}")
     except UserError as error:
         problems.add(str(error))
+
+
+def is_line(line: bytes) -> bool:
+    """A file that is empty but for its mark, joined to the end of another one, adds no line."""
+    return line.endswith(b"\n") or bool(line.replace(MARK, b""))
 
 
 def _text(line: bytes) -> str:
@@ -144,7 +149,7 @@ def read_blocks(handle: IO[bytes]) -> Iterator[bytes]:
 
 def lines_of(block: bytes) -> list[str]:
     """The lines of such a block, as `read_lines` yields them. Raises UnicodeDecodeError."""
-    return list(map(_text, io.BytesIO(block)))
+    return list(map(_text, filter(is_line, io.BytesIO(block))))
 
 
 def read_text(path: Path) -> str:

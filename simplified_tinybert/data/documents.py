@@ -18,8 +18,13 @@ from typing import IO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+<<<<<<< HEAD:simplified_tinybert/data/documents.py
 from simplified_tinybert.common.files import Problems, UserError, atomic_writer, say, shorten, sync_folder
 from simplified_tinybert.common.text import BAD_GZIP, MARK, damaged, not_utf8, open_binary
+=======
+from simplified_tinybert.common.text import BAD_GZIP, MARK, damaged, is_line, not_utf8, open_binary
+from simplified_tinybert.files import Problems, UserError, atomic_writer, say, shorten, sync_folder
+>>>>>>> int:simplified_tinybert/documents.py
 
 COLUMNS = {2: "document_id, text", 4: "document_id, url, title, body"}
 VERSION = 2                     # of the index, part of its folder's name
@@ -157,7 +162,7 @@ def _checked_lines(path: Path, source: IO[bytes], problems: Problems, doing: str
     on_disk = source.fileobj if isinstance(source, gzip.GzipFile) else source
     with tqdm(total=path.stat().st_size, desc=doing, unit="B", unit_scale=True, disable=not doing) as progress:
         try:
-            for number, line in enumerate(source, start=1):
+            for number, line in enumerate(filter(is_line, source), start=1):
                 start = 0
                 while line.startswith(MARK, start):
                     start += len(MARK)
