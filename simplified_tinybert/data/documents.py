@@ -18,13 +18,8 @@ from typing import IO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-<<<<<<< HEAD:simplified_tinybert/data/documents.py
 from simplified_tinybert.common.files import Problems, UserError, atomic_writer, say, shorten, sync_folder
-from simplified_tinybert.common.text import BAD_GZIP, MARK, damaged, not_utf8, open_binary
-=======
 from simplified_tinybert.common.text import BAD_GZIP, MARK, damaged, is_line, not_utf8, open_binary
-from simplified_tinybert.files import Problems, UserError, atomic_writer, say, shorten, sync_folder
->>>>>>> int:simplified_tinybert/documents.py
 
 COLUMNS = {2: "document_id, text", 4: "document_id, url, title, body"}
 VERSION = 2                     # of the index, part of its folder's name
