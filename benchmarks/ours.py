@@ -20,6 +20,7 @@ from simplified_tinybert.model.cpu_linear import pack_linear_layers
 from simplified_tinybert.model.precision import autocast
 from simplified_tinybert.model.pretrained import fit_projections, initialise, load_cross_encoder, save_cross_encoder
 from simplified_tinybert.ranking import scoring
+from simplified_tinybert.training.flags import TrainingSettings
 from simplified_tinybert.training.loop import epoch_batches
 from simplified_tinybert.training.objective import ObjectiveSettings, objective, stage_weights, total_loss
 from simplified_tinybert.training.optimizer import BertAdam, decay_groups
@@ -144,7 +145,8 @@ class Step:
 
 def bucketed_batches(examples: Examples, batch_size: int) -> list[np.ndarray]:
     """Batches of pairs of similar length, as distill.py --padding masked makes them."""
-    return epoch_batches(examples.lengths, batch_size, seed=0, epoch=0, bucket=True)
+    settings = TrainingSettings(batch_size=batch_size, max_seq_length=0, seed=0, group_by_length=True)
+    return epoch_batches(examples.lengths, settings, epoch=0)
 
 
 def tokenize_command(set_name: str, pairs: Path, output: Path, vocabulary: Path, max_seq_length: int) -> list[object]:
