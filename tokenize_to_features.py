@@ -70,7 +70,9 @@ def check_line(text: str, set_name: str) -> list[str]:
     """What is wrong with a line, each as 'found ...; expected ...'."""
     columns = text.split("\t")
     if len(columns) not in ((4,) if set_name == "train" else (3, 4)):
-        hint = ("if these are test pairs: --set_name test" if set_name == "train" and len(columns) == 3 else
+        hint = ("two files were joined without a line end between them: add one" if "\ufeff" in text else
+                "lines end in \\r alone, as on old Macs: replace it, for example by tr '\\r' '\\n'" if "\r" in text else
+                "if these are test pairs: --set_name test" if set_name == "train" and len(columns) == 3 else
                 "replace tabs inside texts by blanks" if len(columns) > 4 else "columns are separated by one tab each")
         return [f"found {len(columns)} tab-separated columns ({shorten(text)}); expected {COLUMNS[set_name]}; {hint}"]
     complaints = []

@@ -21,6 +21,7 @@ import general_distill
 import tokenize_to_features
 from experiments import settings as study_settings
 from simplified_tinybert.common.files import Problems, atomic_writer
+from simplified_tinybert.common.text import read_lines
 from simplified_tinybert.data.collection import read_queries, read_rows
 from simplified_tinybert.data.corpus import check_corpus
 from simplified_tinybert.data.documents import Document, open_documents
@@ -236,3 +237,10 @@ def test_general_distillation_takes_columns_or_lines_but_not_both(monkeypatch, c
         monkeypatch.setattr(sys, "argv", flags + more)
         with pytest.raises(SystemExit, match="2"):
             general_distill.parse_args()
+
+
+def test_gzip_in_gzip_is_named(tmp_path):
+    (tmp_path / "pairs.gz").write_bytes(gzip.compress(gzip.compress(b"q\ttext\n")))
+    problems = Problems()
+    assert list(read_lines(tmp_path / "pairs.gz", problems)) == []
+    assert "pairs.gz:1: " in problems.messages[0] and "gzip twice" in problems.messages[0]

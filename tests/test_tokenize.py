@@ -377,6 +377,7 @@ def test_any_table_becomes_what_a_naive_pipeline_makes_of_it(run, tmp_path, mode
 # The script: what it refuses
 
 BAD_LINES = [
+    ("q#p\tthe\tcat\ufeffq#r\tthe\tcat", "joined without a line end"), ("q#p\tthe\tcat\rq#r\tthe\tcat", "lines end in"),
     ("", "found 1 tab-separated columns ('')"), ("q#p", "found 1 tab"), ("q#p\tthe", "found 2 tab"),
     ("q#p\tthe\tcat\t1\t", "found 5 tab"), ("q#p\tthe\tca\tt\t1", "found 5 tab"), ("q#p the cat", "found 1 tab"),
     ("q#p\t\tcat", "the query is empty"), ("q#p\tthe\t", "the passage is empty"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import run_script, tiny_vocabulary
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentence_transformers import CrossEncoder as SentenceCrossEncoder
@@ -571,3 +571,16 @@ def test_a_corpus_with_added_words(made, tmp_path):
     examples = map_corpus([tmp_path / "corpus.txt"], "lines", load_vocabulary(folder), 32, "0", tmp_path / "cache")
     expected = [number for text in ("COVID-19 in New York", "猫 c++", "the cat") for number in right(text)["input_ids"]]
     assert examples.tokens.tolist() == expected
+
+
+def test_settings_under_which_other_tools_would_score_otherwise_are_not_saved(tmp_path):
+    """CrossEncoder formats pairs by a chat template, and cuts them at model_max_length."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "vocab.txt").write_text("\n".join(tiny_vocabulary()) + "\n")
+    (source / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "BertTokenizer", "chat_template": "{{ messages }}", "model_max_length": 20}))
+    save_tokenizer(source, target, True, 64)
+    saved = AutoTokenizer.from_pretrained(target)
+    assert saved.chat_template is None and saved.model_max_length == 64

@@ -102,6 +102,8 @@ def convert_from(encoding: str) -> str:
 
 def not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
     """What is wrong with such a line, and the way out."""
+    if line.startswith(b"\x1f\x8b"):
+        return "is compressed by gzip twice; unpack it once: gunzip"
     encoding = ("UTF-16" if b"\0" in line or line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else
                 "WINDOWS-1252" if any(0x80 <= byte < 0xa0 for byte in line[error.start:]) else "LATIN1")
     return f"byte {error.start + 1} of the line ({line[error.start]:#04x}) is not UTF-8; {convert_from(encoding)}"

@@ -18,7 +18,7 @@ TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "spec
 MARK = b"\xef\xbb\xbf"
 # Settings of a source that tokenizer.json replaces, or under which CrossEncoder would score pairs in another form
 LEFT_OUT = ("added_tokens_decoder", "auto_map", "fast_tokenizer_files", "init_inputs", "add_bos_token", "add_eos_token",
-            "padding_side", "truncation_side")
+            "padding_side", "truncation_side", "chat_template")
 
 
 def has_vocabulary(folder: Path) -> bool:
@@ -208,7 +208,7 @@ def save_tokenizer(source: Path, folder: Path, lower_case: bool, max_length: int
     settings = read_json(source / "special_tokens_map.json") | read_json(source / "tokenizer_config.json")
     settings = {name: value for name, value in settings.items() if name not in LEFT_OUT}
     settings |= {"tokenizer_class": "BertTokenizer" if options else "PreTrainedTokenizerFast",
-                 "model_max_length": settings.get("model_max_length", max_length), "do_lower_case": lower_case,
+                 "model_max_length": max_length, "do_lower_case": lower_case,
                  "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     settings |= options or {}
     settings |= {f"{piece[1:-1].lower()}_token": piece if piece in vocabulary.pieces else "[UNK]" for piece in SPECIAL}
