@@ -168,8 +168,12 @@ C_LOCALE = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
 
 
 def run_in(environment, name, *arguments):
-    return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], capture_output=True, timeout=300,
-                          env={**os.environ, **environment})
+    """A script in this environment, whatever the one of the tests says of encodings; arguments may be bytes."""
+    encodings = ("LC_ALL", "LC_CTYPE", "LANG", "PYTHONIOENCODING", "PYTHONUTF8", "PYTHONCOERCECLOCALE")
+    others = {name: value for name, value in os.environ.items() if name not in encodings}
+    arguments = [each if isinstance(each, bytes) else str(each) for each in arguments]
+    return subprocess.run([sys.executable, str(ROOT / name), *arguments], capture_output=True, timeout=300,
+                          env=others | environment)
 
 
 @pytest.fixture
@@ -188,8 +192,8 @@ def test_what_a_terminal_cannot_show_ends_nothing(evaluation, environment, shown
 
 def test_a_report_is_written_and_shown_in_any_locale(evaluation):
     """Its table has ×, – and daggers, its names what the user typed; files are in UTF-8."""
-    done = run_in(C_LOCALE, "report.py", "--qrels", evaluation / "qrels.txt", "--system", "Schüler",
-                  evaluation / "run.trec", "--teacher", "Schüler", "--measures", "MRR", "--device", "cpu",
+    done = run_in(C_LOCALE, "report.py", "--qrels", evaluation / "qrels.txt", "--system", "Schüler".encode(),
+                  evaluation / "run.trec", "--teacher", "Schüler".encode(), "--measures", "MRR", "--device", "cpu",
                   "--output_dir", evaluation / "report")
     assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
     table = (evaluation / "report" / "table.md").read_text(encoding="utf-8")
