@@ -34,11 +34,11 @@ from transformers import BertConfig
 
 from simplified_tinybert.common.files import Problems, UserError, check_input_file, reason, run_main, say
 from simplified_tinybert.common.records import record
-from simplified_tinybert.data.tokenizer_files import load_vocabulary
-from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.model.bert import CrossEncoder, describe
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.pretrained import save_cross_encoder
+from simplified_tinybert.model.tokenizer_files import load_vocabulary
+from simplified_tinybert.model.vocabulary import Vocabulary
 from simplified_tinybert.model.weights import identify
 from simplified_tinybert.training.checkpoints import check_output_dir
 

@@ -51,10 +51,10 @@ from simplified_tinybert.common.files import Problems, process_count, run_main, 
 from simplified_tinybert.common.processes import Processes, process_group
 from simplified_tinybert.data.cache import map_examples
 from simplified_tinybert.data.features import FeatureSummary, summarise
-from simplified_tinybert.data.tokenizer_files import has_vocabulary
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.precision import select_precision, warn_if_emulated
 from simplified_tinybert.model.pretrained import fit_projections, load_ranker
+from simplified_tinybert.model.tokenizer_files import has_vocabulary
 from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.training.checkpoints import check_output_dir
 from simplified_tinybert.training.description import describe_run, model_card

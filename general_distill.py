@@ -40,8 +40,6 @@ from simplified_tinybert.common.files import Problems, UserError, process_count,
 from simplified_tinybert.common.processes import Processes, process_group
 from simplified_tinybert.data.corpus import COLUMNS, DOCUMENTS, check_corpus, map_corpus
 from simplified_tinybert.data.features import Examples
-from simplified_tinybert.data.tokenizer_files import load_vocabulary
-from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.model.bert import Batch, CrossEncoder
 from simplified_tinybert.model.compression import compress
 from simplified_tinybert.model.configuration import read_config
@@ -52,6 +50,8 @@ from simplified_tinybert.model.pretrained import (
     load_cross_encoder,
     new_cross_encoder,
 )
+from simplified_tinybert.model.tokenizer_files import load_vocabulary
+from simplified_tinybert.model.vocabulary import Vocabulary
 from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.training.checkpoints import check_output_dir
 from simplified_tinybert.training.description import describe_run, general_card

@@ -51,8 +51,7 @@ from simplified_tinybert.common.files import (
 from simplified_tinybert.common.records import record_file, record_path
 from simplified_tinybert.data.collection import Collection, count_candidates, open_collection
 from simplified_tinybert.data.ir_dataset import open_dataset
-from simplified_tinybert.data.left_out import LeftOut
-from simplified_tinybert.data.passages import Cutting, passages_of
+from simplified_tinybert.data.passages import Cutting, LeftOut, passages_of
 from simplified_tinybert.data.sampling import (
     LookUp,
     Sampling,

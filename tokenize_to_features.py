@@ -39,9 +39,9 @@ from simplified_tinybert.common.text import lines_of, open_binary, read_blocks, 
 from simplified_tinybert.common.workers import MOST_WORKERS, default_workers, map_in_order
 from simplified_tinybert.data.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
 from simplified_tinybert.data.tokenization import PieceCutter, tokenize, words_suffice
-from simplified_tinybert.data.tokenizer_files import load_vocabulary
-from simplified_tinybert.data.vocabulary import Vocabulary
 from simplified_tinybert.model.hub import find_model
+from simplified_tinybert.model.tokenizer_files import load_vocabulary
+from simplified_tinybert.model.vocabulary import Vocabulary
 
 COLUMNS = {"train": "index, query, passage, label", "dev": "query_id#passage_id, query, passage (, label)",
            "test": "query_id#passage_id, query, passage (, label)"}

@@ -14,11 +14,11 @@ from transformers import BertConfig
 from benchmarks.common import ROOT
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.data.tokenization import PieceCutter, tokenize
-from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.bert import Batch, CrossEncoder
 from simplified_tinybert.model.cpu_linear import pack_linear_layers
 from simplified_tinybert.model.precision import autocast
 from simplified_tinybert.model.pretrained import fit_projections, initialise, load_cross_encoder, save_cross_encoder
+from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.ranking import scoring
 from simplified_tinybert.training.flags import TrainingSettings
 from simplified_tinybert.training.loop import epoch_batches

@@ -11,9 +11,9 @@ from transformers import BertConfig
 from simplified_tinybert.common.files import Problems, atomic_writer
 from simplified_tinybert.data.corpus import check_corpus, map_corpus
 from simplified_tinybert.data.features import summarise
-from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
+from simplified_tinybert.model.tokenizer_files import load_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 20                       # of the log of a training; its checkpoints are as often

@@ -40,7 +40,7 @@ from simplified_tinybert.common.checks import check_pair, find_models
 from simplified_tinybert.common.files import Problems, check_input_file, locked, run_main, say
 from simplified_tinybert.common.records import content_facts
 from simplified_tinybert.data.collection import by_query, read_rows
-from simplified_tinybert.data.tokenizer_files import load_vocabulary
+from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.ranking.measures import check_common_queries, first_ten
 from simplified_tinybert.ranking.trec import read_qrels

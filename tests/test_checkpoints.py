@@ -19,11 +19,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from simplified_tinybert.common.files import UserError
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.data.tokenization import PieceCutter, tokenize
-from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.bert import Batch, CrossEncoder
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.pretrained import fit_projections, load_cross_encoder, save_cross_encoder
+from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.weights import canonical_names, weights_fingerprint
 
 NAME = "student_2x24"

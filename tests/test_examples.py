@@ -10,8 +10,8 @@ from conftest import ROOT, run_script
 from safetensors.torch import load_file
 
 from simplified_tinybert.common.files import Problems
-from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.pretrained import load_cross_encoder, read_config
+from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.ranking.trec import read_qrels, read_run
 from tokenize_to_features import check_pairs
 

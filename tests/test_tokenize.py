@@ -19,8 +19,8 @@ import tokenize_to_features
 from simplified_tinybert.common.files import UserError, run_main
 from simplified_tinybert.data.features import read_chunks, read_header
 from simplified_tinybert.data.tokenization import PieceCutter, tokenize, truncated_lengths
-from simplified_tinybert.data.tokenizer_files import load_vocabulary
-from simplified_tinybert.data.vocabulary import bert_vocabulary
+from simplified_tinybert.model.tokenizer_files import load_vocabulary
+from simplified_tinybert.model.vocabulary import bert_vocabulary
 
 CASES = json.loads((DATA / "tokenization.json").read_text(encoding="utf-8"))
 CONTROL = re.compile(r"\[(CLS|SEP|MASK|PAD|UNK)\]")

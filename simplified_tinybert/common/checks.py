@@ -10,10 +10,10 @@ from transformers import BertConfig
 
 from simplified_tinybert.common.files import Problems, UserError, warn
 from simplified_tinybert.data.features import FeatureSummary
-from simplified_tinybert.data.tokenizer_files import has_vocabulary, load_vocabulary
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.pretrained import load_cross_encoder, load_ranker
+from simplified_tinybert.model.tokenizer_files import has_vocabulary, load_vocabulary
 from simplified_tinybert.ranking.measures import parse_measures
 from simplified_tinybert.training.objective import METHODS, ObjectiveSettings, stage_weights
 

@@ -19,7 +19,7 @@ from simplified_tinybert.data.cache import mapped
 from simplified_tinybert.data.documents import read_documents
 from simplified_tinybert.data.features import NO_LABEL, Examples
 from simplified_tinybert.data.tokenization import PieceCutter, words_suffice
-from simplified_tinybert.data.vocabulary import Vocabulary
+from simplified_tinybert.model.vocabulary import Vocabulary
 
 DOCUMENTS = ("lines", "paragraphs")     # of --corpus
 COLUMNS = "columns"                     # of --docs

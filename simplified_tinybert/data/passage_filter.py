@@ -9,12 +9,12 @@ from transformers import BertConfig
 from simplified_tinybert.common.device import keep_freed_memory, select_device
 from simplified_tinybert.common.files import Problems, UserError, say
 from simplified_tinybert.data.tokenization import PieceCutter, tokenize, words_suffice
-from simplified_tinybert.data.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.bert import describe
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.precision import select_precision, warn_if_emulated
 from simplified_tinybert.model.pretrained import load_ranker
+from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.weights import weights_fingerprint
 from simplified_tinybert.ranking.scoring import BatchLimits, finite, prepare, relevance, score_chunk, token_batches
 

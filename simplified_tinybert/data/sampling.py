@@ -8,7 +8,7 @@ import numpy as np
 
 from simplified_tinybert.common.files import Problems
 from simplified_tinybert.data.collection import Collection
-from simplified_tinybert.data.left_out import LeftOut
+from simplified_tinybert.data.passages import LeftOut
 
 GROUP = 8192                    # passages that are scored together: as many as a chunk of features has
 Item = TypeVar("Item")

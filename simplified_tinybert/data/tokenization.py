@@ -11,7 +11,7 @@ import numpy as np
 
 from simplified_tinybert.common.files import say
 from simplified_tinybert.data.features import NO_LABEL, Examples
-from simplified_tinybert.data.vocabulary import Vocabulary
+from simplified_tinybert.model.vocabulary import Vocabulary
 
 MEMORY = 2 ** 26            # bytes that the texts and the words already seen may take, each
 SAMPLE_TEXTS = 2000         # different texts whose tokens are compared with the library's, and

@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import BertConfig
 
 from simplified_tinybert.common.files import Problems, UserError, atomic_writer, reason, warn
-from simplified_tinybert.data.tokenizer_files import has_vocabulary, save_tokenizer
 from simplified_tinybert.model.bert import CrossEncoder, uniform_layer_map
 from simplified_tinybert.model.configuration import read_config, reversed_labels
 from simplified_tinybert.model.hub import PROJECTION_FILE
+from simplified_tinybert.model.tokenizer_files import has_vocabulary, save_tokenizer
 from simplified_tinybert.model.weights import read_weights, some
 
 BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")           # constants that older libraries stored

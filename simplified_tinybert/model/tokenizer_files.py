@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from simplified_tinybert.common.files import UserError, atomic_writer, shorten, warn
 from simplified_tinybert.common.text import read_text
-from simplified_tinybert.data.vocabulary import SPECIAL, Vocabulary
+from simplified_tinybert.model.vocabulary import SPECIAL, Vocabulary
 
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json")
