@@ -515,7 +515,8 @@ def test_the_kind_of_head_is_kept(golden_models, tmp_path, relu):
     assert not torch.allclose(loaded(batch).logits, model(batch).logits)
 
 
-@pytest.mark.parametrize("told", [None, {}, {"do_lower_case": True}, {"do_lower_case": False, "model_max_length": 9}])
+@pytest.mark.parametrize("told", [None, {}, {"do_lower_case": True},
+                                  {"do_lower_case": False, "clean_up_tokenization_spaces": True}])
 @pytest.mark.parametrize("lower_case", [True, False])
 def test_the_casing_of_training_is_what_the_student_says(golden_models, tmp_path, student, told, lower_case):
     source = tmp_path / "source"
