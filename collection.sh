@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a collection of your own to the paper's table: bash collection.sh COLLECTION OUTPUT_DIR
 #
-# COLLECTION is a folder in the form of MS MARCO's document ranking, each file plain or .gz (then named so):
+# COLLECTION is a directory in the form of MS MARCO's document ranking, each file plain or .gz (then named so):
 #   docs.tsv                 document_id <tab> url <tab> title <tab> body, or document_id <tab> text
 #   queries.{train,dev,test}.tsv   query_id <tab> query        qrels.{train,dev,test}.txt   query_id 0 document_id grade
 #   bm25.{train,dev,test}.txt      the candidates: TREC runs of any first ranking
@@ -10,14 +10,14 @@
 # Everything is written to OUTPUT_DIR; the table is OUTPUT_DIR/report/table.md.
 #
 # Variables:
-#   BERT_MODEL       pre-trained BERT (folder or hub id) whose vocabulary is used, from which the teacher is fine-tuned
+#   BERT_MODEL       pre-trained BERT (directory or hub id) whose vocabulary is used, from which the teacher is fine-tuned
 #                    and the general student distilled (default google-bert/bert-base-uncased)
 #   TEACHER_MODEL    a teacher that is fine-tuned already: it then also chooses the relevant passages
 #   STUDENT_MODEL    a general student that is there already
 #   STUDENT_LAYERS   else: layers of the general student, started from the teacher's (default 3)
 #   METHODS          default "finetune standard tinybert simplified"
 #   MEASURES         default "nDCG@10 RR@10 AP"
-#   MAX_SEQ_LENGTH   word pieces of a pair (default 256)
+#   MAX_SEQ_LENGTH   tokens of a pair (default 256)
 #   PASSAGE_FLAGS    how documents are cut (default "--title --window 150 --stride 75")
 #   SAMPLE_FLAGS     more arguments of prepare_examples.py train, such as "--negatives 4 --max_queries 500"
 #   DEPTH            candidates of a query that are re-ranked (default 100)

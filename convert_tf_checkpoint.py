@@ -1,14 +1,14 @@
-"""Turn a TensorFlow checkpoint of Google's BERT into a model folder, such as the paper's teacher of dl4marco-bert.
+"""Turn a TensorFlow checkpoint of Google's BERT into a model directory, such as the paper's teacher of dl4marco-bert.
 
     python convert_tf_checkpoint.py --tf_checkpoint model.ckpt-400000 --bert_config bert_config.json \\
         --vocab vocab.txt --output_dir teacher
     python convert_tf_checkpoint.py --tf_checkpoint uncased_L-12_H-768_A-12 --output_dir bert-base
 
 In: a checkpoint (NAME.index and NAME.data-...) with the variable names of google-research/bert: bert/..., and for a
-fine-tuned ranker output_weights and output_bias; its bert_config.json; its vocab.txt. Of a folder that holds them the
+fine-tuned ranker output_weights and output_bias; its bert_config.json; its vocab.txt. Of a directory that holds them the
 name alone will do; with several checkpoints in it, the one that its file `checkpoint` names is taken.
 
-Out: a Hugging Face folder (config.json, model.safetensors, vocab.txt, model card) with the same logits in float32, and
+Out: a Hugging Face directory (config.json, model.safetensors, vocab.txt, model card) with the same logits in float32, and
 run.json with the SHA-256 of every input. A pre-trained model without output_weights is written without a classifier:
 a general student, or the teacher of a general distillation.
 
@@ -50,10 +50,10 @@ SUFFIX = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--tf_checkpoint", type=Path, required=True, help="checkpoint (what stands before .index), or its folder")
+    add("--tf_checkpoint", type=Path, required=True, help="checkpoint (what stands before .index), or its directory")
     add("--bert_config", type=Path, help="configuration (default: bert_config.json beside the checkpoint)")
     add("--vocab", type=Path, help="vocab.txt (default: the one beside the checkpoint)")
-    add("--output_dir", type=Path, required=True, help="new or empty folder for the model")
+    add("--output_dir", type=Path, required=True, help="new or empty directory for the model")
     add("--do_lower_case", action=argparse.BooleanOptionalAction, default=None,
         help="whether texts are to be lower-cased (default: yes, as transformers does without settings)")
     return parser.parse_args()
@@ -64,7 +64,7 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         prefix = path.with_name(SUFFIX.sub("", path.name))
         if not prefix.with_name(prefix.name + ".index").is_file():
-            raise UserError(f"{path}: no such checkpoint; expected a file {prefix.name}.index, or a folder with one")
+            raise UserError(f"{path}: no such checkpoint; expected a file {prefix.name}.index, or a directory with one")
         return prefix
     names = sorted(file.name.removesuffix(".index") for file in path.glob("*.index"))
     if not names:
@@ -180,7 +180,7 @@ def read_variable(reader: Any, name: str, prefix: Path, problems: Problems) -> t
     return torch.from_numpy(np.ascontiguousarray(value.T if name.endswith("/kernel") else value))
 
 
-def tried(problems: Problems, function: Callable, *arguments: object) -> Any:
+def collect_error(problems: Problems, function: Callable, *arguments: object) -> Any:
     """What the function returns, or None if it raises a UserError, which is added to the problems."""
     try:
         return function(*arguments)
@@ -193,22 +193,22 @@ def check_all(args: argparse.Namespace) -> tuple[Path, list[Path], BertConfig, V
     """Checkpoint, all input files, configuration and vocabulary, once all is right that shows without TensorFlow."""
     problems, files, config, vocabulary = Problems(), [], None, None
     check_output_dir(args.output_dir, None, problems)
-    prefix = tried(problems, find_checkpoint, args.tf_checkpoint)
+    prefix = collect_error(problems, find_checkpoint, args.tf_checkpoint)
     if prefix:
-        files = tried(problems, checkpoint_files, prefix) or []
+        files = collect_error(problems, checkpoint_files, prefix) or []
         for path in files:
             if instead := identify(path, text=True):
                 problems.add(f"{path}: {instead}")
         args.bert_config = args.bert_config or prefix.with_name("bert_config.json")
         args.vocab = args.vocab or prefix.with_name("vocab.txt")
     if args.bert_config and check_input_file(args.bert_config, problems, "configuration (--bert_config)"):
-        config = tried(problems, read_config, args.bert_config)
+        config = collect_error(problems, read_config, args.bert_config)
     if args.vocab and args.vocab.name != "vocab.txt":
         problems.add(f"--vocab {args.vocab}: expected a file named vocab.txt; copy it under that name")
     elif args.vocab and check_input_file(args.vocab, problems, "vocabulary (--vocab)"):
-        vocabulary = tried(problems, load_vocabulary, args.vocab.parent, args.do_lower_case)
+        vocabulary = collect_error(problems, load_vocabulary, args.vocab.parent, args.do_lower_case)
     if config and vocabulary and len(vocabulary.pieces) > config.vocab_size:
-        problems.add(f"{args.vocab}: has {len(vocabulary.pieces)} word pieces, {args.bert_config} says "
+        problems.add(f"{args.vocab}: has {len(vocabulary.pieces)} tokens, {args.bert_config} says "
                      f"{config.vocab_size}; they belong to different models")
     problems.raise_if_any()
     return prefix, [*files, args.bert_config, args.vocab], config, vocabulary
@@ -238,10 +238,10 @@ def main() -> None:
     say("not used     " + (", ".join(f"{count} of {kind}" for kind, count in leftovers.items() if count) or "nothing"))
     if not head:
         say("note         no output_weights: pre-trained, not fine-tuned; it is written without a classifier")
-    fingerprints = {str(path): sha256(path) for path in inputs}
+    checksums = {str(path): sha256(path) for path in inputs}
     save_cross_encoder(model, args.output_dir, args.vocab.parent, vocabulary.lower_case,
                        model_card(model, head, prefix.name), general=not head)
-    record(args.output_dir / "run.json", args, inputs=fingerprints, not_used=leftovers)
+    record(args.output_dir / "run.json", args, inputs=checksums, not_used=leftovers)
     say(f"written      {args.output_dir}, {'lower-cased' if vocabulary.lower_case else 'cased'}")
 
 

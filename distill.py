@@ -5,7 +5,7 @@
         --distill_model simplified --device 0 --bf16
 
 In: feature file(s) of labelled training pairs (tokenize_to_features.py --set_name train), a teacher fine-tuned for
-ranking, and a general student (a pre-trained small BERT). Models are folders or Hugging Face hub ids. A teacher or
+ranking, and a general student (a pre-trained small BERT). Models are directories or Hugging Face hub ids. A teacher or
 student with a single logit z, as most cross-encoders on the hub have it, becomes one with the two logits (0, z).
 
     finetune      hard                                      no teacher: how a teacher is made; the baseline without KD
@@ -16,7 +16,7 @@ student with a single logit z, as most cross-encoders on the hub have it, become
 --loss_weights hard=0 changes single weights, 0 leaves a term out. In tinybert attention and hidden belong to the first
 stage, soft and hard to the second, so that --loss_weights hard=1 gives two stages with hard labels.
 
-Out, in --output_student_dir: the finished student as a Hugging Face folder (config.json, model.safetensors, tokenizer,
+Out, in --output_student_dir: the finished student as a Hugging Face directory (config.json, model.safetensors, tokenizer,
 fit_dense.safetensors), train_loss.jsonl (a row every --train_loss_step steps: global_step, loss = cls_loss + att_loss +
 rep_loss, the unweighted soft_loss and hard_loss, learning_rate, examples_per_second), the same for TensorBoard, and
 checkpoint-<step>/ every --save_model_step steps and where a stage begins (checkpoint-0: the student before the first
@@ -55,7 +55,7 @@ from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.precision import select_precision, warn_if_emulated
 from simplified_tinybert.model.pretrained import fit_projections, load_ranker
 from simplified_tinybert.model.tokenizer_files import has_vocabulary
-from simplified_tinybert.model.weights import weights_fingerprint
+from simplified_tinybert.model.weights import weights_checksum
 from simplified_tinybert.training.checkpoints import check_output_dir
 from simplified_tinybert.training.description import describe_run, model_card
 from simplified_tinybert.training.flags import (
@@ -86,8 +86,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--features_file", type=Path, nargs="+", required=True, help="feature file(s) of labelled pairs")
-    add("--teacher_model", help="folder or hub id of the teacher; not needed with finetune")
-    add("--general_student_model", required=True, help="folder or hub id of the student to start from")
+    add("--teacher_model", help="directory or hub id of the teacher; not needed with finetune")
+    add("--general_student_model", required=True, help="directory or hub id of the student to start from")
     add("--distill_model", choices=METHODS, default="simplified",
         help="method, see above (default: simplified)")
     add("--loss_weights", nargs="+", default=[], metavar="TERM=WEIGHT",
@@ -203,10 +203,10 @@ def resumable(args: argparse.Namespace, inputs: Inputs) -> dict:
     """What must not change when a run is resumed."""
     names = (*RESUMABLE, "distill_model", "max_seq_length", "temperature", "pooled_relu", "layer_map",
              "intermediate_epochs", "intermediate_learning_rate")
-    validation = [*inputs.dev_set.fingerprints(), args.eval_step] if inputs.dev_set else None
-    models = {role: weights_fingerprint(directory) for role, (directory, _) in inputs.models.items()}
+    validation = [*inputs.dev_set.checksums(), args.eval_step] if inputs.dev_set else None
+    models = {role: weights_checksum(directory) for role, (directory, _) in inputs.models.items()}
     return {name: getattr(args, name) for name in names} | models | {
-        "loss_weights": [stage.objective.weights for stage in inputs.stages], "features": inputs.features.fingerprint,
+        "loss_weights": [stage.objective.weights for stage in inputs.stages], "features": inputs.features.checksum,
         "validation": validation, "processes": process_count()}
 
 

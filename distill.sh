@@ -8,10 +8,10 @@
 # A run that was interrupted goes on where it was.
 #
 # Variables, with what they are for data of your own | in the example:
-#   TEACHER_MODEL, STUDENT_MODEL   folders or hub ids | examples/teacher, examples/general_student
+#   TEACHER_MODEL, STUDENT_MODEL   directories or hub ids | examples/teacher, examples/general_student
 #   FEATURES_FILE                  feature file | made
 #   TRAIN_EXAMPLES                 instead: index <tab> query <tab> passage <tab> label, to be tokenized | made
-#   MAX_SEQ_LENGTH                 word pieces: 256 when tokenizing, else as the features were made | 128
+#   MAX_SEQ_LENGTH                 tokens: 256 when tokenizing, else as the features were made | 128
 #   OUTPUT_STUDENT_DIR             student | example_run/student-$DISTILL_MODEL
 #   CACHE_FILE_DIR                 cache | example_run/cache
 #   DISTILL_MODEL                  finetune, standard, tinybert, simplified (default)
@@ -19,7 +19,7 @@
 #   PROCESSES                      1 (default); more, by torchrun, to share every batch: as many as GPUs
 #   TRAIN_BATCH_SIZE 64 | 32   LEARNING_RATE 5e-5 | 1e-3   NUM_TRAIN_EPOCHS 2 | 1   TRAIN_LOSS_STEP 1000 | 25
 #   SAVE_MODEL_STEP 3000 | 200
-#   EXAMPLE_DIR                    folder of the example, in place of example_run
+#   EXAMPLE_DIR                    directory of the example, in place of example_run
 #   PYTHON                         interpreter to use as it is
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python_env.sh"
@@ -33,9 +33,9 @@ DEVICE="${DEVICE:-auto}"
 PROCESSES="${PROCESSES:-1}"
 MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-}"
 if [ -n "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then     # the paper's settings, for data and models of your own
-    [ -n "${STUDENT_MODEL:-}" ] || fail "set STUDENT_MODEL to the general student for your data (folder or hub id)"
+    [ -n "${STUDENT_MODEL:-}" ] || fail "set STUDENT_MODEL to the general student for your data (directory or hub id)"
     [ -n "${TEACHER_MODEL:-}" ] || [ "$DISTILL_MODEL" = finetune ] ||
-        fail "set TEACHER_MODEL to the teacher for your data (folder or hub id), or DISTILL_MODEL=finetune"
+        fail "set TEACHER_MODEL to the teacher for your data (directory or hub id), or DISTILL_MODEL=finetune"
     TEACHER_MODEL="${TEACHER_MODEL:-}"
     TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-64}"
     LEARNING_RATE="${LEARNING_RATE:-5e-5}"
@@ -73,7 +73,7 @@ check_settings PROCESSES DEVICE TRAIN_BATCH_SIZE LEARNING_RATE NUM_TRAIN_EPOCHS 
     -- check_settings distill.py --features_file=- "${settings[@]}" "$@"
 if [ -z "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then
     mkdir -p "$EXAMPLE_DIR"
-    "$PYTHON" "$ROOT/examples/build_collection.py" --output_dir "$EXAMPLE_DIR/collection"
+    PYTHONPATH="$ROOT" "$PYTHON" -m examples.build_collection --output_dir "$EXAMPLE_DIR/collection"
     TRAIN_EXAMPLES="$EXAMPLE_DIR/collection/train.examples.tsv"
     FEATURES_FILE="$EXAMPLE_DIR/train.pkl"
 fi

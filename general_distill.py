@@ -8,7 +8,7 @@
 In, UTF-8, plain or gzip: --corpus, text files with one document a line (--documents paragraphs: documents separated by
 blank lines); or --docs, documents as prepare_examples.py takes them (document_id <tab> url <tab> title <tab> body, or
 document_id <tab> text), of which title and body are used. Each document is cut into segments [CLS] up to
-max_seq_length - 2 word pieces [SEP]; nothing is masked.
+max_seq_length - 2 tokens [SEP]; nothing is masked.
 The student has the shape of --student_config (a config.json, or the directory of one), or the teacher's with
 --student_layers. What it starts from:
     (no flag)             random weights
@@ -19,7 +19,7 @@ The student has the shape of --student_config (a config.json, or the directory o
 It learns attention + hidden (Jiao et al. 2020, as TinyBERT's general stage).
 
 Out, in --output_student_dir: the general student, which distill.py takes as --general_student_model, as a Hugging Face
-folder (without classifier; fit_dense.safetensors holds the projection to the teacher's width), train_loss.jsonl and
+directory (without classifier; fit_dense.safetensors holds the projection to the teacher's width), train_loss.jsonl and
 checkpoints as from distill.py. --num_train_epochs 0 trains nothing and writes what the student starts from.
 
 Several GPUs or processes: torchrun --standalone --nproc_per_node=4 general_distill.py --corpus ...
@@ -52,7 +52,7 @@ from simplified_tinybert.model.pretrained import (
 )
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.vocabulary import Vocabulary
-from simplified_tinybert.model.weights import weights_fingerprint
+from simplified_tinybert.model.weights import weights_checksum
 from simplified_tinybert.training.checkpoints import check_output_dir
 from simplified_tinybert.training.description import describe_run, general_card
 from simplified_tinybert.training.flags import (
@@ -92,14 +92,14 @@ def parse_args() -> argparse.Namespace:
     texts.add_argument("--corpus", type=Path, nargs="+", help="text file(s), plain or .gz")
     texts.add_argument("--docs", type=Path, nargs="+", help="file(s) of documents in columns, plain or .gz")
     add("--documents", choices=DOCUMENTS, help="what a document of --corpus is, see above (default: lines)")
-    add("--teacher_model", required=True, help="folder or hub id of a BERT")
+    add("--teacher_model", required=True, help="directory or hub id of a BERT")
     shape = parser.add_mutually_exclusive_group(required=True)
-    shape.add_argument("--student_config", type=Path, help="config.json of the student's shape, or its folder")
+    shape.add_argument("--student_config", type=Path, help="config.json of the student's shape, or its directory")
     shape.add_argument("--student_layers", type=int, help="layers of a student that is otherwise shaped as the teacher")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--init_from_teacher", action="store_true", help="start from the teacher's layers, see above")
     start.add_argument("--compress_teacher", action="store_true", help="start from the teacher compressed, see above")
-    add("--max_seq_length", type=int, default=128, help="word pieces of a segment with [CLS] and [SEP] (default: 128)")
+    add("--max_seq_length", type=int, default=128, help="tokens of a segment with [CLS] and [SEP] (default: 128)")
     add_training_flags(parser, batch_size=256, learning_rate=1e-4, epochs=3)
     args = parser.parse_args()
     if args.docs and args.documents:
@@ -123,7 +123,7 @@ def student_config(args: argparse.Namespace, teacher: BertConfig, problems: Prob
     check_pair(teacher, config, problems)
     if config.vocab_size != teacher.vocab_size:
         problems.add(f"{args.student_config}: vocab_size is {config.vocab_size}, the teacher's {teacher.vocab_size}; "
-                     f"the two read the same word pieces, make them equal")
+                     f"the two read the same tokens, make them equal")
     if args.max_seq_length > min(config.max_position_embeddings, teacher.max_position_embeddings):
         problems.add(f"--max_seq_length {args.max_seq_length}: the student has {config.max_position_embeddings} "
                      f"positions, the teacher {teacher.max_position_embeddings}; choose fewer")
@@ -200,7 +200,7 @@ def resumable(args: argparse.Namespace, inputs: Inputs) -> dict:
     names = (*RESUMABLE, "max_seq_length", "documents", "init_from_teacher", "compress_teacher")
     return {name: getattr(args, name) for name in names} | {
         "student": {name: getattr(inputs.student, name) for name in SHAPE},
-        "teacher": weights_fingerprint(inputs.teacher[0]), "corpus": inputs.corpus, "processes": process_count()}
+        "teacher": weights_checksum(inputs.teacher[0]), "corpus": inputs.corpus, "processes": process_count()}
 
 
 def general_distill(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:

@@ -116,7 +116,7 @@ def compare_all(run: Evaluation, others: dict[Path, Evaluation], permutations: i
             other_values = other.results[number][1]
             common = values.keys() & other_values.keys()
             compared[path] = statistics.compare(values, other_values, permutations, seed) if common else None
-        statistics.correct([comparison for comparison in compared.values() if comparison])
+        statistics.apply_holm([comparison for comparison in compared.values() if comparison])
         for path, comparison in compared.items():
             yield name, path, comparison
 

@@ -31,9 +31,8 @@ Documents stay on disk and are found by an index that is built once, in --cache_
 """
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,17 +50,17 @@ from simplified_tinybert.common.files import (
 from simplified_tinybert.common.records import record_file, record_path
 from simplified_tinybert.data.collection import Collection, count_candidates, open_collection
 from simplified_tinybert.data.ir_dataset import open_dataset
-from simplified_tinybert.data.passages import Cutting, LeftOut, passages_of
+from simplified_tinybert.data.passages import PassageSource, PassageWindow, SkippedLog
 from simplified_tinybert.data.sampling import (
-    LookUp,
     Sampling,
+    TrainingQuery,
     can_be_used,
     draw_queries,
     in_groups,
     negatives,
     positives,
-    questions,
     relevant_documents,
+    training_queries,
 )
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def parse_args() -> argparse.Namespace:
     add("--first_passages", type=int, metavar="N", help="use the first N passages of a document (default: all)")
     add("--depth", type=int, help="use the best so many candidates of each query (default: all that are given)")
     add("--cache_file_dir", type=Path, default=Path("cache"),
-        help="folder for the index of the documents, and for the unpacked text of a .gz file (default: cache)")
+        help="directory for the index of the documents, and for the unpacked text of a .gz file (default: cache)")
     add = parser.add_argument_group("train only").add_argument
     add("--qrels", type=Path, help="judgements")
     add("--relevance_level", type=int, help="lowest grade that counts as relevant (default: 1)")
@@ -101,17 +100,17 @@ def parse_args() -> argparse.Namespace:
         "teach that relevant passages share few words with their query")
     add("--max_queries", type=int, help="use so many of the queries, drawn at random (default: all)")
     add("--seed", type=int, help="of all that is drawn at random (default: 42)")
-    add("--filter_model", metavar="MODEL", help="ranker (folder or hub id) that chooses among the passages of a "
+    add("--filter_model", metavar="MODEL", help="ranker (directory or hub id) that chooses among the passages of a "
         "relevant document")
     add("--filter_threshold", type=float, metavar="P", help="keep passages to which it gives a probability of at least "
         "P (default: no bound)")
-    add("--max_seq_length", type=int, help="word pieces of a pair for the ranker (default: 256)")
+    add("--max_seq_length", type=int, help="tokens of a pair for the ranker (default: 256)")
     add("--device", help="of the ranker: auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
     add("--bf16", action="store_true", default=None, help="compute the ranker's scores in bfloat16")
     return parser.parse_args()
 
 
-def beside(output: Path) -> tuple[Path, Path]:
+def side_files(output: Path) -> tuple[Path, Path]:
     """The list of what was left out, and the record."""
     return output.with_name(output.name + ".left_out.tsv"), record_path(output)
 
@@ -144,9 +143,9 @@ def check_args(args: argparse.Namespace, problems: Problems) -> None:
     paths = {path: what for name, what in INPUTS.items() if (path := getattr(args, name))}
     for path, what in paths.items():
         check_input_file(path, problems, what, read_twice=True)
-    check_output_files([args.output, *beside(args.output)], problems, inputs=paths)
+    check_output_files([args.output, *side_files(args.output)], problems, inputs=paths)
     if args.cache_file_dir.exists() and not args.cache_file_dir.is_dir():
-        problems.add(f"--cache_file_dir {args.cache_file_dir}: is a file; name a folder")
+        problems.add(f"--cache_file_dir {args.cache_file_dir}: is a file; name a directory")
 
 
 def open_filter(args: argparse.Namespace, problems: Problems) -> "PassageFilter | None":
@@ -156,73 +155,71 @@ def open_filter(args: argparse.Namespace, problems: Problems) -> "PassageFilter 
     return PassageFilter(args.filter_model, args.max_seq_length, args.device, args.bf16, problems)
 
 
-def test_lines(collection: Collection, look_up: LookUp, left_out: LeftOut, progress: tqdm) -> Iterator[str]:
+def test_lines(collection: Collection, passages: PassageSource, progress: tqdm) -> Iterator[str]:
     """The lines of all passages of all candidates."""
     for query_id, ranked in collection.candidates(Problems()):
         if text := collection.queries.get(query_id):
             for document_id in ranked:
-                for number, passage in enumerate(look_up(query_id, document_id)):
+                for number, passage in enumerate(passages.get(query_id, document_id)):
                     yield f"{query_id}#{document_id}_{number}\t{text}\t{passage}\n"
                 progress.update()
         else:
-            left_out.add("query_without_text", query_id)
+            passages.skipped.add("query_without_text", query_id)
             progress.update(len(ranked))
 
 
-def train_lines(collection: Collection, sampling: Sampling, chosen: set[str], ranker: "PassageFilter | None",
-                look_up: LookUp, left_out: LeftOut, counts: Counter, progress: tqdm) -> Iterator[str]:
-    """The lines of the examples of all queries that are chosen; `counts` tells what was found."""
-    stream = questions(collection, chosen, sampling, look_up, left_out)
-    for group in in_groups(stream):
-        for question, kept in zip(group, positives(group, sampling, ranker and ranker.probabilities, left_out)):
-            progress.update()
-            drawn, wanted = negatives(question, len(kept), sampling, look_up)
+def train_lines(queries: Iterable[TrainingQuery], sampling: Sampling, ranker: "PassageFilter | None",
+                passages: PassageSource, counts: Counter) -> Iterator[str]:
+    """The lines of the examples of all `queries`; `counts` tells what was found."""
+    for group in in_groups(queries):
+        for query, kept in zip(group, positives(group, sampling, ranker and ranker.probabilities, passages.skipped)):
+            drawn, wanted = negatives(query, len(kept), sampling, passages)
             if not kept or wanted and not drawn:
-                left_out.add(f"query_without_{'negative' if kept else 'positive'}_passage", question.query_id)
+                passages.skipped.add(f"query_without_{'negative' if kept else 'positive'}_passage", query.query_id)
                 continue
-            for label, passages in ((1, kept), (0, drawn)):
-                for passage in passages:
+            for label, texts in ((1, kept), (0, drawn)):
+                for passage in texts:
                     index = counts["label 0"] + counts["label 1"]
-                    yield f"{index}\t{question.text}\t{passage}\t{label}\n"
+                    yield f"{index}\t{query.text}\t{passage}\t{label}\n"
                     counts[f"label {label}"] += 1
             counts["queries"] += 1
             counts["queries short of label 0"] += len(drawn) < wanted
 
 
-def note_absent_queries(collection: Collection, sizes: dict[str, int], level: int, left_out: LeftOut) -> None:
+def note_absent_queries(collection: Collection, sizes: dict[str, int], level: int, skipped: SkippedLog) -> None:
     """Note the queries that the candidates, which are what is gone through, do not have."""
     for query_id in collection.queries:
         if query_id not in sizes:
-            left_out.add("query_without_candidates", query_id)
+            skipped.add("query_without_candidates", query_id)
     for query_id in collection.grades:
         known = query_id in sizes or query_id in collection.queries
         if not known and relevant_documents(collection, query_id, level):
-            left_out.add("query_without_text", query_id)
+            skipped.add("query_without_text", query_id)
 
 
 def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[str, int],
-                ranker: "PassageFilter | None", left_out: LeftOut) -> Counter:
+                ranker: "PassageFilter | None", skipped: SkippedLog) -> Counter:
     """Write the output, line by line. Returns what was counted."""
-    cutting = Cutting(args.window, args.stride, args.title, args.first_passages)
-    look_up = partial(passages_of, collection.documents, cutting, left_out)
-    counts = Counter()
+    window = PassageWindow(args.window, args.stride, args.title, args.first_passages)
+    passages, counts = PassageSource(collection.documents, window, skipped), Counter()
     if args.set_name == "train":
         usable = [query_id for query_id in sizes if can_be_used(collection, query_id, args.relevance_level)]
         chosen = set(usable) if args.max_queries is None else draw_queries(usable, args.max_queries, args.seed)
         sampling = Sampling(args.relevance_level, args.negatives, args.positive_passages,
                             args.filter_threshold or 0.0, args.retrieved_positives, args.seed)
-        progress = tqdm(total=len(chosen), desc="sampling", unit=" queries", unit_scale=True)
-        lines = train_lines(collection, sampling, chosen, ranker, look_up, left_out, counts, progress)
+        progress = tqdm(training_queries(collection, chosen, sampling, passages), total=len(chosen), desc="sampling",
+                        unit=" queries", unit_scale=True)
+        lines = train_lines(progress, sampling, ranker, passages, counts)
     else:
         progress = tqdm(total=sum(sizes.values()), desc="cutting", unit=" documents", unit_scale=True)
-        lines = test_lines(collection, look_up, left_out, progress)
+        lines = test_lines(collection, passages, progress)
     with progress, atomic_writer(args.output) as handle:
         for line in lines:
             handle.write(line)
             counts["lines"] += 1
-        note_absent_queries(collection, sizes, args.relevance_level, left_out)
+        note_absent_queries(collection, sizes, args.relevance_level, skipped)
         progress.close()
-        left_out.tell()
+        skipped.tell()
         if not counts["lines"]:
             raise UserError(f"{args.output}: is not written, for nothing could be made of these inputs, see above; do "
                             f"they belong together?")
@@ -239,11 +236,11 @@ def main() -> None:
     problems.raise_if_any()
 
     with ExitStack() as stack:
-        left_out = LeftOut(beside(args.output)[0], stack)
-        counts = write_lines(args, collection, sizes, ranker, left_out)
-    left_out.finish()
+        skipped = SkippedLog(side_files(args.output)[0], stack)
+        counts = write_lines(args, collection, sizes, ranker, skipped)
+    skipped.finish()
     record_file(args.output, args, [path for name in INPUTS if (path := getattr(args, name))], counts=counts,
-                left_out=left_out.counts, filter_weights=ranker.fingerprint() if ranker else None)
+                left_out=skipped.counts, filter_weights=ranker.checksum() if ranker else None)
     if counts["queries short of label 0"]:
         say(f"{counts['queries short of label 0']:,} queries have fewer passages of label 0 than asked for: their "
             f"candidates have no more")

@@ -5,7 +5,7 @@
         --measures nDCG@10 RR@10 AP --features_file test.pkl --output_dir report
 
 In: --system NAME RUN [MODEL] for each row: what to call it, its TREC run (query_id Q0 document_id rank score run_tag)
-and, for rankers that are BERT models, the model (folder or Hugging Face hub id); --qrels (query_id 0 document_id
+and, for rankers that are BERT models, the model (directory or Hugging Face hub id); --qrels (query_id 0 document_id
 grade); --features_file, pairs to measure speed on (tokenize_to_features.py --set_name test).
 Out, in --output_dir: table.md (printed too), table.tex (LaTeX, package booktabs), effectiveness.png (the first measure
 against speed), report.json (all figures: every round, every p, arguments, versions, machine, reranker.py's records).
@@ -74,7 +74,7 @@ def parse_args() -> argparse.Namespace:
         help="what the others are compared with (default: the first system with a model)")
     add("--baseline", type=argument_text, metavar="NAME",
         help="another system to compare all others with, such as BM25")
-    add("--output_dir", type=Path, required=True, help="folder for the results; a report in it is replaced")
+    add("--output_dir", type=Path, required=True, help="directory for the results; a report in it is replaced")
     add("--measures", nargs="+", default=["nDCG@10", "RR@10", "AP"], metavar="M",
         help="MRR, MRR@10, MRR@100 or measures of ir_measures; the first is drawn (default: nDCG@10 RR@10 AP)")
     add("--relevance_level", type=int, default=1, help="lowest grade that counts as relevant (default: 1)")
@@ -110,7 +110,7 @@ def check_flags(args: argparse.Namespace, systems: list[System], device: torch.d
     elif args.baseline == args.teacher:
         problems.add(f"--baseline {args.baseline!r}: is the teacher; name another system, or leave it out")
     if args.output_dir.exists() and not args.output_dir.is_dir():
-        problems.add(f"{args.output_dir}: is a file; name a folder")
+        problems.add(f"{args.output_dir}: is a file; name a directory")
     elif args.output_dir.is_dir():
         check_output_files([args.output_dir / name for name in OUTPUTS], problems)
 
@@ -132,8 +132,8 @@ def read_inputs(args: argparse.Namespace, systems: list[System], problems: Probl
     if args.features_file:
         summary = summarise(args.features_file, problems)
         for system in systems:
-            if summary and system.folder:
-                check_model_fits(system.name, system.folder, system.config, summary, summary.header["max_seq_length"],
+            if summary and system.directory:
+                check_model_fits(system.name, system.directory, system.config, summary, summary.header["max_seq_length"],
                                  problems)
         if not any(system.model for system in systems):
             problems.add("--features_file: no system has a model whose speed could be measured; leave it out, or name "
@@ -152,7 +152,7 @@ def compare_systems(args: argparse.Namespace, systems: list[System], measures: l
                 values, others = system.values[measure], reference.values[measure]
                 if system is not reference and values.keys() & others.keys():
                     family[system.name] = statistics.compare(values, others, args.permutations, args.seed)
-            statistics.correct(list(family.values()))
+            statistics.apply_holm(list(family.values()))
             found.setdefault(role, {})[measure] = family
     return found
 
@@ -204,7 +204,7 @@ def speed_note(timed: list[System], pairs: Examples | None, facts: dict[str, str
                            for system in timed)
         device = facts["GPU"] if facts["GPU"] != "none used" else f"{facts['CPU']}, cores {facts['cores']}"
         return (f"Pairs per second: {timed[0].where} ({device}), median of {len(timed[0].rates)} rounds in turn over "
-                f"the same {len(pairs):,} pairs of {pairs.lengths.mean():.0f} word pieces on average; slowest and "
+                f"the same {len(pairs):,} pairs of {pairs.lengths.mean():.0f} tokens on average; slowest and "
                 f"fastest round: {spread}.")
     alike = len({system.where for system in timed}) == 1
     places = timed[0].where if alike else "; ".join(f"{system.name}: {system.where}" for system in timed)

@@ -2,7 +2,7 @@
 
     python reranker.py --model_dir student --features_file test.pkl --output_scores_file scores.tsv --device 0 --bf16
 
-In: a fine-tuned or distilled model (folder or Hugging Face hub id; teachers can be scored too) and feature file(s) of
+In: a fine-tuned or distilled model (directory or Hugging Face hub id; teachers can be scored too) and feature file(s) of
 pairs (tokenize_to_features.py --set_name test).
 Out: query_id <tab> passage_id <tab> score, a line for each pair in input order. The score is the probability of
 relevance (softmax over the two classes, class 1; printed in full so that close scores stay apart), or with --score
@@ -33,11 +33,11 @@ from simplified_tinybert.common.files import (
     UserError,
     check_output_file,
     locked,
-    naming,
+    name_in_errors,
     process_number,
     run_main,
     say,
-    sync_folder,
+    sync_directory,
 )
 from simplified_tinybert.common.processes import Processes, process_group
 from simplified_tinybert.common.records import read_record, record, record_file, record_path
@@ -45,14 +45,14 @@ from simplified_tinybert.data.features import Examples, FeatureSummary, summaris
 from simplified_tinybert.model.bert import CrossEncoder, count_parameters, describe
 from simplified_tinybert.model.precision import select_precision, warn_if_emulated
 from simplified_tinybert.model.pretrained import load_ranker
-from simplified_tinybert.model.weights import weights_fingerprint
+from simplified_tinybert.model.weights import weights_checksum
 from simplified_tinybert.ranking.scoring import BATCH_TOKENS, BatchLimits, prepare, relevance, scored_chunks
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model_dir", required=True, help="folder or hub id of the model")
+    add("--model_dir", required=True, help="directory or hub id of the model")
     add("--features_file", type=Path, nargs="+", required=True, help="feature file(s) of pairs")
     add("--output_scores_file", type=Path, required=True, help="score file to write")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
@@ -88,14 +88,14 @@ def check_settings(args: argparse.Namespace, problems: Problems) -> dict:
 
 
 def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertConfig, FeatureSummary]:
-    """Model folder, its configuration, and the features, once all is known to fit. Raises UserError otherwise."""
+    """Model directory, its configuration, and the features, once all is known to fit. Raises UserError otherwise."""
     if process_number("RANK") == 0:                     # which alone writes
         check_output_file(args.output_scores_file, problems, inputs=args.features_file)
     models, summary = check_settings(args, problems), summarise(args.features_file, problems)
     if summary:
         width = check_length(args.max_seq_length, summary, problems)
-        for role, (folder, config) in models.items():
-            check_model_fits(role, folder, config, summary, width, problems)
+        for role, (directory, config) in models.items():
+            check_model_fits(role, directory, config, summary, width, problems)
         if summary.unpaired:
             problems.add(f"{summary.unpaired} of {summary.examples} ids in the features are not query_id#passage_id; "
                          f"tokenize the pairs with --set_name test")
@@ -103,9 +103,9 @@ def check_all(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertC
     return *models["model"], summary
 
 
-def settings(args: argparse.Namespace, folder: Path, summary: FeatureSummary, batch_tokens: int) -> dict:
+def settings(args: argparse.Namespace, directory: Path, summary: FeatureSummary, batch_tokens: int) -> dict:
     """What must be the same for --resume to end in the same bytes."""
-    return {"weights": weights_fingerprint(folder), "features": summary.fingerprint, "batch_tokens": batch_tokens,
+    return {"weights": weights_checksum(directory), "features": summary.checksum, "batch_tokens": batch_tokens,
             **{name: getattr(args, name)
                for name in ("eval_batch_size", "score", "pooled_relu", "fp16", "bf16", "int8")}}
 
@@ -127,10 +127,10 @@ def written_pairs(partial: Path, about: Path, wanted: dict, chunks: list[int]) -
     return done
 
 
-def load_model(args: argparse.Namespace, folder: Path, config: BertConfig, device: torch.device,
+def load_model(args: argparse.Namespace, directory: Path, config: BertConfig, device: torch.device,
                dtype: torch.dtype | None) -> tuple[CrossEncoder, int]:
     """The model on the device, in the precision that is asked for, and its parameters. Raises UserError."""
-    model, notes = load_ranker(folder, config)
+    model, notes = load_ranker(directory, config)
     for note in notes:
         say(f"note         {note}")
     model.config.pooled_relu = args.pooled_relu or getattr(config, "pooled_relu", False)
@@ -142,7 +142,7 @@ def load_model(args: argparse.Namespace, folder: Path, config: BertConfig, devic
 
 def write_scores(scored: Iterator[tuple[Examples, np.ndarray]], score: str, path: Path) -> None:
     """Append the scores of all chunks to `path`, a chunk at a time."""
-    with naming(path), open(path, "a", encoding="utf-8", newline="\n") as handle:
+    with name_in_errors(path), open(path, "a", encoding="utf-8", newline="\n") as handle:
         for chunk, logits in scored:
             handle.write(score_lines(chunk.ids, relevance(logits, score)))
             handle.flush()
@@ -152,15 +152,15 @@ def write_scores(scored: Iterator[tuple[Examples, np.ndarray]], score: str, path
 def rerank(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
     problems = Problems()
     dtype = select_precision(args.fp16, args.bf16, device, problems)
-    folder, config, summary = check_all(args, problems)
+    directory, config, summary = check_all(args, problems)
     warn_if_emulated(dtype, device, "leave the flag out, or use --int8")
-    model, parameters = load_model(args, folder, config, device, dtype)
+    model, parameters = load_model(args, directory, config, device, dtype)
 
     output = Path(os.path.realpath(args.output_scores_file))
     partial = output.with_name(output.name + ".partial")
     about = record_path(partial)                        # the one beside the output is of what stands there until then
     batch_tokens = args.batch_tokens or BATCH_TOKENS[device.type]
-    facts = {"settings": settings(args, folder, summary, batch_tokens), "device": str(device)}
+    facts = {"settings": settings(args, directory, summary, batch_tokens), "device": str(device)}
     processes.check_agreement(facts["settings"])
 
     def scored(done: int) -> Iterator[tuple[Examples, np.ndarray]]:
@@ -180,7 +180,7 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
         write_scores(scored(done), args.score, partial)
         os.replace(partial, output)
         about.unlink(missing_ok=True)
-    sync_folder(output.parent)
+    sync_directory(output.parent)
     speed = (summary.examples - done) / (time.perf_counter() - start)
     record_file(output, args, args.features_file, **facts, processes=processes.count, parameters=parameters,
                 pairs_per_second=speed)

@@ -8,10 +8,10 @@
 #   MODEL_DIR=student FEATURES_FILE=test.pkl OUTPUT_DIR=results QRELS_FILE=qrels.txt bash reranker.sh --bf16
 #
 # Variables:
-#   MODEL_DIR         folder or hub id of the model (example: example_run/student-$DISTILL_MODEL)
+#   MODEL_DIR         directory or hub id of the model (example: example_run/student-$DISTILL_MODEL)
 #   FEATURES_FILE     feature file of the pairs
 #   TEST_PAIRS        instead: query_id#passage_id <tab> query <tab> passage, to be tokenized
-#   MAX_SEQ_LENGTH    word pieces, when tokenizing (default 256; example: 128)
+#   MAX_SEQ_LENGTH    tokens, when tokenizing (default 256; example: 128)
 #   OUTPUT_DIR        receives scores.tsv and run.trec (default results)
 #   QRELS_FILE        judgements, to evaluate the run
 #   MEASURES          of ir_measures (default "nDCG@10 AP")
@@ -33,7 +33,7 @@ MEASURES="${MEASURES:-nDCG@10 AP}"
 COMPLETE="${COMPLETE:-}"
 
 [ -n "${MODEL_DIR:-}" ] || [ -z "${FEATURES_FILE:-}${TEST_PAIRS:-}" ] ||
-    fail "set MODEL_DIR to the folder or hub id of the model"
+    fail "set MODEL_DIR to the directory or hub id of the model"
 
 # rerank MODEL FEATURES SCORES RUN [more arguments]: scores of passages, then the ranking of documents
 rerank() {

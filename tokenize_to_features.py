@@ -1,4 +1,4 @@
-"""Cut query-passage pairs into word pieces, once, for any number of trainings and re-rankings.
+"""Cut query-passage pairs into tokens, once, for any number of trainings and re-rankings.
 
     python tokenize_to_features.py --set_name train --raw_data_file examples.tsv --output_features_file train.pkl \\
         --bert_model_dir google-bert/bert-base-uncased --max_seq_length 256
@@ -38,7 +38,7 @@ from simplified_tinybert.common.records import record_file
 from simplified_tinybert.common.text import lines_of, open_binary, read_blocks, read_lines
 from simplified_tinybert.common.workers import MOST_WORKERS, default_workers, map_in_order
 from simplified_tinybert.data.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
-from simplified_tinybert.data.tokenization import PieceCutter, tokenize, words_suffice
+from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize, words_suffice
 from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.vocabulary import Vocabulary
@@ -57,8 +57,8 @@ def parse_args() -> argparse.Namespace:
     add("--set_name", choices=tuple(COLUMNS), required=True, help="decides which columns and ids are expected")
     add("--raw_data_file", type=Path, required=True, help="tab-separated pairs, plain or .gz")
     add("--output_features_file", type=Path, required=True, help="feature file to write")
-    add("--bert_model_dir", required=True, help="folder or hub id of the model whose vocabulary is to be used")
-    add("--max_seq_length", type=int, default=256, help="word pieces of a pair, control tokens included (default: 256)")
+    add("--bert_model_dir", required=True, help="directory or hub id of the model whose vocabulary is to be used")
+    add("--max_seq_length", type=int, default=256, help="tokens of a pair, special tokens included (default: 256)")
     add("--do_lower_case", action=argparse.BooleanOptionalAction, default=None,
         help="lower-case texts (default: as transformers' AutoTokenizer does with this model)")
     add("--num_workers", type=int, default=0,
@@ -125,7 +125,7 @@ def texts_of(path: Path) -> Iterator[str]:
 
 
 def block_tokenizer(vocabulary: Vocabulary, max_seq_length: int, by_words: bool) -> Callable[[bytes], Examples]:
-    cutter = PieceCutter(vocabulary, max_seq_length, by_words)
+    cutter = CachedTokenizer(vocabulary, max_seq_length, by_words)
     return lambda block: tokenize(lines_of(block), cutter)
 
 
@@ -146,7 +146,7 @@ def in_chunks(parts: Iterable[Examples]) -> Iterator[Examples]:
 def main() -> None:
     args, problems = parse_args(), Problems()
     if not 8 <= args.max_seq_length < 2 ** 16:
-        problems.add(f"--max_seq_length {args.max_seq_length}: expected 8 to 65535 word pieces")
+        problems.add(f"--max_seq_length {args.max_seq_length}: expected 8 to 65535 tokens")
     if args.num_workers < 0:
         problems.add(f"--num_workers {args.num_workers}: expected 0 (one for each core) or more")
     check_output_file(args.output_features_file, problems, inputs=[args.raw_data_file])
@@ -175,8 +175,8 @@ def main() -> None:
         problems.raise_if_any()
         writer.close()
     record_file(args.output_features_file, args, [args.raw_data_file], pairs=pairs,
-                vocabulary=vocabulary.fingerprint(), lower_case=vocabulary.lower_case)
-    say(f"{args.output_features_file}: {pairs:,} pairs, {writer.tokens / pairs:.1f} word pieces on average, "
+                vocabulary=vocabulary.checksum(), lower_case=vocabulary.lower_case)
+    say(f"{args.output_features_file}: {pairs:,} pairs, {writer.tokens / pairs:.1f} tokens on average, "
         f"{100 * full / pairs:.1f} % fill all {args.max_seq_length}")
 
 

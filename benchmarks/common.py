@@ -33,9 +33,9 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, or a CUDA index (default: auto)")
     add("--threads", type=int, help="CPU threads (default: as PyTorch chooses)")
     add("--vocab_file", type=Path, default=ROOT / "tests/data/bert-base-uncased-vocab.txt",
-        help="word pieces, one a line (default: BERT-Base's, uncased)")
+        help="tokens, one a line (default: BERT-Base's, uncased)")
     add("--raw_data_file", type=Path, help="own pairs, as tokenize_to_features.py reads them (default: generated)")
-    add("--output_dir", type=Path, default=ROOT / "benchmarks/results", help="folder for the results")
+    add("--output_dir", type=Path, default=ROOT / "benchmarks/results", help="directory for the results")
     add("--quick", action="store_true", help="tiny sizes, to see that the command works; the figures mean nothing")
 
 
@@ -155,17 +155,17 @@ def step_flops(student: BertConfig, teacher: BertConfig, lengths: Iterable[int])
             + 3 * (forward_flops(student, lengths, cls_only=False) + projections))
 
 
-def write_results(folder: Path, name: str, title: str, facts: dict[str, str], sections: list[str],
+def write_results(directory: Path, name: str, title: str, facts: dict[str, str], sections: list[str],
                   args: argparse.Namespace, raw: dict) -> None:
     """<name>.md for people, <name>.json with every single time; the former also to stdout."""
-    command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip()
     machine_line = "; ".join(f"{key}: {value}" for key, value in facts.items())
     text = "\n\n".join([f"# {title}", f"`{command}`", machine_line, *sections]) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_writer(folder / f"{name}.md") as handle:
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(directory / f"{name}.md") as handle:
         handle.write(text)
     arguments = {key: plain(value) for key, value in vars(args).items()}
-    with atomic_writer(folder / f"{name}.json") as handle:
+    with atomic_writer(directory / f"{name}.json") as handle:
         json.dump({"machine": facts, "arguments": arguments, **raw}, handle, indent=1)
         handle.write("\n")
     print(text)

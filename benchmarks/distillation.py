@@ -1,7 +1,7 @@
 """Time and memory of a step of distill.py's simplified objective beside the original's, with the same weights.
 
-    python benchmarks/distillation.py
-    python benchmarks/distillation.py --students 6x768 --raw_data_file train.tsv --device 0
+    python -m benchmarks.distillation
+    python -m benchmarks.distillation --students 6x768 --raw_data_file train.tsv --device 0
 
 In: nothing, or own labelled pairs (index <tab> query <tab> passage <tab> label); models have random weights.
 Out, in --output_dir: distillation.md (tables), distillation.json (every single time), distillation.png. Compared are
@@ -33,17 +33,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import common, ours, pictures, samples  # noqa: E402
-from benchmarks.original import OriginalAdam, OriginalBert, original_losses  # noqa: E402
-from simplified_tinybert.common.device import select_device  # noqa: E402
-from simplified_tinybert.common.files import run_main, say  # noqa: E402
-from simplified_tinybert.data.features import Examples  # noqa: E402
-from simplified_tinybert.model.bert import Batch  # noqa: E402
-from simplified_tinybert.model.precision import warn_if_emulated  # noqa: E402
-from simplified_tinybert.model.pretrained import read_config  # noqa: E402
-from simplified_tinybert.ranking.speed import machine, seconds  # noqa: E402
-from simplified_tinybert.ranking.tables import markdown  # noqa: E402
+from benchmarks import common, ours, pictures, samples
+from benchmarks.original import OriginalAdam, OriginalBert, original_losses
+from simplified_tinybert.common.device import select_device
+from simplified_tinybert.common.files import run_main, say
+from simplified_tinybert.data.features import Examples
+from simplified_tinybert.model.bert import Batch
+from simplified_tinybert.model.precision import warn_if_emulated
+from simplified_tinybert.model.pretrained import read_config
+from simplified_tinybert.ranking.speed import machine, seconds
+from simplified_tinybert.ranking.tables import markdown
 
 BATCH = {"cpu": {384: 32, 768: 16}, "cuda": {384: 64, 768: 64}}
 WIDTH, LENGTHS = 256, (128, 256, 512)
@@ -99,7 +98,7 @@ def original_step(student: OriginalBert, teacher: OriginalBert) -> Callable[[Bat
 
 def make_steps(student: Path, teacher: Path, device: torch.device, bf16: bool) -> dict[str, Callable[[Batch], None]]:
     """Each way as a function that takes one optimizer step; all have their own student."""
-    old_student, old_teacher = (OriginalBert(folder).to(device) for folder in (student, teacher))
+    old_student, old_teacher = (OriginalBert(directory).to(device) for directory in (student, teacher))
     old_teacher.eval().requires_grad_(False)
     steps = {ORIGINAL: original_step(old_student.train(), old_teacher)}
     for suffix, dtype in (("", None), (BF16, torch.bfloat16))[:2 if bf16 else 1]:
@@ -152,7 +151,7 @@ def steps_table(name: str, teacher: str, found: dict) -> str:
         rows.append([way, common.spread([1000 * spent for spent in times]), common.ratio(base, times),
                      f"{rate / 1e9:,.0f}", f"{100 * rate / best:.0f} %"])
     return (f"## Student {name}, teacher {teacher}\n\nBatches of {found['batch_size']} pairs, "
-            f"{found['mean_length']:.0f} word pieces on average; masked batches are "
+            f"{found['mean_length']:.0f} tokens on average; masked batches are "
             f"{', '.join(map(str, found['widths']))} positions wide, all others {WIDTH}. Relative difference "
             f"of the losses (reference padding, no dropout): {found['loss_difference']:.1e}. Matrix products on this "
             f"machine at the teacher's width: {common.describe_rates(found['rates'])}.\n\n"
@@ -204,15 +203,15 @@ def main() -> None:
     warn_if_emulated(torch.bfloat16 if args.bf16 else None, device)
     facts, sections, measured, memory = machine(device) | common.packing(device), [], {}, {}
     with tempfile.TemporaryDirectory() as scratch:
-        vocabulary = ours.vocabulary_folder(Path(scratch) / "vocabulary", args.vocab_file)
+        vocabulary = ours.vocabulary_directory(Path(scratch) / "vocabulary", args.vocab_file)
         sizes = {name: list(map(int, name.split("x"))) for name in [args.teacher, *args.students]}
         teacher = ours.make_model(Path(scratch) / "teacher", *sizes[args.teacher], vocabulary)
         students = {name: ours.make_model(Path(scratch) / f"student-{name}", *sizes[name], vocabulary,
                                           dropout=args.dropout, teacher_width=sizes[args.teacher][1])
                     for name in args.students}
         if "steps" in args.parts:
-            measured = {name: measure_steps(args, name, folder, teacher, vocabulary, device)
-                        for name, folder in students.items()}
+            measured = {name: measure_steps(args, name, directory, teacher, vocabulary, device)
+                        for name, directory in students.items()}
             sections += [steps_table(name, args.teacher, found) for name, found in measured.items()]
         if "memory" in args.parts:
             first = args.students[0]

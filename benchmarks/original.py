@@ -1,6 +1,6 @@
 """How the original implementation computes, written anew from its description: the baseline. Not a command.
 
-Weights are taken from a Hugging Face folder into Hugging Face's parameter containers; every step of the computation
+Weights are taken from a Hugging Face directory into Hugging Face's parameter containers; every step of the computation
 stands here, as the original has it: attention by matrix products over padded batches, an additive mask of -10000, the
 error function spelled out in GELU, all positions of all layers, attention scores and hidden states of every layer
 returned; losses on the L×L score matrices; an optimizer that goes through the parameters one by one. Where the original
@@ -29,13 +29,13 @@ RERANK_BATCH, RERANK_WIDTH = 100, 256
 class OriginalBert(nn.Module):
     """Logits (B, 2), attention scores of all layers (B, H, L, L) with the mask added, hidden states (B, L, D)."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, directory: Path):
         super().__init__()
         disable_progress_bar()
-        self.model = BertForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        self.model = BertForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
         self.fit_dense = None
-        if (folder / PROJECTION_FILE).is_file():
-            weights = load_file(folder / PROJECTION_FILE)
+        if (directory / PROJECTION_FILE).is_file():
+            weights = load_file(directory / PROJECTION_FILE)
             self.fit_dense = nn.Linear(*reversed(weights["fit_dense.weight"].shape))
             self.fit_dense.load_state_dict({name.removeprefix("fit_dense."): value for name, value in weights.items()})
 

@@ -1,10 +1,10 @@
 """Tokenization as the original does it, written anew from its description in pure Python: the baseline.
 
-    python benchmarks/original_tokenizer.py pairs.tsv features.csv vocab.txt 256
+    python -m benchmarks.original_tokenizer pairs.tsv features.csv vocab.txt 256
 
 In: id <tab> query <tab> passage (<tab> label), UTF-8; a vocabulary. Out, for each pair a row of comma-separated values:
 id, label, and padded to the maximum length: ids, mask, segments. As in the original all pairs and all features are in
-memory before the first row is written, and control tokens that stand in a text are taken for control tokens. Nothing
+memory before the first row is written, and special tokens that stand in a text are taken for special tokens. Nothing
 but Python's standard library is imported.
 """
 import sys
@@ -61,7 +61,7 @@ def split_words(text: str) -> list[str]:
 
 
 def cut_word(word: str, vocabulary: dict[str, int]) -> list[str]:
-    """Word pieces: the longest one that fits, again and again; [UNK] if none does."""
+    """Tokens: the longest one that fits, again and again; [UNK] if none does."""
     if len(word) > LONGEST_WORD:
         return ["[UNK]"]
     pieces, start = [], 0

@@ -13,7 +13,7 @@ from transformers import BertConfig
 
 from benchmarks.common import ROOT
 from simplified_tinybert.data.features import Examples
-from simplified_tinybert.data.tokenization import PieceCutter, tokenize
+from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize
 from simplified_tinybert.model.bert import Batch, CrossEncoder
 from simplified_tinybert.model.cpu_linear import pack_linear_layers
 from simplified_tinybert.model.precision import autocast
@@ -46,15 +46,15 @@ print(json.dumps(spent | {"total": time.perf_counter() - start}))
 """
 
 
-def vocabulary_folder(folder: Path, vocab_file: Path) -> Path:
-    folder.mkdir()
-    shutil.copyfile(vocab_file, folder / "vocab.txt")
-    return folder
+def vocabulary_directory(directory: Path, vocab_file: Path) -> Path:
+    directory.mkdir()
+    shutil.copyfile(vocab_file, directory / "vocab.txt")
+    return directory
 
 
-def make_model(folder: Path, layers: int, width: int, vocabulary: Path, examples: Examples | None = None,
+def make_model(directory: Path, layers: int, width: int, vocabulary: Path, examples: Examples | None = None,
                dropout: float = 0.1, teacher_width: int | None = None) -> Path:
-    """A model with random weights, of the size that trained ones have, as a Hugging Face folder.
+    """A model with random weights, of the size that trained ones have, as a Hugging Face directory.
 
     With `examples` their logits have mean 0 and standard deviation 1, so that scores differ as they do in life.
     """
@@ -70,8 +70,8 @@ def make_model(folder: Path, layers: int, width: int, vocabulary: Path, examples
         spread_scores(model.eval(), examples.batch(np.arange(min(len(examples), 16))))
     if teacher_width:
         fit_projections(model, teacher_width, torch.Generator().manual_seed(0))
-    save_cross_encoder(model, folder, vocabulary, lower_case=True)
-    return folder
+    save_cross_encoder(model, directory, vocabulary, lower_case=True)
+    return directory
 
 
 @torch.no_grad()
@@ -81,22 +81,22 @@ def spread_scores(model: CrossEncoder, batch: Batch) -> None:
     model.classifier.bias.copy_((model.classifier.bias - logits.mean(dim=0)) / logits.std(dim=0))
 
 
-def load_model(folder: Path, device: torch.device) -> CrossEncoder:
-    return load_cross_encoder(folder)[0].to(device)
+def load_model(directory: Path, device: torch.device) -> CrossEncoder:
+    return load_cross_encoder(directory)[0].to(device)
 
 
-def load_scorer(folder: Path, device: torch.device, dtype: torch.dtype | None = None, int8: bool = False) \
+def load_scorer(directory: Path, device: torch.device, dtype: torch.dtype | None = None, int8: bool = False) \
         -> CrossEncoder:
     """A model as reranker.py prepares it for scoring."""
-    model = load_model(folder, device)
+    model = load_model(directory, device)
     scoring.prepare(model, dtype, int8)
     return model
 
 
-def tokenizer(folder: Path) -> Callable[[list[str], int], Examples]:
+def tokenizer(directory: Path) -> Callable[[list[str], int], Examples]:
     """A function (lines of pairs, max_seq_length) → examples, as tokenize_to_features.py does it."""
-    vocabulary = load_vocabulary(folder)
-    return lambda lines, length: tokenize(lines, PieceCutter(vocabulary, length))
+    vocabulary = load_vocabulary(directory)
+    return lambda lines, length: tokenize(lines, CachedTokenizer(vocabulary, length))
 
 
 def subset(examples: Examples, indices: np.ndarray) -> Examples:

@@ -1,7 +1,7 @@
 """Re-ranking speed beside what a user would otherwise run, with the same weights and the same scores.
 
-    python benchmarks/reranking.py
-    python benchmarks/reranking.py --models 3x384 12x768 --raw_data_file pairs.tsv --device 0
+    python -m benchmarks.reranking
+    python -m benchmarks.reranking --models 3x384 12x768 --raw_data_file pairs.tsv --device 0
 
 In: nothing, or own pairs (query_id#passage_id <tab> query <tab> passage); models have random weights.
 Out, in --output_dir: reranking.md (tables), reranking.json (every single time), reranking.png. Compared are
@@ -28,9 +28,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import common, ours, pictures, samples  # noqa: E402
-from benchmarks.ways import (  # noqa: E402
+from benchmarks import common, ours, pictures, samples
+from benchmarks.ways import (
     ORIGINAL,
     OURS,
     OURS_BF16,
@@ -43,11 +42,11 @@ from benchmarks.ways import (  # noqa: E402
     real_sample,
     ways,
 )
-from simplified_tinybert.common.device import select_device  # noqa: E402
-from simplified_tinybert.common.files import run_main, say  # noqa: E402
-from simplified_tinybert.model.pretrained import read_config  # noqa: E402
-from simplified_tinybert.ranking.speed import machine  # noqa: E402
-from simplified_tinybert.ranking.tables import markdown, number  # noqa: E402
+from simplified_tinybert.common.device import select_device
+from simplified_tinybert.common.files import run_main, say
+from simplified_tinybert.model.pretrained import read_config
+from simplified_tinybert.ranking.speed import machine
+from simplified_tinybert.ranking.tables import markdown, number
 
 PAIRS = {"cpu": {"3x384": 200, "6x768": 32, "12x768": 24}, "cuda": {"3x384": 8192, "6x768": 4096, "12x768": 4096}}
 ALL = (ORIGINAL, PEER, PEER_BF16, OURS, OURS_TEXTS, OURS_BF16, OURS_INT8)
@@ -56,7 +55,7 @@ LENGTHS = (64, 128, 256, 512)
 PEER_SCRIPT = """
 from sentence_transformers import CrossEncoder
 pairs = [line.rstrip("\\n").split("\\t")[1:3] for line in open("ten.tsv", encoding="utf-8")]
-print(CrossEncoder("{folder}", max_length=256).predict(pairs, apply_softmax=True))
+print(CrossEncoder("{directory}", max_length=256).predict(pairs, apply_softmax=True))
 """
 
 
@@ -82,15 +81,15 @@ def pairs_of(args: argparse.Namespace, name: str, device: torch.device) -> int:
     return args.pairs or PAIRS[device.type].get(name, 24)
 
 
-def measure_ways(args: argparse.Namespace, name: str, folder: Path, pairs: Sample, device: torch.device) -> dict:
-    config, sample = read_config(folder), pairs.part(pairs_of(args, name, device))
+def measure_ways(args: argparse.Namespace, name: str, directory: Path, pairs: Sample, device: torch.device) -> dict:
+    config, sample = read_config(directory), pairs.part(pairs_of(args, name, device))
     scores: dict[str, np.ndarray] = {}
-    say(f"{name}: {len(sample.lines)} pairs, {sample.examples.lengths.mean():.1f} word pieces on average")
+    say(f"{name}: {len(sample.lines)} pairs, {sample.examples.lengths.mean():.1f} tokens on average")
 
     def keep(way: str, run: Callable[[], np.ndarray]) -> None:
         scores[way] = run()
     compared = {way: partial(keep, way, run)
-                for way, run in ways(folder, sample, device, args.st_batch_sizes, ALL).items()}
+                for way, run in ways(directory, sample, device, args.st_batch_sizes, ALL).items()}
     if device.type == "cuda":                           # where the first call is much slower than the others
         common.interleave(compared, 1, device)
     rates = [common.best_rates(device, config.hidden_size, args.quick)]
@@ -110,7 +109,7 @@ def ways_table(name: str, found: dict) -> str:
         rows.append([way, common.spread([found["pairs"] / value for value in spent]),
                      common.ratio(times[ORIGINAL], spent), common.ratio(times[PEER], spent) if PEER in times else "–",
                      f"{rate / 1e9:,.0f}", f"{100 * rate / best:.0f} %", f"{found['difference'][way]:.1e}"])
-    title = (f"## {name}: {found['pairs']} pairs, {found['mean_length']:.0f} word pieces on average\n\n"
+    title = (f"## {name}: {found['pairs']} pairs, {found['mean_length']:.0f} tokens on average\n\n"
              f"Matrix products on this machine at this width: {common.describe_rates(found['rates'])}. A pair needs "
              f"{found['flops'] / found['pairs'] / 1e9:.2f} GFLOP. Standard deviation of the scores: "
              f"{found['scores_spread']:.2f}.\n\n")
@@ -137,15 +136,15 @@ def teacher_table(measured: dict[str, dict]) -> str:
         ["way", "teacher, pairs/s", *(f"{student} is faster by" for student in students)], rows)
 
 
-def measure_lengths(args: argparse.Namespace, folder: Path, pairs: Sample,
+def measure_lengths(args: argparse.Namespace, directory: Path, pairs: Sample,
                     device: torch.device) -> dict[str, dict[int, float]]:
     """Pairs per second of each way at each length: {way: {length: rate}}."""
     found: dict[str, dict[int, float]] = {}
     tokens = args.pairs * 64 if args.pairs else {"cpu": 8192, "cuda": 2 ** 20}[device.type]
     for length in LENGTHS[:2] if args.quick else LENGTHS:
-        sample = equal_sample(pairs, folder, length, max(2, tokens // length))
-        compared = ways(folder, sample, device, args.st_batch_sizes, (ORIGINAL, PEER, OURS, OURS_BF16))
-        say(f"{length} word pieces, {len(sample.lines)} pairs")
+        sample = equal_sample(pairs, directory, length, max(2, tokens // length))
+        compared = ways(directory, sample, device, args.st_batch_sizes, (ORIGINAL, PEER, OURS, OURS_BF16))
+        say(f"{length} tokens, {len(sample.lines)} pairs")
         for way, spent in common.interleave(compared, args.rounds, device).items():
             found.setdefault(way, {})[length] = len(sample.lines) / statistics.median(spent)
     return found
@@ -154,25 +153,25 @@ def measure_lengths(args: argparse.Namespace, folder: Path, pairs: Sample,
 def lengths_table(name: str, found: dict[str, dict[int, float]]) -> str:
     lengths = list(next(iter(found.values())))
     return f"## {name}: pairs per second at equal lengths\n\n" + markdown(
-        ["word pieces", *map(str, lengths)],
+        ["tokens", *map(str, lengths)],
         [[way, *(number(rate) for rate in rates.values())] for way, rates in found.items()])
 
 
-def measure_start(args: argparse.Namespace, folder: Path, pairs: Sample, device: torch.device,
+def measure_start(args: argparse.Namespace, directory: Path, pairs: Sample, device: torch.device,
                   scratch: Path) -> dict[str, list[float]]:
     """Seconds of the parts of re-ranking 10 pairs, from starting Python to having the file."""
     samples.write_lines(scratch / "ten.tsv", pairs.lines[:10])
-    command = ours.tokenize_command("test", scratch / "ten.tsv", scratch / "ten.pkl", folder, pairs.width)
+    command = ours.tokenize_command("test", scratch / "ten.tsv", scratch / "ten.pkl", directory, pairs.width)
     subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
     found: dict[str, list[float]] = {}
     for _ in range(args.rounds):
         start = time.perf_counter()
-        parts = ours.start_up(folder, scratch / "ten.pkl", scratch / "ten.scores.tsv", device)
+        parts = ours.start_up(directory, scratch / "ten.pkl", scratch / "ten.scores.tsv", device)
         whole = time.perf_counter() - start
         rest = whole - parts["imports"] - parts["model"] - parts["scoring"]
         for part, spent in (*parts.items(), ("rest", rest), ("whole", whole)):
             found.setdefault(part, []).append(spent)
-        for part, code in (("torch", "import torch"), ("peer", PEER_SCRIPT.format(folder=folder))):
+        for part, code in (("torch", "import torch"), ("peer", PEER_SCRIPT.format(directory=directory))):
             start = time.perf_counter()
             done = subprocess.run([sys.executable, "-c", code], cwd=scratch, capture_output=True)
             found.setdefault(part, []).append(time.perf_counter() - start if done.returncode == 0 else float("nan"))
@@ -191,7 +190,7 @@ def start_table(name: str, found: dict[str, list[float]]) -> str:
 def draw(path: Path, measured: dict[str, dict], lengths: dict[str, dict[int, float]], name: str) -> None:
     panels = []
     if lengths:
-        panels.append(pictures.Panel(f"Throughput against length, {name}", "pairs per second", "word pieces of a pair",
+        panels.append(pictures.Panel(f"Throughput against length, {name}", "pairs per second", "tokens of a pair",
                                      lines=lengths))
     if measured:
         shown = (ORIGINAL, PEER, OURS, OURS_BF16)
@@ -209,21 +208,21 @@ def main() -> None:
     device = select_device(args.device)
     facts = machine(device) | common.packing(device)
     with tempfile.TemporaryDirectory() as scratch:
-        vocabulary = ours.vocabulary_folder(Path(scratch) / "vocabulary", args.vocab_file)
+        vocabulary = ours.vocabulary_directory(Path(scratch) / "vocabulary", args.vocab_file)
         pairs = real_sample(args.raw_data_file, vocabulary, max(pairs_of(args, name, device) for name in args.models))
-        folders = {name: ours.make_model(Path(scratch) / name, *map(int, name.split("x")), vocabulary, pairs.examples)
+        directories = {name: ours.make_model(Path(scratch) / name, *map(int, name.split("x")), vocabulary, pairs.examples)
                    for name in args.models}
         first, sections = args.models[0], []
         measured, lengths, start = {}, {}, {}
         if "ways" in args.parts:
-            measured = {name: measure_ways(args, name, folder, pairs, device)
-                        for name, folder in folders.items()}
+            measured = {name: measure_ways(args, name, directory, pairs, device)
+                        for name, directory in directories.items()}
             sections += [ways_table(name, found) for name, found in measured.items()] + [teacher_table(measured)]
         if "lengths" in args.parts:
-            lengths = measure_lengths(args, folders[first], pairs, device)
+            lengths = measure_lengths(args, directories[first], pairs, device)
             sections.append(lengths_table(first, lengths))
         if "start" in args.parts:
-            start = measure_start(args, folders[first], pairs, device, Path(scratch))
+            start = measure_start(args, directories[first], pairs, device, Path(scratch))
             sections.append(start_table(first, start))
     common.write_results(args.output_dir, "reranking", "Re-ranking", facts, sections, args,
                          {"ways": measured, "lengths": lengths, "start": start})

@@ -1,20 +1,16 @@
 """Real pairs for the benchmarks, from the texts of the embedded example or from a file. Not a command.
 
 Queries are sentences of Python's documentation, passages are windows of 140 words of it, shorter where a document ends:
-as long as those that re-rankers meet (210 word pieces with the query, on average, of BERT-Base's vocabulary).
+as long as those that re-rankers meet (210 tokens with the query, on average, of BERT-Base's vocabulary).
 """
-import sys
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import ROOT
 from simplified_tinybert.common.files import Problems, UserError, atomic_writer
 from simplified_tinybert.common.text import read_lines
-
-sys.path.append(str(ROOT / "examples"))
 
 WINDOW = 140           # words
 CANDIDATES = 100       # passages of a query
@@ -24,8 +20,8 @@ class Texts:
     """Sentences that serve as queries, and any number of different passages."""
 
     def __init__(self, seed: int = 0):
-        from stdlib_collection import choose_queries, make_collection
-        from stdlib_docs import read_library
+        from examples.stdlib_collection import choose_queries, make_collection
+        from examples.stdlib_docs import read_library
 
         modules = read_library()
         collection = make_collection(modules, choose_queries(modules, {"dev": 150, "test": 150}), WINDOW, WINDOW)

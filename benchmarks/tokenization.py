@@ -1,8 +1,8 @@
 """Speed, memory and size of tokenize_to_features.py beside the original's pure-Python way; the same tokens.
 
-    python benchmarks/tokenization.py
-    python benchmarks/tokenization.py --pairs 1000000 --rounds 1
-    python benchmarks/tokenization.py --raw_data_file pairs.tsv --set_name test
+    python -m benchmarks.tokenization
+    python -m benchmarks.tokenization --pairs 1000000 --rounds 1
+    python -m benchmarks.tokenization --raw_data_file pairs.tsv --set_name test
 
 In: nothing, or own pairs. Out, in --output_dir: tokenization.md (tables), tokenization.json (every single time),
 tokenization.png. Both run as commands, from start to end, in turn:
@@ -23,13 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import common, ours, pictures, samples  # noqa: E402
-from simplified_tinybert.common.device import select_device  # noqa: E402
-from simplified_tinybert.common.files import UserError, run_main, say  # noqa: E402
-from simplified_tinybert.data.features import read_chunks  # noqa: E402
-from simplified_tinybert.ranking.speed import machine  # noqa: E402
-from simplified_tinybert.ranking.tables import markdown  # noqa: E402
+from benchmarks import common, ours, pictures, samples
+from simplified_tinybert.common.device import select_device
+from simplified_tinybert.common.files import UserError, run_main, say
+from simplified_tinybert.data.features import read_chunks
+from simplified_tinybert.ranking.speed import machine
+from simplified_tinybert.ranking.tables import markdown
 
 FEW = 10                # pairs of a run that is all start-up
 WAYS = ("original", "ours")
@@ -52,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     add("--sample", type=int, default=3000, help="pairs for the original's way (default: 3,000)")
     add("--repeats", type=float, default=4, help="queries that share a passage in re-ranking pairs (default: 4)")
     add("--rounds", type=int, default=3, help="how often each command runs, in turn (default: 3)")
-    add("--max_seq_length", type=int, default=256, help="word pieces of a pair (default: 256)")
+    add("--max_seq_length", type=int, default=256, help="tokens of a pair (default: 256)")
     add("--kinds", nargs="+", choices=("re-ranking", "training"), default=["re-ranking", "training"],
         help="pairs to generate (default: both)")
     add("--set_name", choices=("train", "dev", "test"), default="test", help="kind of --raw_data_file (default: test)")
@@ -91,7 +90,7 @@ def write_pairs(args: argparse.Namespace, kind: str, path: Path, scratch: Path) 
 
 
 def measure(args: argparse.Namespace, kind: str, scratch: Path) -> dict:
-    vocabulary = ours.vocabulary_folder(scratch / f"{kind}-vocabulary", args.vocab_file)
+    vocabulary = ours.vocabulary_directory(scratch / f"{kind}-vocabulary", args.vocab_file)
     set_name = args.set_name if args.raw_data_file else "train" if kind == "training" else "test"
     total, sample, few = write_pairs(args, kind, scratch / f"{kind}.tsv", scratch)
     files = {"ours": (scratch / f"{kind}.tsv", total), "original": (sample, min(args.sample, total))}
@@ -146,7 +145,7 @@ def kind_table(kind: str, found: dict, args: argparse.Namespace) -> str:
                      common.spread(times, "× "), common.spread(facts["start"]), f"{max(facts['MiB']):,.0f}",
                      f"{facts['bytes']:,.0f}"])
     shared = f" Each passage occurs {args.repeats:g} times on average." if kind == "re-ranking" else ""
-    return (f"## {kind} pairs\n\n{found['mean_length']:.0f} word pieces on average of at most {args.max_seq_length}; "
+    return (f"## {kind} pairs\n\n{found['mean_length']:.0f} tokens on average of at most {args.max_seq_length}; "
             f"{found['input_bytes'] / ways['ours']['pairs']:,.0f} bytes of text each.{shared} Pairs of the original's "
             f"sample with other tokens here: {found['different']}.\n\n"
             + markdown(["way", "pairs", "pairs/s, whole command", "pairs/s without start", "× original",

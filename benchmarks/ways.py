@@ -52,29 +52,29 @@ def equal_sample(pairs: Sample, vocabulary: Path, length: int, size: int) -> Sam
     return Sample([lines[index] for index in full], ours.subset(examples, full), length)
 
 
-def ways(folder: Path, sample: Sample, device: torch.device, batch_sizes: list[int],
+def ways(directory: Path, sample: Sample, device: torch.device, batch_sizes: list[int],
          wanted: tuple[str, ...]) -> dict[str, Callable[[], np.ndarray]]:
     """The wanted ways as functions without arguments that return the scores of all pairs of the sample."""
-    original, width = OriginalBert(folder).eval().to(device), max(RERANK_WIDTH, sample.width)
+    original, width = OriginalBert(directory).eval().to(device), max(RERANK_WIDTH, sample.width)
     batches = [sample.examples.batch(np.arange(start, min(start + RERANK_BATCH, len(sample.examples))), width)
                for start in range(0, len(sample.examples), RERANK_BATCH)]
-    model, tokenize = ours.load_scorer(folder, device), ours.tokenizer(folder)
-    half = ours.load_scorer(folder, device, torch.bfloat16)
+    model, tokenize = ours.load_scorer(directory, device), ours.tokenizer(directory)
+    half = ours.load_scorer(directory, device, torch.bfloat16)
     found = {ORIGINAL: lambda: original_scores(original, [batch.to(device) for batch in batches]).numpy(),
-             **peers(folder, sample, device, batch_sizes),
+             **peers(directory, sample, device, batch_sizes),
              OURS: lambda: ours.score(model, sample.examples, device),
              OURS_TEXTS: lambda: ours.score(model, tokenize(sample.lines, sample.width), device),
              OURS_BF16: lambda: ours.score(half, sample.examples, device)}
     if device.type == "cpu":
         try:
-            rounded = ours.load_scorer(folder, device, int8=True)
+            rounded = ours.load_scorer(directory, device, int8=True)
             found[OURS_INT8] = lambda: ours.score(rounded, sample.examples, device)
         except UserError as error:
             say(f"{error}: left out")
     return {way: run for way, run in found.items() if way in wanted}
 
 
-def peers(folder: Path, sample: Sample, device: torch.device,
+def peers(directory: Path, sample: Sample, device: torch.device,
           batch_sizes: list[int]) -> dict[str, Callable[[], np.ndarray]]:
     """sentence-transformers in float32 and with bfloat16 weights; nothing if it is not installed.
 
@@ -86,7 +86,7 @@ def peers(folder: Path, sample: Sample, device: torch.device,
         say("sentence-transformers is not installed: left out")
         return {}
     settings = {"device": str(device), "max_length": sample.width}
-    models = {name: CrossEncoder(str(folder), **settings, model_kwargs={"dtype": dtype})
+    models = {name: CrossEncoder(str(directory), **settings, model_kwargs={"dtype": dtype})
               for name, dtype in ((PEER, torch.float32), (PEER_BF16, torch.bfloat16))}
     texts = sample.texts()
 

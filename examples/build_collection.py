@@ -1,6 +1,6 @@
 """Turn the documentation of the running Python's standard library into a small document retrieval collection.
 
-    python examples/build_collection.py --output_dir example_data
+    python -m examples.build_collection --output_dir example_data
 
 Documents are modules. A query is the first sentence of the documentation of one of their functions, held out of the
 document together with the function's name and parameters; the module is its relevant document. Candidates come from
@@ -23,18 +23,16 @@ relevant document, it is not added to the candidates.
 import argparse
 import random
 import re
-import sys
 from pathlib import Path
 
 import bm25s
 import numpy as np
 import Stemmer
-from stdlib_collection import PSEUDO, Collection, Query, choose_queries, digest, make_collection
-from stdlib_docs import read_library
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' shared module
-from simplified_tinybert.common.files import UserError, atomic_writer, run_main  # noqa: E402
+from examples.stdlib_collection import PSEUDO, Collection, Query, choose_queries, digest, make_collection
+from examples.stdlib_docs import read_library
+from simplified_tinybert.common.files import UserError, atomic_writer, run_main
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -117,14 +115,14 @@ def write_pairs(path: Path, collection: Collection, queries: list[Query], bm25: 
                     handle.write(f"{pair}\t{query.text}\t{collection.passages[passage]}\n")
 
 
-def write_split(folder: Path, split: str, collection: Collection, bm25: Bm25, args: argparse.Namespace) -> None:
+def write_split(directory: Path, split: str, collection: Collection, bm25: Bm25, args: argparse.Namespace) -> None:
     """Queries, judgements and BM25 run of a split."""
     queries = collection.queries[split]
-    with atomic_writer(folder / f"queries.{split}.tsv") as handle:
+    with atomic_writer(directory / f"queries.{split}.tsv") as handle:
         handle.writelines(f"{query.qid}\t{query.text}\n" for query in queries)
-    with atomic_writer(folder / f"qrels.{split}.txt") as handle:
+    with atomic_writer(directory / f"qrels.{split}.txt") as handle:
         handle.writelines(f"{query.qid} 0 {collection.names[query.document]} 1\n" for query in queries)
-    with atomic_writer(folder / f"bm25.{split}.txt") as handle:
+    with atomic_writer(directory / f"bm25.{split}.txt") as handle:
         for query in queries:
             ranking = Ranking(collection, query, bm25, args.candidates)
             for rank, (document, score) in enumerate(zip(ranking.documents, ranking.document_scores), start=1):
@@ -134,7 +132,7 @@ def write_split(folder: Path, split: str, collection: Collection, bm25: Bm25, ar
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--output_dir", type=Path, required=True, help="folder for the collection; made if it is missing")
+    add("--output_dir", type=Path, required=True, help="directory for the collection; made if it is missing")
     add("--window", type=int, default=36, help="length of a passage, words")
     add("--stride", type=int, default=24, help="from the start of one passage to the start of the next, words")
     add("--dev_queries", type=int, default=150, help="at most so many dev queries")
@@ -151,19 +149,19 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_collection(folder: Path, collection: Collection, bm25: Bm25, args: argparse.Namespace) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_writer(folder / "docs.tsv") as handle:
+def write_collection(directory: Path, collection: Collection, bm25: Bm25, args: argparse.Namespace) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(directory / "docs.tsv") as handle:
         handle.writelines(f"{name}\t\t{name}\t{body}\n" for name, body in zip(collection.names, collection.bodies))
-    with atomic_writer(folder / "corpus.txt") as handle:
+    with atomic_writer(directory / "corpus.txt") as handle:
         handle.writelines(f"{passage}\n" for passage in collection.passages)
     for split in ("train", "dev", "test"):
-        write_split(folder, split, collection, bm25, args)
+        write_split(directory, split, collection, bm25, args)
     for split in ("dev", "test"):
-        write_pairs(folder / f"{split}.pairs.tsv", collection, collection.queries[split], bm25, args)
+        write_pairs(directory / f"{split}.pairs.tsv", collection, collection.queries[split], bm25, args)
     pseudo = sorted(collection.queries[PSEUDO], key=lambda query: digest(query.text))[:args.pseudo_queries]
     queries = collection.queries["train"][:args.train_queries] + pseudo
-    write_examples(folder / "train.examples.tsv", collection, queries, bm25, args)
+    write_examples(directory / "train.examples.tsv", collection, queries, bm25, args)
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from stdlib_docs import Entry, Module
+
+from examples.stdlib_docs import Entry, Module
 
 BUCKETS = 16  # a sixteenth of the functions may serve as dev queries, a sixteenth as test queries
 QUERY_WORDS = range(5, 31)

@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-from running import Command
-from settings import Settings, Shape, Training, divisor_at_least, slug
 from transformers import BertConfig
 
+from experiments.running import Command
+from experiments.settings import Settings, Shape, Training, divisor_at_least, slug
 from simplified_tinybert.common.files import Problems, atomic_writer
 from simplified_tinybert.data.corpus import check_corpus, map_corpus
 from simplified_tinybert.data.features import summarise
@@ -29,13 +29,15 @@ class Commands:
         self.counts: dict[str, int] = {}                                # examples of a feature file
 
     def script(self, script: str, *arguments: object) -> list[str]:
-        return [sys.executable, str(ROOT / script), *map(str, arguments)]
+        """script: a file in the repository's root, or the module of a program below it."""
+        program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+        return [sys.executable, *program, *map(str, arguments)]
 
     def texts(self) -> Command:
         """Pairs of the warm-up; texts for general distillation."""
         data = self.out / "data"
         return Command("pairs-warm_up", data / "warm_up.tsv", self.script(
-            "experiments/cropped_queries.py", "--docs", self.files["docs"], "--output", data / "warm_up.tsv",
+            "experiments.cropped_queries", "--docs", self.files["docs"], "--output", data / "warm_up.tsv",
             "--texts", data / "texts.txt", "--examples", max(2, self.settings.warm_up.pairs)))
 
     def pairs(self, split: str) -> Command:

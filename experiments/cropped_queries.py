@@ -1,6 +1,6 @@
 """Training examples without people: a few words cut out of a passage are its query. To warm a teacher up.
 
-    python experiments/cropped_queries.py --docs docs.tsv --output train.tsv --texts texts.txt
+    python -m experiments.cropped_queries --docs docs.tsv --output train.tsv --texts texts.txt
 
 A BERT that was not trained on pairs of texts learns from judged queries and their hard negatives only after thousands
 of pairs, if at all; which passage holds a query's words it learns in two thousand, and what it has learnt then it can
@@ -13,12 +13,9 @@ words, with this passage (label 1) and with one of another document (label 0); a
 documents used, one a line, for general_distill.py.
 """
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from simplified_tinybert.common.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
 from simplified_tinybert.data.documents import read_documents

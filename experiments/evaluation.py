@@ -19,7 +19,7 @@ from simplified_tinybert.model.bert import count_parameters
 from simplified_tinybert.model.pretrained import new_cross_encoder
 from simplified_tinybert.ranking.measures import PerQuery, Qrels, Run, evaluate, parse_measures
 from simplified_tinybert.ranking.scoring import prepare
-from simplified_tinybert.ranking.significance import compare, correct
+from simplified_tinybert.ranking.significance import apply_holm, compare
 from simplified_tinybert.ranking.speed import machine, measure, sample_pairs
 from simplified_tinybert.ranking.trec import split_passage_id
 
@@ -61,7 +61,7 @@ def family(values: Values, measure: str, pairs: dict[str, tuple[str, str]]) -> d
         half = float(stats.t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5) \
             if len(differences) > 1 else math.inf
         intervals[label] = [max(-1.0, differences.mean() - half), min(1.0, differences.mean() + half)]
-    correct(list(found.values()))
+    apply_holm(list(found.values()))
     return {label: asdict(comparison) | {"interval": intervals[label]} for label, comparison in found.items()}
 
 
@@ -94,4 +94,4 @@ def speeds(configs: dict[str, BertConfig], features: Path, device: torch.device)
              for name, model in models.items()}
     where = facts["GPU"] if device.type == "cuda" else f"{facts['CPU']}, cores {facts['cores']}"
     return {"shapes": found, "note": f"median of {SPEED_ROUNDS} rounds in turn over the same {len(pairs)} pairs of "
-                                     f"{pairs.lengths.mean():.0f} word pieces on average, float32 ({where})."}
+                                     f"{pairs.lengths.mean():.0f} tokens on average, float32 ({where})."}

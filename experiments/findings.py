@@ -1,6 +1,6 @@
 """What a study found, as tables and pictures: from the results.json alone that replicate.py writes.
 
-    python experiments/findings.py experiments/results/nfcorpus.json --output_dir experiments/results \\
+    python -m experiments.findings experiments/results/nfcorpus.json --output_dir experiments/results \\
         --document docs/replication.md
 
 Out, in --output_dir, for each results file NAME.json: NAME.md, tables of effectiveness (means over the seeds ± their
@@ -13,14 +13,10 @@ also put into that file, between the lines <!-- NAME --> and <!-- end of NAME --
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from pictures import TERMS, effectiveness_picture, losses_picture, title
-from summary import write_summary
-
+from experiments.pictures import TERMS, effectiveness_picture, losses_picture, title
+from experiments.summary import write_summary
 from simplified_tinybert.common.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
 from simplified_tinybert.ranking.significance import LEVEL
 from simplified_tinybert.ranking.tables import markdown, number
@@ -31,7 +27,7 @@ NONE, TEST, UNDECIDED = "–", "t-test", "cannot be told apart"
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="results of one study or several")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for tables and pictures")
+    parser.add_argument("--output_dir", type=Path, required=True, help="directory for tables and pictures")
     parser.add_argument("--summary", type=Path, help="file (JSON) for the figures of all these studies in short")
     parser.add_argument("--document", type=Path, help="file to put the tables into")
     return parser.parse_args()
@@ -143,15 +139,15 @@ def text(results: dict) -> str:
         *parts]) + "\n"
 
 
-def write_all(results: dict, name: str, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_writer(folder / f"{name}.md") as handle:
+def write_all(results: dict, name: str, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(directory / f"{name}.md") as handle:
         handle.write(text(results))
     if results["curves"]:
-        losses_picture(results, folder / f"{name}-losses.png")
+        losses_picture(results, directory / f"{name}-losses.png")
     if "systems" in results:
-        effectiveness_picture(results, folder / f"{name}.png")
-    say(f"tables       {folder / name}.md")
+        effectiveness_picture(results, directory / f"{name}.png")
+    say(f"tables       {directory / name}.md")
 
 
 def filled(document: str, name: str, tables: str) -> str:

@@ -11,8 +11,8 @@ import statistics
 from pathlib import Path
 
 import torch
-from running import check_same, essence
 
+from experiments.running import check_same, essence
 from simplified_tinybert.common.files import UserError, atomic_writer, warn
 from simplified_tinybert.common.text import BLOCK
 from simplified_tinybert.model.weights import weight_files
@@ -26,11 +26,11 @@ DECIMALS, DIGITS = 6, 6     # of a query's values; of a row of a log, significan
 class Records:
     """The records in one directory. `places`: directories that stand under their names in the commands recorded."""
 
-    def __init__(self, folder: Path, places: dict[str, Path]):
-        self.folder, self.places = folder, places
+    def __init__(self, directory: Path, places: dict[str, Path]):
+        self.directory, self.places = directory, places
 
     def path(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
+        return self.directory / f"{name}.json"
 
     def read(self, name: str) -> dict | None:
         """Raises UserError if the file is damaged."""
@@ -55,16 +55,16 @@ class Records:
             check_same(self.path(name), record["command"], essence(words, self.places))
         return record
 
-    def keep(self, name: str, folder: Path, words: list[str], made_of: dict[str, Path]) -> bool:
+    def keep(self, name: str, directory: Path, words: list[str], made_of: dict[str, Path]) -> bool:
         """Record a finished training; False if it is recorded. Other weights than those recorded are told of.
 
         made_of: role → model directory, "teacher" and "general student".
         """
-        before, now = self.read(name), training_record(folder, made_of) | {"command": essence(words, self.places)}
+        before, now = self.read(name), training_record(directory, made_of) | {"command": essence(words, self.places)}
         if before and now["sha256"] in (each["sha256"] for each in (before, *before.get("also_made", []))):
             return False
         if before:
-            warn(f"{folder}: has other weights than in {self.path(name)}, which were made on {before['machine']}; "
+            warn(f"{directory}: has other weights than in {self.path(name)}, which were made on {before['machine']}; "
                  f"each student's record tells which of them taught it")
             kept, other = (before, now) if "test" in before else (now, before)
             brief = {key: other[key] for key in ("sha256", "machine", "versions", "dev")}
@@ -95,10 +95,10 @@ class Records:
         return max(map(first_measure, self.read(name)["dev"]))
 
 
-def training_record(folder: Path, made_of: dict[str, Path]) -> dict:
+def training_record(directory: Path, made_of: dict[str, Path]) -> dict:
     """What a training left in its directory: the model that did best on dev, if it was validated, is what counts."""
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    arguments, rows = run["arguments"], rows_of(folder / "train_loss.jsonl")
+    run = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    arguments, rows = run["arguments"], rows_of(directory / "train_loss.jsonl")
     steps = [after - before for before, after in zip([0, *(row["global_step"] for row in rows)],
                                                      (row["global_step"] for row in rows))]
     facts = machine(torch.device("cpu"))
@@ -106,21 +106,21 @@ def training_record(folder: Path, made_of: dict[str, Path]) -> dict:
             "steps": rows[-1]["global_step"] if rows else 0,
             "seconds": round(sum(count * arguments["train_batch_size"] / row["examples_per_second"]
                                  for count, row in zip(steps, rows))),
-            "sha256": weights_sha256(folder), "made_of": {role: weights_sha256(model)
+            "sha256": weights_sha256(directory), "made_of": {role: weights_sha256(model)
                                                           for role, model in made_of.items()},
             "device": run["device"], "machine": {key: facts[key] for key in ("CPU", "instructions", "cores", "GPU")},
-            "versions": run["versions"], "dev": rows_of(folder / "dev.jsonl"), "losses": rows}
+            "versions": run["versions"], "dev": rows_of(directory / "dev.jsonl"), "losses": rows}
 
 
-def finished_model(folder: Path) -> Path:
+def finished_model(directory: Path) -> Path:
     """Of a training's directory: the model that did best on dev, or the last one if none was validated."""
-    return folder / "best" if (folder / "best").is_dir() else folder
+    return directory / "best" if (directory / "best").is_dir() else directory
 
 
-def weights_sha256(folder: Path) -> str:
+def weights_sha256(directory: Path) -> str:
     """Of one file what sha256sum says; of several, that of all bytes in a row."""
     digest = hashlib.sha256()
-    for path in weight_files(finished_model(folder)):
+    for path in weight_files(finished_model(directory)):
         with open(path, "rb") as handle:
             while block := handle.read(BLOCK):
                 digest.update(block)

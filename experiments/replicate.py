@@ -1,10 +1,10 @@
 """The whole study on a collection of your own: teacher, general students, every method, several seeds, the test.
 
-    python experiments/replicate.py experiments/small.toml --collection DIR --output_dir OUT \\
+    python -m experiments.replicate experiments/small.toml --collection DIR --output_dir OUT \\
         --bert_model google-bert/bert-base-uncased --device 0
 
 In: the settings (experiments/small.toml tells what each means), a collection as collection.sh takes it (docs.tsv,
-queries, qrels and bm25 of train, dev and test), and a pre-trained BERT (folder or hub id).
+queries, qrels and bm25 of train, dev and test), and a pre-trained BERT (directory or hub id).
 
 1. Passages, features. The teacher is trained first on queries cut out of the texts (warm_up, cropped_queries.py), then
    on the training queries; of several learning rates, and of several validations, the best on the dev queries is kept.
@@ -26,22 +26,19 @@ weights. To train one anew, remove its output and its record. --jobs commands ru
 threads.
 """
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' shared module
-
-from results import write_results
-from settings import keep_facts, read_settings
-from study import Study
 from transformers import BertConfig
 
+from experiments.results import write_results
+from experiments.settings import keep_inputs, read_settings
+from experiments.study import Study
 from simplified_tinybert.common.checks import check_pair, find_models
 from simplified_tinybert.common.files import Problems, check_input_file, locked, run_main, say
-from simplified_tinybert.common.records import content_facts
+from simplified_tinybert.common.records import file_identity
 from simplified_tinybert.data.collection import by_query, read_rows
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
-from simplified_tinybert.model.weights import weights_fingerprint
+from simplified_tinybert.model.weights import weights_checksum
 from simplified_tinybert.ranking.measures import check_common_queries, first_ten
 from simplified_tinybert.ranking.trec import read_qrels
 
@@ -54,14 +51,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("settings", type=Path, help="settings file (TOML)")
-    add("--collection", type=Path, required=True, help="folder of the collection")
-    add("--output_dir", type=Path, required=True, help="folder for everything the study makes")
-    add("--bert_model", required=True, help="folder or hub id of the pre-trained BERT that the teacher is made of")
-    add("--teacher_model", help="folder or hub id of a teacher that is fine-tuned already")
+    add("--collection", type=Path, required=True, help="directory of the collection")
+    add("--output_dir", type=Path, required=True, help="directory for everything the study makes")
+    add("--bert_model", required=True, help="directory or hub id of the pre-trained BERT that the teacher is made of")
+    add("--teacher_model", help="directory or hub id of a teacher that is fine-tuned already")
     add("--until", choices=("models", "dev", "test"), default="test", help="models: end with teacher and general "
         "students; dev: leave the test queries alone (default: test)")
     add("--steps", type=int, help="end after so many of the steps of the settings (default: all)")
-    add("--records", type=Path, help="folder for what is kept of each finished model, instead of records in "
+    add("--records", type=Path, help="directory for what is kept of each finished model, instead of records in "
         "--output_dir; a model that has a record there is not trained again")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
     add("--jobs", type=int, default=2, help="commands that run side by side (default: 2)")
@@ -92,18 +89,18 @@ def check_judgements(files: dict[str, Path], problems: Problems) -> None:
                     f"{first_ten(missing)}")
 
 
-def check_models(folders: dict[str, tuple[Path, BertConfig]], problems: Problems) -> None:
+def check_models(directories: dict[str, tuple[Path, BertConfig]], problems: Problems) -> None:
     """Complain about models of different vocabularies, and general students that do not go with their teacher."""
-    folder, teacher = folders.get("teacher", folders["pre-trained BERT"])
-    vocabulary = load_vocabulary(folder).fingerprint()
-    for role, (other, config) in folders.items():
-        if load_vocabulary(other).fingerprint() != vocabulary:
-            problems.add(f"{other}: the {role} has another vocabulary than {folder}; all read the same features")
+    directory, teacher = directories.get("teacher", directories["pre-trained BERT"])
+    vocabulary = load_vocabulary(directory).checksum()
+    for role, (other, config) in directories.items():
+        if load_vocabulary(other).checksum() != vocabulary:
+            problems.add(f"{other}: the {role} has another vocabulary than {directory}; all read the same features")
         if role.startswith("student"):
             check_pair(teacher, config, problems)
     if (teacher.hidden_size, teacher.num_attention_heads) != (
-            folders["pre-trained BERT"][1].hidden_size, folders["pre-trained BERT"][1].num_attention_heads):
-        problems.add(f"{folder}: the teacher is not as wide as --bert_model {folders['pre-trained BERT'][0]}, of which "
+            directories["pre-trained BERT"][1].hidden_size, directories["pre-trained BERT"][1].num_attention_heads):
+        problems.add(f"{directory}: the teacher is not as wide as --bert_model {directories['pre-trained BERT'][0]}, of which "
                      f"general students are made")
 
 
@@ -142,14 +139,14 @@ def main() -> None:
     args.bert_model = models["pre-trained BERT"][0]
     args.teacher_model = models["teacher"][0] if args.teacher_model else None
     args.records = (args.records or args.output_dir / "records").resolve()
-    for folder in (args.output_dir, args.records):
-        folder.mkdir(parents=True, exist_ok=True)
+    for directory in (args.output_dir, args.records):
+        directory.mkdir(parents=True, exist_ok=True)
     with locked(args.output_dir), locked(args.records):
-        facts = {name: content_facts(path) for name, path in files.items()} | {
-            role: weights_fingerprint(folder) for role, (folder, _) in models.items()} | {
+        facts = {name: file_identity(path) for name, path in files.items()} | {
+            role: weights_checksum(directory) for role, (directory, _) in models.items()} | {
             name: getattr(settings, name) for name in DATA}
-        for folder in (args.output_dir, args.records):
-            keep_facts(folder / "inputs.json", facts)
+        for directory in (args.output_dir, args.records):
+            keep_inputs(directory / "inputs.json", facts)
         study = Study(args, settings, files)
         study.prepare()
         run(study, args.steps)

@@ -4,11 +4,10 @@ import statistics
 from dataclasses import asdict
 from random import Random
 
-from commands import run_name
-from evaluation import comparisons, first_ranking, speeds, values_of
-from findings import write_all
-from study import Pair, Study
-
+from experiments.commands import run_name
+from experiments.evaluation import comparisons, first_ranking, speeds, values_of
+from experiments.findings import write_all
+from experiments.study import Pair, Study
 from simplified_tinybert.common.device import select_device
 from simplified_tinybert.common.files import Problems, atomic_writer, say
 from simplified_tinybert.model.configuration import read_config

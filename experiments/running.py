@@ -55,7 +55,7 @@ def essence(words: list[str], places: dict[str, Path] | None = None) -> list[str
 
     A path in one of the places begins with the name of the place instead.
     """
-    kept = [Path(words[1]).name, *words[2:]]
+    kept = [Path(words[1]).name, *words[2:]]            # "-m" before the name of a module
     kept = [word for before, word in zip(["", *kept], kept) if before != "--device"]
     for name, place in (places or {}).items():
         kept = [name + word.removeprefix(str(place)) if word == str(place) or word.startswith(f"{place}{os.sep}")

@@ -104,7 +104,7 @@ class Settings:
         if self.proposed not in self.methods:
             problems.add(f"{path}: proposed = {self.proposed!r} is none of the methods ({', '.join(self.methods)})")
         if len({slug(name) for name in self.methods}) < len(self.methods):
-            problems.add(f"{path}: methods: two names differ in signs alone; folders have letters and digits only")
+            problems.add(f"{path}: methods: two names differ in signs alone; directories have letters and digits only")
         for name in ("seeds", "measures", "students", "methods"):
             if not getattr(self, name):
                 problems.add(f"{path}: {name} is empty")
@@ -191,7 +191,7 @@ def read_toml(path: Path) -> dict:
     return merged
 
 
-def keep_facts(path: Path, facts: dict[str, object]) -> None:
+def keep_inputs(path: Path, facts: dict[str, object]) -> None:
     """Note what a study is made of, or raise UserError if it was begun with something else."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else facts
     changed = [f"{name} was {old!r}, is {facts.get(name)!r}" for name, old in before.items() if old != facts.get(name)]

@@ -9,12 +9,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from commands import SPLITS, Commands, run_name
-from evaluation import first_ranking, values_of
-from model_records import Records
-from running import Command, run_all
-from settings import Settings, slug
-
+from experiments.commands import SPLITS, Commands, run_name
+from experiments.evaluation import first_ranking, values_of
+from experiments.model_records import Records
+from experiments.running import Command, run_all
+from experiments.settings import Settings, slug
 from simplified_tinybert.common.files import Problems, UserError
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
@@ -54,13 +53,13 @@ class Study:
 
     def recorded(self, command: Command, made_of: dict[str, Path] | None = None, clean: bool = False) -> Command:
         """The command, which leaves a record of the model that it trains; with `clean` no checkpoints."""
-        folder = command.output.parent
+        directory = command.output.parent
 
         def after() -> None:
-            if self.records.keep(command.name, folder, command.words, made_of or {}):
+            if self.records.keep(command.name, directory, command.words, made_of or {}):
                 for stale in (self.out / "runs").glob(f"{command.name}.t*"):        # rankings by other weights
                     stale.unlink()
-            for checkpoint in folder.glob("checkpoint-*") if clean else ():    # nothing continues from them
+            for checkpoint in directory.glob("checkpoint-*") if clean else ():    # nothing continues from them
                 shutil.rmtree(checkpoint)
         return replace(command, after=after)
 
@@ -133,24 +132,24 @@ class Study:
 
     def general_commands(self, size: str) -> list[Command]:
         """The commands that make a general student."""
-        shape, warm_up, folder = self.shapes[size], self.settings.student_warm_up, self.out / f"general-{slug(size)}"
+        shape, warm_up, directory = self.shapes[size], self.settings.student_warm_up, self.out / f"general-{slug(size)}"
         if shape.model:
             return []
-        commands = [self.recorded(self.commands.general_student(shape, self.pre_trained(), folder))]
-        if self.general_student(size) != folder:
+        commands = [self.recorded(self.commands.general_student(shape, self.pre_trained(), directory))]
+        if self.general_student(size) != directory:
             commands.append(self.recorded(self.commands.train(
-                self.general_student(size), folder, "warm_up", warm_up.of(shape.general_learning_rate, 42),
+                self.general_student(size), directory, "warm_up", warm_up.of(shape.general_learning_rate, 42),
                 ["--distill_model", "simplified", "--teacher_model", self.pre_trained()]),
-                {"general student": folder}))
+                {"general student": directory}))
         return commands
 
     def general_student(self, size: str) -> Path:
         """The model that the students of a shape begin as."""
-        shape, folder = self.shapes[size], self.out / f"general-{slug(size)}"
+        shape, directory = self.shapes[size], self.out / f"general-{slug(size)}"
         if shape.model:
             return find_model(shape.model)
         warm = self.warms_up() and self.settings.student_warm_up.pairs
-        return folder.with_name(f"{folder.name}-warm") if warm else folder
+        return directory.with_name(f"{directory.name}-warm") if warm else directory
 
     def student(self, pair: Pair, rate: float, seed: int, tuning: bool = False) -> Command:
         """The command that trains a student; with `tuning` on a part of the budget, to try a learning rate."""
@@ -158,10 +157,10 @@ class Study:
         if tuning := tuning and self.settings.tuning.epochs > 0:
             budget = replace(budget, most_epochs=min(budget.most_epochs, self.settings.tuning.epochs), validations=1)
         taught = [] if "finetune" in flags else ["--teacher_model", self.teacher()]
-        folder = self.out / "students" / (run_name(*pair, rate, seed) + "-tuning" * tuning)
+        directory = self.out / "students" / (run_name(*pair, rate, seed) + "-tuning" * tuning)
         start = self.general_student(pair[0])
         return self.recorded(
-            self.commands.train(folder, start, "train", budget.of(rate, seed), [*flags, *taught, "--log_gradients"]),
+            self.commands.train(directory, start, "train", budget.of(rate, seed), [*flags, *taught, "--log_gradients"]),
             {"general student": start} | ({"teacher": self.teacher()} if taught else {}), clean=True)
 
     def distill(self, title: str, wanted: list[tuple[Pair, float, int]], tuning: bool = False) -> None:

@@ -64,15 +64,15 @@ def golden() -> dict:
 
 @pytest.fixture(scope="session")
 def golden_models(tmp_path_factory) -> dict[str, Path]:
-    """The three golden models as Hugging Face folders with a vocabulary of 200 made-up pieces: w7 is id 7."""
-    folders = {}
+    """The three golden models as Hugging Face directories with a vocabulary of 200 made-up pieces: w7 is id 7."""
+    directories = {}
     for name in MODELS:
-        folder = folders[name] = tmp_path_factory.mktemp("models") / name
-        folder.mkdir()
-        shutil.copyfile(DATA / f"{name}.safetensors", folder / "model.safetensors")
-        shutil.copyfile(DATA / f"{name}.config.json", folder / "config.json")
-        (folder / "vocab.txt").write_text("\n".join(tiny_vocabulary()) + "\n")
-    return folders
+        directory = directories[name] = tmp_path_factory.mktemp("models") / name
+        directory.mkdir()
+        shutil.copyfile(DATA / f"{name}.safetensors", directory / "model.safetensors")
+        shutil.copyfile(DATA / f"{name}.config.json", directory / "config.json")
+        (directory / "vocab.txt").write_text("\n".join(tiny_vocabulary()) + "\n")
+    return directories
 
 
 def single_logit(source: Path, target: Path, **settings: object) -> Path:
@@ -85,11 +85,11 @@ def single_logit(source: Path, target: Path, **settings: object) -> Path:
     return change_config(target, num_labels=1, id2label={"0": "LABEL_0"}, **settings)
 
 
-def change_config(folder: Path, **changes: object) -> Path:
-    """The folder, with other settings in its config.json."""
-    config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+def change_config(directory: Path, **changes: object) -> Path:
+    """The directory, with other settings in its config.json."""
+    config = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
 
 
 def tiny_vocabulary() -> list[str]:
@@ -105,8 +105,14 @@ def words(ids: list[int]) -> str:
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], capture_output=True, text=True,
-                          timeout=900, check=False)
+    """Run a script of the root (`report.py`), or a program below it by its module (`experiments.findings`)."""
+    return subprocess.run([sys.executable, *program(name), *map(str, arguments)], capture_output=True, text=True,
+                          timeout=900, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def program(name: str) -> list[str]:
+    """What follows `python` on the command line of `run_script`."""
+    return [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
 
 
 def write_features(path: Path, rows: list[tuple], max_seq_length: int = 32, set_name: str = "train") -> Path:

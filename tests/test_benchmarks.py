@@ -7,7 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, ROOT, random_rows, write_features
+from conftest import DATA, random_rows, write_features
 from test_golden import batch, golden_name  # noqa: F401
 
 from benchmarks import common, original, original_tokenizer, ours, samples
@@ -20,34 +20,34 @@ SIMPLIFIED = (2, 3, 6, 7)          # cases with classifier(pooled), the head of 
 
 
 @pytest.fixture(scope="module")
-def folders(golden_models, tmp_path_factory):
+def directories(golden_models, tmp_path_factory):
     """The golden models as this repository writes them, the projection in a file of its own."""
     saved = {}
-    for name, folder in golden_models.items():
+    for name, directory in golden_models.items():
         saved[name] = tmp_path_factory.mktemp("saved") / name
-        save_cross_encoder(load_cross_encoder(folder)[0], saved[name], folder, lower_case=True)
+        save_cross_encoder(load_cross_encoder(directory)[0], saved[name], directory, lower_case=True)
     return saved
 
 
 @pytest.mark.parametrize("name", ["teacher", "student_2x24", "student_4x48"])
-def test_the_original_way_scores_as_the_original_and_as_reranker_py(golden, folders, batch, tmp_path, name):  # noqa: F811
-    model = original.OriginalBert(folders[name]).eval()
+def test_the_original_way_scores_as_the_original_and_as_reranker_py(golden, directories, batch, tmp_path, name):  # noqa: F811
+    model = original.OriginalBert(directories[name]).eval()
     expected = golden["rerank"][name]["relevance_probability"]
     assert original.original_scores(model, [batch]).tolist() == pytest.approx(expected, abs=1e-6)
     chunk, = read_chunks(write_features(tmp_path / "test.pkl", random_rows(50), set_name="test"))
     padded = [chunk.batch(np.arange(start, start + 25), 32) for start in (0, 25)]
-    mine = ours.score(ours.load_scorer(folders[name], torch.device("cpu")), chunk, torch.device("cpu"))
+    mine = ours.score(ours.load_scorer(directories[name], torch.device("cpu")), chunk, torch.device("cpu"))
     np.testing.assert_allclose(original.original_scores(model, padded), mine, rtol=0, atol=1e-6)
     assert mine.std() > 1e-3
 
 
 @pytest.mark.parametrize("number", SIMPLIFIED)
-def test_the_original_step_is_the_originals(golden, folders, batch, number):  # noqa: F811
+def test_the_original_step_is_the_originals(golden, directories, batch, number):  # noqa: F811
     """Losses, gradients and six steps, in double precision, against the original's figures."""
     case = golden["cases"][number]
     assert case["head"] == "bert"
-    student = original.OriginalBert(folders[case["student"]]).double()
-    teacher = original.OriginalBert(folders["teacher"]).double()
+    student = original.OriginalBert(directories[case["student"]]).double()
+    teacher = original.OriginalBert(directories["teacher"]).double()
     training, losses = case["training"], []
     optimizer = original.OriginalAdam(student, training["learning_rate"], lambda step: linear_warmup_decay(
         step, training["t_total"], training["warmup_proportion"]), training["weight_decay"])
@@ -69,10 +69,10 @@ def test_the_original_step_is_the_originals(golden, folders, batch, number):  # 
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_our_step_takes_the_student_where_the_originals_does(folders, batch):  # noqa: F811
-    old, teacher = (original.OriginalBert(folders[name]).double() for name in ("student_2x24", "teacher"))
+def test_our_step_takes_the_student_where_the_originals_does(directories, batch):  # noqa: F811
+    old, teacher = (original.OriginalBert(directories[name]).double() for name in ("student_2x24", "teacher"))
     step = original.OriginalAdam(old, 1e-3, lambda step: 1.0)
-    student, new_teacher = (ours.load_model(folders[name], torch.device("cpu")).double()
+    student, new_teacher = (ours.load_model(directories[name], torch.device("cpu")).double()
                             for name in ("student_2x24", "teacher"))
     new_step = ours.Step(student, new_teacher, "reference", rate=1e-3)
     for _ in range(3):
@@ -95,14 +95,14 @@ def test_the_pure_python_tokenizer_cuts_as_the_original():
         assert mask == [1] * case["length"] + padding
 
 
-def test_operations_of_a_forward_pass(folders):
+def test_operations_of_a_forward_pass(directories):
     """Against PyTorch's own count of the matrix products of a pass over one pair, padding none."""
     from torch.utils.flop_counter import FlopCounterMode
-    config, length = read_config(folders["student_4x48"]), 20
+    config, length = read_config(directories["student_4x48"]), 20
     tokens = torch.randint(5, 100, (1, length))
     pair = ours.Batch(tokens, torch.zeros_like(tokens), torch.ones_like(tokens), has_padding=True)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        original.OriginalBert(folders["student_4x48"]).eval()(pair)
+        original.OriginalBert(directories["student_4x48"]).eval()(pair)
     assert common.forward_flops(config, [length], cls_only=False) == counter.get_total_flops()
     assert 0.6 < common.forward_flops(config, [length]) / common.forward_flops(config, [length], cls_only=False) < 0.9
 
@@ -132,7 +132,7 @@ def test_each_command_runs_and_writes_its_files(texts, tmp_path):
     flags = {"reranking": ["--raw_data_file", pairs], "distillation": ["--raw_data_file", examples, "--bf16"],
              "tokenization": ["--kinds", "re-ranking"]}
     running = {name: subprocess.Popen(
-        [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--quick", "--device", "cpu", "--output_dir", tmp_path,
+        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--device", "cpu", "--output_dir", tmp_path,
          *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for name, more in flags.items()}
     for name, process in running.items():
         try:

@@ -84,28 +84,28 @@ def slow_bf16(monkeypatch):
     monkeypatch.setattr(precision, "slowdown", lambda dtype, device: 6.43)
 
 
-def commands(models, folder, features) -> dict:
+def commands(models, directory, features) -> dict:
     """Arguments of a short run of each script that takes --bf16."""
-    (folder / "texts.txt").write_text("w7 w8 w9\n" * 20)
-    (folder / "docs.tsv").write_text("D1\tu\tt\tw7 w8 w9\nD2\tu\tt\tw10 w11 w12\n")
-    (folder / "queries.tsv").write_text("q0\tw7 w8\n")
-    (folder / "qrels.txt").write_text("q0 0 D1 1\n")
-    (folder / "run.trec").write_text("q0 Q0 D1 1 2 t\nq0 Q0 D2 2 1 t\n")
-    train = write_features(folder / "train.pkl", random_rows(8))
+    (directory / "texts.txt").write_text("w7 w8 w9\n" * 20)
+    (directory / "docs.tsv").write_text("D1\tu\tt\tw7 w8 w9\nD2\tu\tt\tw10 w11 w12\n")
+    (directory / "queries.tsv").write_text("q0\tw7 w8\n")
+    (directory / "qrels.txt").write_text("q0 0 D1 1\n")
+    (directory / "run.trec").write_text("q0 Q0 D1 1 2 t\nq0 Q0 D2 2 1 t\n")
+    train = write_features(directory / "train.pkl", random_rows(8))
     cpu = ["--device", "cpu", "--bf16"]
-    cache = ["--cache_file_dir", folder / "cache", "--output_student_dir", folder / "student"]
+    cache = ["--cache_file_dir", directory / "cache", "--output_student_dir", directory / "student"]
     return {
         "reranker": ["--model_dir", models["teacher"], "--features_file", features, "--output_scores_file",
-                     folder / "scores.tsv", *cpu],
+                     directory / "scores.tsv", *cpu],
         "distill": ["--features_file", train, "--teacher_model", models["teacher"], "--general_student_model",
                     models["student_2x24"], "--num_train_epochs", 1, *cache, *cpu],
-        "general_distill": ["--corpus", folder / "texts.txt", "--teacher_model", models["teacher"], "--student_layers",
+        "general_distill": ["--corpus", directory / "texts.txt", "--teacher_model", models["teacher"], "--student_layers",
                             2, "--max_seq_length", 16, "--num_train_epochs", 1, *cache, *cpu],
-        "report": ["--qrels", folder / "qrels.txt", "--system", "one", folder / "run.trec", models["teacher"],
-                   "--features_file", features, "--speed_rounds", 1, "--output_dir", folder / "report", *cpu],
-        "prepare_examples": ["train", "--docs", folder / "docs.tsv", "--queries", folder / "queries.tsv", "--qrels",
-                             folder / "qrels.txt", "--candidates", folder / "run.trec", "--output", folder / "out.tsv",
-                             "--cache_file_dir", folder / "cache", "--filter_model", models["teacher"],
+        "report": ["--qrels", directory / "qrels.txt", "--system", "one", directory / "run.trec", models["teacher"],
+                   "--features_file", features, "--speed_rounds", 1, "--output_dir", directory / "report", *cpu],
+        "prepare_examples": ["train", "--docs", directory / "docs.tsv", "--queries", directory / "queries.tsv", "--qrels",
+                             directory / "qrels.txt", "--candidates", directory / "run.trec", "--output", directory / "out.tsv",
+                             "--cache_file_dir", directory / "cache", "--filter_model", models["teacher"],
                              "--max_seq_length", 32, "--window", 2, "--stride", 1, *cpu]}
 
 

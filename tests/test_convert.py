@@ -46,7 +46,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def refused(run, tmp_path):
-    """Call main() with lines it has to refuse: its complaints, without the folder; nothing may be left behind."""
+    """Call main() with lines it has to refuse: its complaints, without the directory; nothing may be left behind."""
     def call(lines, *options):
         with pytest.raises(UserError) as caught:
             run(lines, *options)
@@ -261,7 +261,7 @@ def test_arguments_are_checked_together(tmp_path, monkeypatch):
         convert.check_args(args)
     assert [line.replace(str(tmp_path), "") for line in str(caught.value).splitlines()] == [
         "/none.tsv: cannot read the scores: No such file or directory",
-        "/no/run.trec: its folder does not exist; make it first: mkdir -p /no",
+        "/no/run.trec: its directory does not exist; make it first: mkdir -p /no",
         "--run_name 'my run': must be one printable word, the last column of the run"]
 
 

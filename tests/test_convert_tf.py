@@ -68,17 +68,17 @@ def leftovers(variables):
                     "cls/seq_relationship/output_weights": np.ones((2, WIDTH), np.float32)}
 
 
-def save_checkpoint(tf, folder, variables, step=400_000, config=CONFIG):
-    """The folder as dl4marco-bert's training leaves it."""
-    folder.mkdir(exist_ok=True)
+def save_checkpoint(tf, directory, variables, step=400_000, config=CONFIG):
+    """The directory as dl4marco-bert's training leaves it."""
+    directory.mkdir(exist_ok=True)
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         for name, value in variables.items():
             tf.compat.v1.get_variable(name, initializer=tf.constant(value))
         session.run(tf.compat.v1.global_variables_initializer())
-        tf.compat.v1.train.Saver(max_to_keep=None).save(session, str(folder / "model.ckpt"), global_step=step)
-    (folder / "bert_config.json").write_text(json.dumps(config))
-    (folder / "vocab.txt").write_text("\n".join(tiny_vocabulary()) + "\n")
-    return folder
+        tf.compat.v1.train.Saver(max_to_keep=None).save(session, str(directory / "model.ckpt"), global_step=step)
+    (directory / "bert_config.json").write_text(json.dumps(config))
+    (directory / "vocab.txt").write_text("\n".join(tiny_vocabulary()) + "\n")
+    return directory
 
 
 def tensorflow_logits(tf, checkpoint, tokens, segments, lengths):
@@ -123,7 +123,7 @@ def tensorflow_logits(tf, checkpoint, tokens, segments, lengths):
 
 @pytest.fixture(scope="module")
 def checkpoint(tf, tmp_path_factory):
-    """Folder of a fine-tuned ranker's checkpoint."""
+    """Directory of a fine-tuned ranker's checkpoint."""
     variables = bert_variables()
     return save_checkpoint(tf, tmp_path_factory.mktemp("tf") / "trained", variables | leftovers(variables))
 
@@ -149,7 +149,7 @@ def logits(tf, checkpoint, padded):
 
 @pytest.fixture(scope="module")
 def converted(checkpoint, tmp_path_factory):
-    """Model folder that the script makes, in a process of its own, and what it says."""
+    """Model directory that the script makes, in a process of its own, and what it says."""
     output = tmp_path_factory.mktemp("converted") / "teacher"
     done = run_script("convert_tf_checkpoint.py", "--tf_checkpoint", checkpoint / "model.ckpt-400000", "--bert_config",
                       checkpoint / "bert_config.json", "--vocab", checkpoint / "vocab.txt", "--output_dir", output)
@@ -202,30 +202,30 @@ def test_the_record_names_the_inputs_and_all_that_was_left_out(converted, checkp
     assert "re-ranker" in (output / "README.md").read_text()
 
 
-def convert(run_main, folder, output, *more):
-    return run_main(convert_tf_checkpoint, "--tf_checkpoint", folder, "--output_dir", output, *more)
+def convert(run_main, directory, output, *more):
+    return run_main(convert_tf_checkpoint, "--tf_checkpoint", directory, "--output_dir", output, *more)
 
 
-def test_a_folder_is_enough_and_its_newest_checkpoint_is_taken(tf, tmp_path, run_main):
-    folder = save_checkpoint(tf, tmp_path / "tf", bert_variables(1), step=1)
-    save_checkpoint(tf, folder, bert_variables(2), step=2)
-    convert(run_main, folder, tmp_path / "out", "--no-do_lower_case")
+def test_a_directory_is_enough_and_its_newest_checkpoint_is_taken(tf, tmp_path, run_main):
+    directory = save_checkpoint(tf, tmp_path / "tf", bert_variables(1), step=1)
+    save_checkpoint(tf, directory, bert_variables(2), step=2)
+    convert(run_main, directory, tmp_path / "out", "--no-do_lower_case")
     bias = load_file(tmp_path / "out" / "model.safetensors")["classifier.bias"]
     np.testing.assert_array_equal(bias.numpy(), bert_variables(2)["output_bias"])
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["do_lower_case"] is False
-    (folder / "checkpoint").unlink()
+    (directory / "checkpoint").unlink()
     with pytest.raises(UserError, match=r"holds 2 checkpoints \(model.ckpt-1, model.ckpt-2\).*--tf_checkpoint"):
-        convert(run_main, folder, tmp_path / "another")
-    convert(run_main, folder / "model.ckpt-1.index", tmp_path / "another")
-    for path in folder.glob("model.ckpt-1.*"):
+        convert(run_main, directory, tmp_path / "another")
+    convert(run_main, directory / "model.ckpt-1.index", tmp_path / "another")
+    for path in directory.glob("model.ckpt-1.*"):
         path.unlink()
-    convert(run_main, folder, tmp_path / "the only one left")
+    convert(run_main, directory, tmp_path / "the only one left")
 
 
 def test_a_pre_trained_model_is_written_without_a_classifier(tf, tmp_path, run_main):
     variables = {name: value for name, value in bert_variables().items() if not name.startswith("output_")}
-    folder = save_checkpoint(tf, tmp_path / "tf", variables | leftovers(variables))
-    assert "without a classifier" in convert(run_main, folder, tmp_path / "out")
+    directory = save_checkpoint(tf, tmp_path / "tf", variables | leftovers(variables))
+    assert "without a classifier" in convert(run_main, directory, tmp_path / "out")
     names = load_file(tmp_path / "out" / "model.safetensors")
     assert len(names) == len(variables) and not any(name.startswith("classifier") for name in names)
     with pytest.raises(UserError, match="lack classifier.bias, classifier.weight; .* not fine-tuned"):
@@ -262,9 +262,9 @@ def test_half_precision_checkpoints_are_widened(tf, tmp_path, run_main):
 ])
 def test_what_does_not_fit_is_listed_and_nothing_is_written(tf, tmp_path, run_main, change, config, complaints):
     variables = {name: value for name, value in (bert_variables() | change).items() if value is not None}
-    folder = save_checkpoint(tf, tmp_path / "tf", variables, config=CONFIG | config)
+    directory = save_checkpoint(tf, tmp_path / "tf", variables, config=CONFIG | config)
     with pytest.raises(UserError) as error:
-        convert(run_main, folder, tmp_path / "out")
+        convert(run_main, directory, tmp_path / "out")
     assert all(complaint in str(error.value) for complaint in complaints), error.value
     assert not (tmp_path / "out").exists()
 
@@ -276,26 +276,26 @@ def test_what_does_not_fit_is_listed_and_nothing_is_written(tf, tmp_path, run_ma
     ("index", "flip", "is damaged or no TensorFlow checkpoint"),
 ])
 def test_damaged_files_are_noticed(tf, tmp_path, run_main, file, damage, complaint):
-    folder = save_checkpoint(tf, tmp_path / "tf", bert_variables())
-    path = folder / f"model.ckpt-400000.{file}"
+    directory = save_checkpoint(tf, tmp_path / "tf", bert_variables())
+    path = directory / f"model.ckpt-400000.{file}"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xff
     path.write_bytes(content[:len(content) // 2] if damage == "cut" else content)
     with pytest.raises(UserError, match=complaint):
-        convert(run_main, folder, tmp_path / "out")
+        convert(run_main, directory, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
 def unread(tmp_path):
-    """A folder that looks right as long as nobody asks TensorFlow."""
-    folder = tmp_path / "tf"
-    folder.mkdir()
+    """A directory that looks right as long as nobody asks TensorFlow."""
+    directory = tmp_path / "tf"
+    directory.mkdir()
     for name in ("model.ckpt-1.index", "model.ckpt-1.data-00000-of-00002", "model.ckpt-1.data-00001-of-00002"):
-        (folder / name).write_bytes(b"\0")
-    (folder / "bert_config.json").write_text(json.dumps(CONFIG))
-    (folder / "vocab.txt").write_text("\n".join(tiny_vocabulary()) + "\n")
-    return folder
+        (directory / name).write_bytes(b"\0")
+    (directory / "bert_config.json").write_text(json.dumps(CONFIG))
+    (directory / "vocab.txt").write_text("\n".join(tiny_vocabulary()) + "\n")
+    return directory
 
 
 @pytest.mark.parametrize("name, content, complaint", [

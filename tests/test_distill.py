@@ -172,8 +172,8 @@ def test_logging_gradients_changes_nothing(golden_models, tmp_path, run_main):
     assert all(row["att_grad"] > 0 for row in log_of(tmp_path / "logged"))
 
 
-def with_dropout(folder, target):
-    shutil.copytree(folder, target)
+def with_dropout(directory, target):
+    shutil.copytree(directory, target)
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.1,
                                                              "attention_probs_dropout_prob": 0.1}))
@@ -208,12 +208,12 @@ def test_resume_refuses_other_settings(golden_models, tmp_path, run_main):
 
 
 def test_all_problems_are_told_at_once_and_nothing_is_left(golden_models, tmp_path):
-    """As a user sees it: exit code 2, no traceback, no output folder."""
+    """As a user sees it: exit code 2, no traceback, no output directory."""
     done = run_script("distill.py", "--features_file", tmp_path / "missing.pkl", "--general_student_model",
                       tmp_path / "no", "--output_student_dir", tmp_path / "out", "--train_batch_size", 0,
                       "--temperature", -1, "--fp16", "--device", "cpu")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    for problem in ("missing.pkl: cannot read", "no such model folder", "--train_batch_size 0", "--temperature -1",
+    for problem in ("missing.pkl: cannot read", "no such model directory", "--train_batch_size 0", "--temperature -1",
                     "needs --teacher_model", "--fp16 needs a CUDA device"):
         assert problem in done.stderr
     assert not (tmp_path / "out").exists()
@@ -302,7 +302,7 @@ def test_features_of_another_vocabulary_are_refused(golden_models, tmp_path, run
         run_main(distill, *arguments(features, golden_models | {"teacher": other}, tmp_path / "out"))
 
 
-def test_a_folder_with_something_in_it_is_not_touched(golden_models, tmp_path, run_main):
+def test_a_directory_with_something_in_it_is_not_touched(golden_models, tmp_path, run_main):
     features = write_features(tmp_path / "train.pkl", random_rows(8))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
@@ -346,7 +346,7 @@ def test_a_record_that_is_none_is_called_out(golden_models, tmp_path, run_main, 
         run_main(distill, *arguments(features, golden_models, tmp_path / "out", "--resume"))
 
 
-def test_two_runs_do_not_share_an_output_folder(golden_models, tmp_path, run_main):
+def test_two_runs_do_not_share_an_output_directory(golden_models, tmp_path, run_main):
     features = write_features(tmp_path / "train.pkl", random_rows(8))
     (tmp_path / "out").mkdir()
     with locked(tmp_path / "out"), pytest.raises(UserError, match="another process is writing here"):
@@ -357,7 +357,7 @@ def test_two_runs_do_not_share_an_output_folder(golden_models, tmp_path, run_mai
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
-def test_folders_that_are_files_are_told_before_anything_is_written(golden_models, tmp_path, run_main):
+def test_directorys_that_are_files_are_told_before_anything_is_written(golden_models, tmp_path, run_main):
     features = write_features(tmp_path / "train.pkl", random_rows(8))
     for flag in ("--tensorboard_dir", "--cache_file_dir"):
         with pytest.raises(UserError, match="train.pkl: is a file; name a directory"):

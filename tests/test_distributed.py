@@ -38,45 +38,46 @@ def torchrun(processes, script, *more):
     """Exit code 124 if it hangs. It takes 20 seconds on two cores, on a busy or slow machine minutes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                str(ROOT / script), *map(str, more)]
-    return subprocess.run(["timeout", "1200", *command], capture_output=True, text=True, check=False)
+    return subprocess.run(["timeout", "1200", *command], capture_output=True, text=True, check=False,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
-def run_cases(processes, folder, *cases):
+def run_cases(processes, directory, *cases):
     cases = [{key: list(map(str, values)) if key == "argv" else values for key, values in case.items()}
              for case in cases]
-    (folder / "cases.json").write_text(json.dumps(cases, default=str))
-    done = torchrun(processes, "tests/torchrun_cases.py", folder / "cases.json")
+    (directory / "cases.json").write_text(json.dumps(cases, default=str))
+    done = torchrun(processes, "tests/torchrun_cases.py", directory / "cases.json")
     assert done.returncode == 0, f"exit code {done.returncode}; its last words:\n{done.stderr[-4000:]}"
 
 
-def student_of(folder):
-    return load_file(folder / "model.safetensors") | load_file(folder / "fit_dense.safetensors")
+def student_of(directory):
+    return load_file(directory / "model.safetensors") | load_file(directory / "fit_dense.safetensors")
 
 
-def assert_same_student(folder, other):
+def assert_same_student(directory, other):
     """To 1e-5 of each tensor's norm and of each logged figure."""
-    one, two = student_of(folder), student_of(other)
+    one, two = student_of(directory), student_of(other)
     assert one.keys() == two.keys()
     found = {name: ((one[name] - two[name]).norm() / one[name].norm()).item() for name in one if one[name].any()}
     keys = {name: found.pop(name) for name in list(found) if name.endswith("key.bias")}
     # A bias of a key adds the same number to all scores of a query, which softmax does not see. Without an attention
     # loss its exact gradient is 0; Adam scales the rounding errors that it has instead up to steps of full size.
-    if json.loads((folder / "run.json").read_text())["settings"]["loss_weights"][-1].get("attention"):
+    if json.loads((directory / "run.json").read_text())["settings"]["loss_weights"][-1].get("attention"):
         found |= keys
-    rows = list(zip(log_of(folder), log_of(other), strict=True))
+    rows = list(zip(log_of(directory), log_of(other), strict=True))
     names = [name for name in rows[0][0] if name != "examples_per_second"]
     losses = max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-9) for a, b in rows for name in names)
     print(f"{other.name}: tensors {max(found.values()):.1e}, keys {max(keys.values()):.1e}, log {losses:.1e}")
     assert max(found.values()) < 1e-5 and losses < 1e-5
 
 
-def assert_same_bytes(folder, other):
+def assert_same_bytes(directory, other):
     for name in ("model.safetensors", "fit_dense.safetensors"):
-        assert (folder / name).read_bytes() == (other / name).read_bytes()
+        assert (directory / name).read_bytes() == (other / name).read_bytes()
     rows = [[{key: value for key, value in row.items() if key != "examples_per_second"} for row in log_of(run)]
-            for run in (folder, other)]
+            for run in (directory, other)]
     assert rows[0] == rows[1]
-    assert (folder / "dev.jsonl").read_bytes() == (other / "dev.jsonl").read_bytes()
+    assert (directory / "dev.jsonl").read_bytes() == (other / "dev.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("processes, examples, batch, accumulation", [(2, 27, 8, 2), (3, 25, 8, 1)])

@@ -38,12 +38,12 @@ def open_(path: Path, cache: Path):
 def test_every_document_is_found_and_no_other(content, packed, short, end, hashes):
     """Also where hashes collide: all into one, into three, or as they are."""
     lines = "".join("\t".join([key, values[2]] if short else [key, *values]) + end for key, values in content.items())
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patched:
         real = documents.hash_of
         patched.setattr(documents, "hash_of", lambda name: np.uint64(int(real(name)) % hashes))
-        path = Path(folder) / "docs.tsv"
+        path = Path(directory) / "docs.tsv"
         path.write_bytes(gzip.compress(lines.encode()) if packed else lines.encode())
-        found = open_(path, Path(folder) / "cache")
+        found = open_(path, Path(directory) / "cache")
         assert len(found) == len(content)
         for key, (_, title, body) in content.items():
             assert found.get(key) == (Document("", body) if short else Document(title, body))
@@ -72,14 +72,14 @@ def test_the_cache_is_used_again_until_the_file_changes(docs, tmp_path, packed):
         docs.write_bytes(gzip.compress(docs.read_bytes()))
     cache = tmp_path / "cache"
     open_(docs, cache)
-    folder, = cache.iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["documents.tsv"] * packed + ["hashes.npy", "offsets.npy"]
-    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    directory, = cache.iterdir()
+    assert sorted(path.name for path in directory.iterdir()) == ["documents.tsv"] * packed + ["hashes.npy", "offsets.npy"]
+    times = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
     assert open_(docs, cache).get("D7") == Document("t", "body 7")
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+    assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == times
     docs.write_text("D7\tu\tt\tother\n")
     assert open_(docs, cache).get("D7") == Document("t", "other") and len(list(cache.iterdir())) == 2
-    assert folder.is_dir()                                                      # nothing is ever deleted
+    assert directory.is_dir()                                                      # nothing is ever deleted
 
 
 def test_memory_is_mapped_16_bytes_a_document(docs, tmp_path):
@@ -90,13 +90,13 @@ def test_memory_is_mapped_16_bytes_a_document(docs, tmp_path):
 
 def test_a_damaged_index_is_told(docs, tmp_path):
     open_(docs, tmp_path / "cache")
-    folder, = (tmp_path / "cache").iterdir()
-    whole = (folder / "offsets.npy").read_bytes()
+    directory, = (tmp_path / "cache").iterdir()
+    whole = (directory / "offsets.npy").read_bytes()
     for content in (b"", whole[:100], whole[:-8], b"x" * 200):
-        (folder / "offsets.npy").write_bytes(content)
-        with pytest.raises(UserError, match=r"the index of .*docs.tsv is damaged .*; remove this folder and start"):
+        (directory / "offsets.npy").write_bytes(content)
+        with pytest.raises(UserError, match=r"the index of .*docs.tsv is damaged .*; remove this directory and start"):
             open_(docs, tmp_path / "cache")
-    shutil.rmtree(folder)
+    shutil.rmtree(directory)
     assert open_(docs, tmp_path / "cache").get("D1")
 
 
@@ -105,9 +105,9 @@ def test_unpacked_documents_that_were_removed_are_told(tmp_path):
     path = tmp_path / "docs.tsv.gz"
     path.write_bytes(gzip.compress(b"A\tx\n"))
     open_(path, tmp_path / "cache")
-    folder, = (tmp_path / "cache").iterdir()
-    (folder / "documents.tsv").unlink()
-    with pytest.raises(UserError, match=r"docs.tsv.gz is damaged .*documents.tsv.*; remove this folder"):
+    directory, = (tmp_path / "cache").iterdir()
+    (directory / "documents.tsv").unlink()
+    with pytest.raises(UserError, match=r"docs.tsv.gz is damaged .*documents.tsv.*; remove this directory"):
         open_(path, tmp_path / "cache")
 
 
@@ -126,7 +126,7 @@ def test_bad_files_leave_nothing(tmp_path, content, message):
     assert not list((tmp_path / "cache").iterdir()) and len(str(raised.value).splitlines()) <= 20
 
 
-def test_two_jobs_that_build_at_once_share_one_folder(docs, tmp_path):
+def test_two_jobs_that_build_at_once_share_one_directory(docs, tmp_path):
     cache, found = tmp_path / "cache", []
     threads = [threading.Thread(target=lambda: found.append(open_(docs, cache))) for _ in range(6)]
     for thread in threads:
@@ -138,7 +138,7 @@ def test_two_jobs_that_build_at_once_share_one_folder(docs, tmp_path):
 
 
 def test_killed_half_way_leaves_no_index_that_could_be_taken_for_one(tmp_path):
-    """A job that is killed while a pipe keeps it reading: its folder has another name, the next job builds anew."""
+    """A job that is killed while a pipe keeps it reading: its directory has another name, the next job builds anew."""
     docs, cache = tmp_path / "docs.tsv.gz", tmp_path / "cache"
     docs.write_bytes(gzip.compress("".join(f"D{n}\tbody {n}\n" for n in range(200_000)).encode(), 1))
     code = ("import sys, time; from pathlib import Path; from simplified_tinybert.data import documents\n"

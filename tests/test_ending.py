@@ -201,16 +201,16 @@ def test_a_checkpoint_that_is_being_removed_is_none_any_more(golden_models, tmp_
     call = arguments(features, golden_models, tmp_path / "out", "--train_batch_size", 8, "--save_model_step", 2,
                      "--eval_step", 2, "--learning_rate", 1e-3, *dev_set(tmp_path), "--keep_checkpoints", 1)
 
-    def breaking_off(folder, ignore_errors=False, real=shutil.rmtree):
+    def breaking_off(directory, ignore_errors=False, real=shutil.rmtree):
         if ignore_errors:
-            return real(folder, ignore_errors=True)
-        (folder / "model.safetensors").unlink()
+            return real(directory, ignore_errors=True)
+        (directory / "model.safetensors").unlink()
         raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("simplified_tinybert.training.checkpoints.shutil.rmtree", breaking_off)
         run_main(distill, *call)
     kept = [*(tmp_path / "out").glob("checkpoint-*"), *(tmp_path / "out").glob("best")]
-    assert kept and all((folder / "model.safetensors").is_file() for folder in kept)
+    assert kept and all((directory / "model.safetensors").is_file() for directory in kept)
     run_main(distill, *call, "--resume")
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
@@ -245,14 +245,14 @@ def test_a_teacher_that_knows_nothing_is_called_out(golden_models, tmp_path, run
     margins = (logits[:, 1] - logits[:, 0]).numpy()
     rows = [(*row[:3], int(margin > np.median(margins))) for row, margin in zip(rows, margins)]
     features = write_features(tmp_path / "train.pkl", rows)
-    folder = tmp_path / "teacher"
-    folder.mkdir()
+    directory = tmp_path / "teacher"
+    directory.mkdir()
     for path in golden_models["teacher"].iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    weights = load_file(folder / "model.safetensors")
+        (directory / path.name).write_bytes(path.read_bytes())
+    weights = load_file(directory / "model.safetensors")
     save_file({name: tensor * scale if name.startswith("classifier.") else tensor for name, tensor in weights.items()},
-              folder / "model.safetensors")
-    printed = run_main(distill, *arguments(features, golden_models | {"teacher": folder}, tmp_path / "out",
+              directory / "model.safetensors")
+    printed = run_main(distill, *arguments(features, golden_models | {"teacher": directory}, tmp_path / "out",
                                            "--num_train_epochs", 0.1))
     assert ("the teacher scores a relevant pair above another one" in printed) == bool(told)
     assert not told or told in printed

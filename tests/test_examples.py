@@ -20,11 +20,11 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("collection")
-    done = run_script("examples/build_collection.py", "--output_dir", folder, "--train_queries", 50,
+    directory = tmp_path_factory.mktemp("collection")
+    done = run_script("examples.build_collection", "--output_dir", directory, "--train_queries", 50,
                       "--pseudo_queries", 50)
     assert done.returncode == 0, done.stderr
-    return folder
+    return directory
 
 
 def table(path: Path) -> list[list[str]]:
@@ -32,7 +32,7 @@ def table(path: Path) -> list[list[str]]:
 
 
 def test_the_collection_is_the_same_each_time(collection, tmp_path):
-    run_script("examples/build_collection.py", "--output_dir", tmp_path, "--train_queries", 50, "--pseudo_queries", 50)
+    run_script("examples.build_collection", "--output_dir", tmp_path, "--train_queries", 50, "--pseudo_queries", 50)
     names = sorted(path.name for path in collection.iterdir())
     assert names == sorted(path.name for path in tmp_path.iterdir())
     for name in names:
@@ -82,26 +82,26 @@ def test_the_pairs_are_passages_of_bm25s_candidates(collection):
 
 
 def test_a_python_without_documentation_is_called_out(tmp_path):
-    done = subprocess.run([sys.executable, "-OO", EXAMPLES / "build_collection.py", "--output_dir", tmp_path / "out"],
+    done = subprocess.run([sys.executable, "-OO", "-m", "examples.build_collection", "--output_dir", tmp_path / "out"],
                           capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "-OO" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name, layers, has_head", [("teacher", 4, True), ("general_student", 2, False)])
 def test_committed_models_are_whole_and_small(name, layers, has_head):
-    folder = EXAMPLES / name
-    config = read_config(folder)
+    directory = EXAMPLES / name
+    config = read_config(directory)
     assert (config.num_hidden_layers, config.num_attention_heads) == (layers, 4)
-    assert ("classifier.weight" in load_file(folder / "model.safetensors")) == has_head
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 10e6
-    assert all(tensor.isfinite().all() for tensor in load_file(folder / "model.safetensors").values())
+    assert ("classifier.weight" in load_file(directory / "model.safetensors")) == has_head
+    assert sum(path.stat().st_size for path in directory.iterdir()) < 10e6
+    assert all(tensor.isfinite().all() for tensor in load_file(directory / "model.safetensors").values())
     if has_head:
-        load_cross_encoder(folder)
+        load_cross_encoder(directory)
 
 
 def test_teacher_and_student_share_a_vocabulary():
     teacher, student = (load_vocabulary(EXAMPLES / name) for name in ("teacher", "general_student"))
-    assert teacher.fingerprint() == student.fingerprint() and teacher.lower_case and student.lower_case
+    assert teacher.checksum() == student.checksum() and teacher.lower_case and student.lower_case
 
 
 def test_the_teacher_ranks_better_than_chance(collection, tmp_path):
@@ -125,8 +125,8 @@ def test_the_teacher_ranks_better_than_chance(collection, tmp_path):
 def test_pretraining_learns_and_writes_a_general_student(collection, tmp_path):
     lines = (collection / "corpus.txt").read_text(encoding="utf-8").splitlines()[:400]
     (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
-    done = run_script("examples/pretrain.py", "--corpus", tmp_path / "corpus.txt", "--output_dir", tmp_path / "model",
-                      "--num_hidden_layers", 2, "--hidden_size", 32, "--vocab_size", 500, "--num_train_epochs", 2,
+    done = run_script("examples.maintenance.pretrain", "--corpus", tmp_path / "corpus.txt", "--output_dir",
+                      tmp_path / "model", "--num_hidden_layers", 2, "--hidden_size", 32, "--vocab_size", 500, "--num_train_epochs", 2,
                       "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "classifier.weight" not in load_file(tmp_path / "model" / "model.safetensors")

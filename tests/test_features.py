@@ -91,7 +91,7 @@ def test_what_is_written_is_read(tmp_path, monkeypatch, table, chunk):
     header = read_header(path)
     assert {name: header[name] for name in ("set_name", "max_seq_length", "lower_case", "vocabulary_size")} == {
         "set_name": "dev", "max_seq_length": 32, "lower_case": True, "vocabulary_size": 200}
-    assert header["vocabulary"] == vocabulary().fingerprint() and header["token_type"] == "<u2"
+    assert header["vocabulary"] == vocabulary().checksum() and header["token_type"] == "<u2"
 
 
 def test_vocabularies_beyond_16_bits_need_wider_tokens(tmp_path):
@@ -420,16 +420,16 @@ def test_summary_of_several_files(tmp_path, monkeypatch):
     assert (summary.examples, summary.chunks, summary.labelled, summary.unpaired) == (11, [4, 3, 4], 10, 1)
     assert summary.tokens == sum(len(row[1]) for row in table)
     assert summary.header == read_header(paths[0])
-    assert summarise(paths, Problems()).fingerprint == summary.fingerprint
+    assert summarise(paths, Problems()).checksum == summary.checksum
     others = [paths[::-1], paths[:1], [paths[0], paths[0]], [write_features(tmp_path / "c", table)]]
-    assert len({summarise(other, Problems()).fingerprint for other in others} | {summary.fingerprint}) == 5
+    assert len({summarise(other, Problems()).checksum for other in others} | {summary.checksum}) == 5
 
 
 @pytest.mark.parametrize("row", [("q9#D", [2, 9, 3, 9, 3], 3, 1), ("q0#D", [2, 8, 3, 9, 3], 3, 1),
                                  ("q0#D", [2, 9, 3, 9, 3], 2, 1), ("q0#D", [2, 9, 3, 9, 3], 3, 0)])
-def test_fingerprint_tells_contents_apart(tmp_path, row):
+def test_checksum_tells_contents_apart(tmp_path, row):
     paths = [write_features(tmp_path / "a", [("q0#D", [2, 9, 3, 9, 3], 3, 1)]), write_features(tmp_path / "b", [row])]
-    assert len({summarise([path], Problems()).fingerprint for path in paths}) == 2
+    assert len({summarise([path], Problems()).checksum for path in paths}) == 2
 
 
 def test_all_that_is_wrong_with_several_files_is_said_together(tmp_path, sample):
@@ -527,7 +527,7 @@ def test_cache_is_reused_and_others_files_stay(tmp_path, two_files):
 
 def test_leftovers_of_a_killed_job_do_not_stop_the_next(tmp_path, two_files):
     cache = tmp_path / "cache"
-    name = f"features-{summarise(two_files, Problems()).fingerprint[:32]}"
+    name = f"features-{summarise(two_files, Problems()).checksum[:32]}"
     (cache / f".{name}.{os.getpid()}").mkdir(parents=True)          # containers give each job the same process id
     assert len(mapped(two_files, cache)) == 11
 
@@ -545,14 +545,14 @@ def test_a_failing_build_leaves_nothing_behind(tmp_path, two_files):
 def test_a_damaged_cache_is_named(tmp_path, two_files, name, size):
     cache = tmp_path / "cache"
     mapped(two_files, cache)
-    folder, = cache.iterdir()
+    directory, = cache.iterdir()
     if size is None:
-        (folder / name).unlink()
+        (directory / name).unlink()
     else:
-        os.truncate(folder / name, size)
-    with pytest.raises(UserError, match="remove this folder") as raised:
+        os.truncate(directory / name, size)
+    with pytest.raises(UserError, match="remove this directory") as raised:
         mapped(two_files, cache)
-    assert str(folder) in str(raised.value)
+    assert str(directory) in str(raised.value)
 
 
 BUILD = """

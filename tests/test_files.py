@@ -30,8 +30,8 @@ keys = st.text(max_size=2) | st.tuples(st.text(max_size=1), st.text(max_size=1))
 
 
 def read(content: bytes):
-    with tempfile.TemporaryDirectory() as folder:
-        path, problems = Path(folder) / "lines", Problems()
+    with tempfile.TemporaryDirectory() as directory:
+        path, problems = Path(directory) / "lines", Problems()
         path.write_bytes(content)
         lines = list(read_lines(path, problems))
         return lines, [message.removeprefix(str(path)) for message in problems.messages]
@@ -86,7 +86,7 @@ def test_atomic_writer_leaves_nothing_of_a_failure(tmp_path, mode, old, failure)
     assert not old or path.read_bytes() == old
 
 
-def test_atomic_writer_takes_a_string_and_needs_the_folder(tmp_path):
+def test_atomic_writer_takes_a_string_and_needs_the_directory(tmp_path):
     with atomic_writer(str(tmp_path / "file")) as handle:
         handle.write("x")
     assert (tmp_path / "file").read_text() == "x"
@@ -105,7 +105,7 @@ def test_output_can_be_checked_beforehand(tmp_path):
     problems = Problems()
     check_output_file(tmp_path / "new", problems)
     assert not problems.count
-    for path, expected in [(tmp_path, "is a folder"), (tmp_path / "a" / "b", "does not exist")]:
+    for path, expected in [(tmp_path, "is a directory"), (tmp_path / "a" / "b", "does not exist")]:
         problems = Problems()
         check_output_file(path, problems)
         assert problems.count == 1 and str(path) in problems.messages[0] and expected in problems.messages[0]

@@ -18,7 +18,7 @@ import distill
 import general_distill
 from simplified_tinybert.common.files import Problems, UserError
 from simplified_tinybert.data.corpus import COLUMNS, check_corpus, documents, map_corpus, segments
-from simplified_tinybert.data.tokenization import PieceCutter
+from simplified_tinybert.data.tokenization import CachedTokenizer
 from simplified_tinybert.model.pretrained import load_cross_encoder
 
 SHAPE = {"model_type": "bert", "vocab_size": 200, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -36,11 +36,11 @@ def corpus(tmp_path):
 
 
 def arguments(corpus, models, name, *more, shape=None):
-    folder = corpus.parent
-    return ["--corpus", corpus, "--teacher_model", models["teacher"], "--output_student_dir", folder / name,
-            "--cache_file_dir", folder / "cache", "--device", "cpu", "--max_seq_length", 16, "--train_batch_size", 16,
+    directory = corpus.parent
+    return ["--corpus", corpus, "--teacher_model", models["teacher"], "--output_student_dir", directory / name,
+            "--cache_file_dir", directory / "cache", "--device", "cpu", "--max_seq_length", 16, "--train_batch_size", 16,
             "--learning_rate", 1e-3, "--train_loss_step", 1,
-            *(shape or ["--student_config", folder / "student.json"]), *more]
+            *(shape or ["--student_config", directory / "student.json"]), *more]
 
 
 # Text
@@ -93,7 +93,7 @@ def test_columns_make_the_student_that_their_texts_make(golden_models, corpus, t
 
 
 def test_segments_by_hand():
-    examples = segments([words(range(5, 18)), words([20]), " \t", words(range(30, 36))], PieceCutter(vocabulary(), 8))
+    examples = segments([words(range(5, 18)), words([20]), " \t", words(range(30, 36))], CachedTokenizer(vocabulary(), 8))
     found = [examples.tokens[start:end].tolist() for start, end in zip(examples.offsets, examples.offsets[1:])]
     assert found == [[2, 5, 6, 7, 8, 9, 10, 3], [2, 11, 12, 13, 14, 15, 16, 3], [2, 17, 3], [2, 20, 3],
                      [2, 30, 31, 32, 33, 34, 35, 3]]
@@ -105,7 +105,7 @@ def test_segments_by_hand():
 @given(texts=st.lists(st.text(alphabet=" \tw1234.,;Σσ\u00a0é", max_size=80), max_size=5), length=st.integers(8, 20))
 def test_segments_hold_all_pieces_of_each_text_in_order(texts, length):
     pieces = vocabulary()
-    examples = segments(texts, PieceCutter(pieces, length))
+    examples = segments(texts, CachedTokenizer(pieces, length))
     tokenizer, expected = pieces.tokenizer(), []
     for text in texts:
         ids = tokenizer.encode(text.lower() if "Σ" in text else text, add_special_tokens=False).ids
@@ -126,7 +126,7 @@ def test_the_cut_corpus_is_kept_and_several_processes_cut_it_alike(tmp_path, mon
     path.write_text("")                                 # not read again
     again = map_corpus([path], "lines", vocabulary(), 16, "content", tmp_path / "cache")
     assert np.array_equal(first.tokens, again.tokens) and len(again) == 1200 * 29
-    with pytest.raises(UserError, match="no word pieces"):
+    with pytest.raises(UserError, match="no tokens"):
         map_corpus([path], "paragraphs", vocabulary(), 16, "content", tmp_path / "cache")   # a cache of its own
 
 
@@ -157,7 +157,7 @@ def test_the_loss_is_the_layers_part_of_the_simplified_objective(golden_models, 
     run_main(general_distill, *arguments(corpus, golden_models, "out", "--train_batch_size", 4096))
     student, _ = load_cross_encoder(tmp_path / "out" / "checkpoint-0", new_head=torch.Generator())
     teacher, _ = load_cross_encoder(golden_models["teacher"])
-    examples = segments(corpus.read_text().splitlines(), PieceCutter(vocabulary(), 16))
+    examples = segments(corpus.read_text().splitlines(), CachedTokenizer(vocabulary(), 16))
     batch = examples.batch(np.arange(len(examples)), 16)
     terms = loss_terms(student, teacher, batch, {"attention": 1.0, "hidden": 1.0})
     row = log_of(tmp_path / "out")[0]
@@ -257,7 +257,7 @@ def test_what_cannot_be_compressed(golden_models, corpus, tmp_path, run_main, ch
 
 @pytest.mark.parametrize("content, complaint", [
     (b"", "no text in the corpus"), (b"\n \n", "no text in the corpus"), (b"w7\n\xff\n", "is not UTF-8"),
-    ("\u0001\n".encode(), "no word pieces")])
+    ("\u0001\n".encode(), "no tokens")])
 def test_refused_corpora(golden_models, corpus, tmp_path, run_main, content, complaint):
     corpus.write_bytes(content)
     with pytest.raises(UserError, match=complaint):
@@ -272,7 +272,7 @@ def test_refused_depths(golden_models, corpus, run_main, shape):
 
 
 def test_a_cache_that_is_a_file_is_named(golden_models, corpus, tmp_path):
-    (tmp_path / "cache").write_text("not a folder")
+    (tmp_path / "cache").write_text("not a directory")
     done = run_script("general_distill.py", *arguments(corpus, golden_models, "out"))
     assert done.returncode == 2 and str(tmp_path / "cache") in done.stderr and "Traceback" not in done.stderr
-    assert (tmp_path / "cache").read_text() == "not a folder"
+    assert (tmp_path / "cache").read_text() == "not a directory"

@@ -24,7 +24,7 @@ def run_with(*ranks: int | None) -> str:
 
 @pytest.fixture
 def compared(tmp_path, monkeypatch, capsys):
-    """Call main() in a folder with these files; returns (rows of the table as cells, all of stdout, stderr)."""
+    """Call main() in a directory with these files; returns (rows of the table as cells, all of stdout, stderr)."""
     def call(files, *options):
         for name, content in files.items():
             (tmp_path / name).write_text(content)

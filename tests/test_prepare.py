@@ -26,7 +26,7 @@ from simplified_tinybert.data import sampling
 from simplified_tinybert.data.collection import by_query, read_rows
 from simplified_tinybert.data.documents import Document
 from simplified_tinybert.data.features import read_chunks
-from simplified_tinybert.data.passages import Cutting, cut, window_starts
+from simplified_tinybert.data.passages import PassageWindow, cut, window_starts
 from simplified_tinybert.data.sampling import best_passages, draw_passages, draw_queries, shuffled, whole_number
 
 DATA = ROOT.parent / "shared" / "data"
@@ -57,16 +57,16 @@ def test_windows_cover_every_word_and_none_lies_in_another(words, sizes):
 
 def test_passages_by_hand():
     document = Document("The  title\u2028x", " a\tb c\r\nd e ")
-    assert cut(document, Cutting(3, 2, False)) == ["a b c", "c d e"]
-    assert cut(document, Cutting(3, 2, True)) == ["The title x a b c", "The title x c d e"]
-    assert cut(document, Cutting(2, 1, False, first=2)) == ["a b", "b c"]
-    assert cut(Document("t", " \x0b"), Cutting(3, 2, True)) == ["t"]
-    assert cut(Document("t", ""), Cutting(3, 2, False)) == cut(Document("", " "), Cutting(3, 2, True)) == []
+    assert cut(document, PassageWindow(3, 2, False)) == ["a b c", "c d e"]
+    assert cut(document, PassageWindow(3, 2, True)) == ["The title x a b c", "The title x c d e"]
+    assert cut(document, PassageWindow(2, 1, False, first=2)) == ["a b", "b c"]
+    assert cut(Document("t", " \x0b"), PassageWindow(3, 2, True)) == ["t"]
+    assert cut(Document("t", ""), PassageWindow(3, 2, False)) == cut(Document("", " "), PassageWindow(3, 2, True)) == []
 
 
 @given(st.text(max_size=80), st.text(max_size=20), st.integers(1, 5), st.booleans())
 def test_passages_are_texts_of_one_line(body, title, window, with_title):
-    for passage in cut(Document(title, body), Cutting(window, 1, with_title)):
+    for passage in cut(Document(title, body), PassageWindow(window, 1, with_title)):
         assert re.search(r"\S", passage) and len(passage.splitlines()) == 1 and "\t" not in passage
 
 
@@ -124,8 +124,8 @@ class Files:
     qrels = ["q1 0 A 2", "q1 0 B 0", "q1 0 D 1", "q2 0 B 1", "q2 0 F 1", "q2 0 Y 1", "q3 0 D 1", "q5 0 A 1", "q7 0 A 1",
              "q8 0 A 0"]
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, directory: Path):
+        self.directory = directory
         self.write("docs.tsv", "".join(f"{key}\thttp://x\t{t}\t{b}\n" for key, (t, b) in self.docs.items()))
         self.write("queries.tsv", "".join(f"{key}\t{text}\n" for key, text in self.queries.items()))
         lines = [f"{query} Q0 {document} {rank} {9 - rank} tag\n" for query, documents in self.run
@@ -134,16 +134,16 @@ class Files:
         self.write("qrels.txt", "".join(f"{line}\n" for line in self.qrels))
 
     def write(self, name: str, content: str) -> Path:
-        (self.folder / name).write_text(content, encoding="utf-8", newline="")
-        return self.folder / name
+        (self.directory / name).write_text(content, encoding="utf-8", newline="")
+        return self.directory / name
 
     def flags(self, train: bool = False, **changed: str) -> list:
         names = {"docs": "docs.tsv", "queries": "queries.tsv", "candidates": "run.txt", "output": "out.tsv",
                  "cache_file_dir": "cache"} | ({"qrels": "qrels.txt"} if train else {}) | changed
-        return [part for name, file in names.items() for part in (f"--{name}", self.folder / file)]
+        return [part for name, file in names.items() for part in (f"--{name}", self.directory / file)]
 
     def rows(self, name: str = "out.tsv") -> list[list[str]]:
-        return [line.split("\t") for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
+        return [line.split("\t") for line in (self.directory / name).read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_test_pairs_by_hand(files, run_main):
         ["empty_document", "q1", "E"], ["missing_document", "q2", "X"], ["query_without_text", "q4", ""],
         ["query_without_text", "q6", ""], ["query_without_candidates", "q5", ""]]
     assert "2 left out as query_without_text: q4, q6" in told and "1 left out as missing_document: q2 X" in told
-    facts = json.loads((files.folder / "out.tsv.run.json").read_text())
+    facts = json.loads((files.directory / "out.tsv.run.json").read_text())
     assert facts["counts"]["lines"] == 15 and facts["made_from"][0]["bytes"] > 0
     assert facts["left_out"]["query_without_text"] == 2 and facts["arguments"]["window"] == 4
 
@@ -202,7 +202,7 @@ def test_train_examples_by_hand(files, run_main):
 
 
 def left_out(files: Files) -> set[tuple[str, ...]]:
-    path = files.folder / "out.tsv.left_out.tsv"
+    path = files.directory / "out.tsv.left_out.tsv"
     return {tuple(line.split("\t")) for line in path.read_text().splitlines()} if path.exists() else set()
 
 
@@ -227,7 +227,7 @@ def test_a_list_of_an_earlier_run_does_not_stay(files, run_main):
     files.write("run.txt", "q1 Q0 A 1 1 t\n")
     files.write("queries.tsv", "q1\tx\n")
     told = run_main(prepare_examples, "test", *files.flags())
-    assert not (files.folder / "out.tsv.left_out.tsv").exists() and "left out" not in told
+    assert not (files.directory / "out.tsv.left_out.tsv").exists() and "left out" not in told
 
 
 def test_a_grade_below_the_level_is_neither_label(files, run_main):
@@ -306,7 +306,7 @@ def test_positive_passages_do_not_depend_on_the_order_of_the_judgements(large, r
         run_main(prepare_examples, "train", *large.flags(True), *SMALL, "--positive_passages", 1)
         return sorted(row[1:] for row in large.rows())
     first = outcome()
-    lines = (large.folder / "qrels.txt").read_text().splitlines(keepends=True)
+    lines = (large.directory / "qrels.txt").read_text().splitlines(keepends=True)
     large.write("qrels.txt", "".join(lines[::-1]))
     assert outcome() == first
 
@@ -314,9 +314,9 @@ def test_positive_passages_do_not_depend_on_the_order_of_the_judgements(large, r
 def test_the_seed_and_nothing_else_decides(large, run_main):
     def outcome(*flags):
         run_main(prepare_examples, "train", *large.flags(True), *SMALL, *flags)
-        return (large.folder / "out.tsv").read_bytes()
+        return (large.directory / "out.tsv").read_bytes()
     first = outcome()
-    lines = (large.folder / "queries.tsv").read_text().splitlines(keepends=True)
+    lines = (large.directory / "queries.tsv").read_text().splitlines(keepends=True)
     large.write("queries.tsv", "".join(lines[::-1]))
     assert outcome("--seed", 42) == first != outcome("--seed", 43)
     some = outcome("--max_queries", 7)
@@ -345,11 +345,11 @@ def ranked(tmp_path, golden_models) -> Files:
 def scores_by_the_scripts(files: Files) -> dict[str, float]:
     """Every pair scored by the pipeline's own way: test pairs, features, reranker.py."""
     run = [("prepare_examples.py", "test", *files.flags(output="pairs.tsv"), "--window", 8, "--stride", 4),
-           ("tokenize_to_features.py", "--set_name", "test", "--raw_data_file", files.folder / "pairs.tsv",
-            "--output_features_file", files.folder / "pairs.pkl", "--bert_model_dir", files.model,
+           ("tokenize_to_features.py", "--set_name", "test", "--raw_data_file", files.directory / "pairs.tsv",
+            "--output_features_file", files.directory / "pairs.pkl", "--bert_model_dir", files.model,
             "--max_seq_length", 32),
-           ("reranker.py", "--model_dir", files.model, "--features_file", files.folder / "pairs.pkl",
-            "--output_scores_file", files.folder / "scores.tsv", "--device", "cpu")]
+           ("reranker.py", "--model_dir", files.model, "--features_file", files.directory / "pairs.pkl",
+            "--output_scores_file", files.directory / "scores.tsv", "--device", "cpu")]
     for command in run:
         done = run_script(*command)
         assert done.returncode == 0, done.stderr
@@ -380,12 +380,12 @@ def test_the_filter_keeps_what_the_reranker_scores_highest(ranked, run_main, mon
     assert Counter(tuple(row[1:3]) for row in ranked.rows() if row[3] == "1") == wanted(None, threshold)
     run_main(prepare_examples, "train", *flags, "--filter_threshold", threshold, "--positive_passages", 2)
     assert Counter(tuple(row[1:3]) for row in ranked.rows() if row[3] == "1") == wanted(2, threshold)
-    facts = json.loads((ranked.folder / "out.tsv.run.json").read_text())
+    facts = json.loads((ranked.directory / "out.tsv.run.json").read_text())
     assert len(facts["filter_weights"]) == 64 and facts["versions"]["torch"]
 
 
 def test_a_filter_with_one_logit_keeps_what_the_one_with_two_keeps(ranked, run_main):
-    single, kept = single_logit(ranked.model, ranked.folder / "single"), []
+    single, kept = single_logit(ranked.model, ranked.directory / "single"), []
     for model in (ranked.model, single):
         told = run_main(prepare_examples, "train", *ranked.flags(True), "--window", 8, "--stride", 4, "--filter_model",
                         model, "--max_seq_length", 32, "--filter_threshold", 0.05)
@@ -395,28 +395,28 @@ def test_a_filter_with_one_logit_keeps_what_the_one_with_two_keeps(ranked, run_m
 
 
 def test_a_filter_that_cannot_be_read_is_told_before_anything_else(ranked, run_main):
-    model = shutil.copytree(ranked.model, ranked.folder / "pointer")
+    model = shutil.copytree(ranked.model, ranked.directory / "pointer")
     (model / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(UserError, match="model.safetensors: is a Git LFS pointer"):
         run_main(prepare_examples, "train", *ranked.flags(True), "--filter_model", model, "--max_seq_length", 32)
-    assert not (ranked.folder / "cache").exists() and not (ranked.folder / "out.tsv").exists()
+    assert not (ranked.directory / "cache").exists() and not (ranked.directory / "out.tsv").exists()
 
 
 def test_documents_below_the_threshold_are_listed(ranked, run_main):
     with pytest.raises(UserError, match="nothing could be made"):
         run_main(prepare_examples, "train", *ranked.flags(True), "--filter_model", ranked.model, "--max_seq_length", 32,
                  "--filter_threshold", 1)
-    assert not (ranked.folder / "out.tsv").exists() and not (ranked.folder / "out.tsv.left_out.tsv").exists()
+    assert not (ranked.directory / "out.tsv").exists() and not (ranked.directory / "out.tsv.left_out.tsv").exists()
 
 
 def test_a_filter_that_cannot_work_is_told_before_anything_else(ranked, run_main):
     for flags, message in [(("--max_seq_length", 256), "expected 8 to 64, the positions of"),
-                           (("--filter_model", ranked.folder), "holds neither config.json"),
+                           (("--filter_model", ranked.directory), "holds neither config.json"),
                            (("--filter_threshold", 1.5), "--filter_threshold 1.5: expected 0 to 1"),
                            (("--device", "gpu"), "--device gpu: expected auto")]:
         with pytest.raises(UserError, match=re.escape(message)):
             run_main(prepare_examples, "train", *ranked.flags(True), "--filter_model", ranked.model, *flags)
-    assert not (ranked.folder / "cache").exists() and not (ranked.folder / "out.tsv").exists()
+    assert not (ranked.directory / "cache").exists() and not (ranked.directory / "out.tsv").exists()
 
 
 def test_torch_is_not_imported_without_a_filter(files):
@@ -462,8 +462,8 @@ def test_bad_input_is_told_with_its_line(files, run_main, name, content, message
     files.write(name, content)
     with pytest.raises(UserError, match=re.escape(message)):
         run_main(prepare_examples, "train", *files.flags(True))
-    assert not [path for path in files.folder.iterdir() if "out.tsv" in path.name]
-    cache = files.folder / "cache"
+    assert not [path for path in files.directory.iterdir() if "out.tsv" in path.name]
+    cache = files.directory / "cache"
     assert not cache.exists() or name != "docs.tsv" or not list(cache.iterdir())
 
 
@@ -497,13 +497,13 @@ def test_flags_that_cannot_work(tmp_path, flags, messages):
 def test_an_output_that_is_an_input_is_refused(files, run_main):
     with pytest.raises(UserError, match="run.txt: is an input as well"):
         run_main(prepare_examples, "test", *files.flags(output="run.txt"))
-    (files.folder / "run.txt").rename(files.folder / "out.tsv.left_out.tsv")
-    (files.folder / "out.tsv.run.json").mkdir()
+    (files.directory / "run.txt").rename(files.directory / "out.tsv.left_out.tsv")
+    (files.directory / "out.tsv.run.json").mkdir()
     flags = [str(flag).replace("run.txt", "out.tsv.left_out.tsv") for flag in files.flags()]
     with pytest.raises(UserError, match="left_out.tsv: is an input as well"):
         run_main(prepare_examples, "test", *flags)
-    (files.folder / "out.tsv.left_out.tsv").rename(files.folder / "run.txt")
-    with pytest.raises(UserError, match="out.tsv.run.json: is a folder"):
+    (files.directory / "out.tsv.left_out.tsv").rename(files.directory / "run.txt")
+    with pytest.raises(UserError, match="out.tsv.run.json: is a directory"):
         run_main(prepare_examples, "test", *files.flags())
 
 
@@ -534,10 +534,10 @@ def test_runs_of_either_layout_and_compressed(tmp_path):
 def test_what_comes_out_goes_into_tokenize(files, run_main, golden_models):
     for set_name, train in (("train", True), ("test", False)):
         run_main(prepare_examples, set_name, *files.flags(train, output=f"{set_name}.tsv"), *SMALL, "--title")
-        run_main(tokenize_to_features, "--set_name", set_name, "--raw_data_file", files.folder / f"{set_name}.tsv",
-                 "--output_features_file", files.folder / f"{set_name}.pkl", "--bert_model_dir",
+        run_main(tokenize_to_features, "--set_name", set_name, "--raw_data_file", files.directory / f"{set_name}.tsv",
+                 "--output_features_file", files.directory / f"{set_name}.pkl", "--bert_model_dir",
                  golden_models["teacher"], "--max_seq_length", 32)
-        chunk, = read_chunks(files.folder / f"{set_name}.pkl")
+        chunk, = read_chunks(files.directory / f"{set_name}.pkl")
         rows = files.rows(f"{set_name}.tsv")
         assert chunk.ids == [row[0] for row in rows]
         assert chunk.labels.tolist() == [int(row[3]) if train else -1 for row in rows]
@@ -545,15 +545,15 @@ def test_what_comes_out_goes_into_tokenize(files, run_main, golden_models):
 
 def test_documents_by_any_way_make_the_same_pairs(files, run_main):
     run_main(prepare_examples, "test", *files.flags(), *SMALL)
-    plain = (files.folder / "out.tsv").read_bytes()
+    plain = (files.directory / "out.tsv").read_bytes()
     for name in ("docs.tsv", "queries.tsv", "run.txt"):
-        (files.folder / f"{name}.gz").write_bytes(gzip.compress((files.folder / name).read_bytes()))
+        (files.directory / f"{name}.gz").write_bytes(gzip.compress((files.directory / name).read_bytes()))
     told = run_main(prepare_examples, "test", *files.flags(docs="docs.tsv.gz", queries="queries.tsv.gz",
                                                            candidates="run.txt.gz"), *SMALL)
-    assert (files.folder / "out.tsv").read_bytes() == plain and "unpacking it once" in told
-    files.write("docs.tsv", "\ufeff" + (files.folder / "docs.tsv").read_text().replace("\n", "\r\n"))
+    assert (files.directory / "out.tsv").read_bytes() == plain and "unpacking it once" in told
+    files.write("docs.tsv", "\ufeff" + (files.directory / "docs.tsv").read_text().replace("\n", "\r\n"))
     run_main(prepare_examples, "test", *files.flags(), *SMALL)
-    assert (files.folder / "out.tsv").read_bytes() == plain
+    assert (files.directory / "out.tsv").read_bytes() == plain
 
 
 # --- ir_datasets
@@ -561,16 +561,16 @@ def test_documents_by_any_way_make_the_same_pairs(files, run_main):
 @pytest.fixture
 def dataset(files, monkeypatch):
     """The same collection as a dataset in the registry: real stores and readers, in a home of its own."""
-    monkeypatch.setenv("IR_DATASETS_HOME", str(files.folder / "home"))
+    monkeypatch.setenv("IR_DATASETS_HOME", str(files.directory / "home"))
     ir_datasets = pytest.importorskip("ir_datasets")
     from ir_datasets.datasets.base import Dataset
     from ir_datasets.datasets.msmarco_document import MsMarcoDocument
     from ir_datasets.formats import TrecQrels, TrecScoredDocs, TsvDocs, TsvQueries
     local = ir_datasets.util.LocalDownload
-    parts = {"docs": TsvDocs(local(files.folder / "docs.tsv"), doc_cls=MsMarcoDocument),
-             "queries": TsvQueries(local(files.folder / "queries.tsv")),
-             "scoreddocs": TrecScoredDocs(local(files.folder / "run.txt")),
-             "qrels": TrecQrels(local(files.folder / "qrels.txt"), {})}
+    parts = {"docs": TsvDocs(local(files.directory / "docs.tsv"), doc_cls=MsMarcoDocument),
+             "queries": TsvQueries(local(files.directory / "queries.tsv")),
+             "scoreddocs": TrecScoredDocs(local(files.directory / "run.txt")),
+             "qrels": TrecQrels(local(files.directory / "qrels.txt"), {})}
     registered = ir_datasets.registry._registered
     before = dict(registered)
     ir_datasets.registry.register("test-collection", Dataset(*parts.values()))
@@ -584,31 +584,31 @@ def dataset(files, monkeypatch):
 def test_a_dataset_makes_what_its_files_make(dataset, run_main, set_name):
     train = set_name == "train"
     run_main(prepare_examples, set_name, *dataset.flags(train), *SMALL, "--title")
-    expected, noted = (dataset.folder / "out.tsv").read_bytes(), left_out(dataset)
-    for flags in ([], ["--candidates", dataset.folder / "run.txt"]):
-        run_main(prepare_examples, set_name, "--dataset", "test-collection", "--output", dataset.folder / "out.tsv",
+    expected, noted = (dataset.directory / "out.tsv").read_bytes(), left_out(dataset)
+    for flags in ([], ["--candidates", dataset.directory / "run.txt"]):
+        run_main(prepare_examples, set_name, "--dataset", "test-collection", "--output", dataset.directory / "out.tsv",
                  *SMALL, "--title", *flags)
-        assert (dataset.folder / "out.tsv").read_bytes() == expected and left_out(dataset) == noted
+        assert (dataset.directory / "out.tsv").read_bytes() == expected and left_out(dataset) == noted
 
 
 def test_a_dataset_that_lacks_something_names_the_flag(dataset, run_main):
     with pytest.raises(UserError, match="(?s)has no scoreddocs; give a file by --candidates.*has no qrels; give a file "
                                         "by --qrels"):
-        run_main(prepare_examples, "train", "--dataset", "test-collection/bare", "--output", dataset.folder / "o.tsv")
+        run_main(prepare_examples, "train", "--dataset", "test-collection/bare", "--output", dataset.directory / "o.tsv")
     with pytest.raises(UserError, match="knows none of this name; near to it: test-collection"):
-        run_main(prepare_examples, "test", "--dataset", "test-colection", "--output", dataset.folder / "o.tsv")
+        run_main(prepare_examples, "test", "--dataset", "test-colection", "--output", dataset.directory / "o.tsv")
     with pytest.raises(UserError, match="near to it: .*msmarco-document/trec-dl-2019"):
         run_main(prepare_examples, "test", "--dataset", "msmarco-documents/trec-dl-2019", "--output",
-                 dataset.folder / "o.tsv")
+                 dataset.directory / "o.tsv")
 
 
 def test_a_dataset_that_cannot_be_read_is_told(dataset, run_main):
     dataset.write("run.txt", "q1 Q0 A 1 x t\n")
     with pytest.raises(UserError, match="--dataset test-collection: cannot be fetched or read .*could not convert"):
-        run_main(prepare_examples, "test", "--dataset", "test-collection", "--output", dataset.folder / "o.tsv")
+        run_main(prepare_examples, "test", "--dataset", "test-collection", "--output", dataset.directory / "o.tsv")
     dataset.write("run.txt", "q1 Q0 A 1 1 t\nq2 Q0 A 1 1 t\nq1 Q0 B 1 1 t\n")
     with pytest.raises(UserError, match="ir_datasets export test-collection scoreddocs"):
-        run_main(prepare_examples, "test", "--dataset", "test-collection", "--output", dataset.folder / "o.tsv")
+        run_main(prepare_examples, "test", "--dataset", "test-collection", "--output", dataset.directory / "o.tsv")
 
 
 @pytest.fixture
@@ -621,8 +621,8 @@ def refused_rows(dataset, run_main):
         given = SimpleNamespace(**{f"{part}_iter": lambda: iter(rows)})         # is asked before the other
         ir_datasets.registry._registered["test-rows"] = Dataset(given, ir_datasets.load("test-collection"))
         with pytest.raises(UserError) as raised:
-            run_main(prepare_examples, "train", "--dataset", "test-rows", "--output", dataset.folder / "o.tsv")
-        assert not (dataset.folder / "o.tsv").exists()
+            run_main(prepare_examples, "train", "--dataset", "test-rows", "--output", dataset.directory / "o.tsv")
+        assert not (dataset.directory / "o.tsv").exists()
         return str(raised.value)
     return refuse
 
@@ -685,37 +685,37 @@ def shared(name: str) -> Path:
     return DATA / name
 
 
-def flags_of(folder: Path, split: str, output: Path) -> list:
-    return ["--docs", folder / "docs.tsv", "--queries", folder / f"queries.{split}.tsv", "--candidates",
-            folder / f"bm25.{split}.txt", "--output", output, "--cache_file_dir", output.parent / "cache"]
+def flags_of(directory: Path, split: str, output: Path) -> list:
+    return ["--docs", directory / "docs.tsv", "--queries", directory / f"queries.{split}.tsv", "--candidates",
+            directory / f"bm25.{split}.txt", "--output", output, "--cache_file_dir", output.parent / "cache"]
 
 
 def test_cranfield_with_its_empty_documents(tmp_path, run_main):
-    folder, output = shared("cranfield"), tmp_path / "out.tsv"
-    told = run_main(prepare_examples, "train", *flags_of(folder, "dev", output), "--qrels", folder / "qrels.dev.txt")
+    directory, output = shared("cranfield"), tmp_path / "out.tsv"
+    told = run_main(prepare_examples, "train", *flags_of(directory, "dev", output), "--qrels", directory / "qrels.dev.txt")
     assert (tmp_path / "out.tsv.left_out.tsv").read_text() == "empty_document\t125\t995\n"
     assert "1 left out as empty_document: 125 995" in told
-    run_main(prepare_examples, "test", *flags_of(folder, "test", output), "--title")
-    documents = dict((line.split("\t")[0], line.rstrip("\n").split("\t")[2:]) for line in open(folder / "docs.tsv"))
-    expected = [(query, document, n) for query, _, document, *_ in map(str.split, open(folder / "bm25.test.txt"))
+    run_main(prepare_examples, "test", *flags_of(directory, "test", output), "--title")
+    documents = dict((line.split("\t")[0], line.rstrip("\n").split("\t")[2:]) for line in open(directory / "docs.tsv"))
+    expected = [(query, document, n) for query, _, document, *_ in map(str.split, open(directory / "bm25.test.txt"))
                 for n in range(1 + max(0, ceil((len(documents[document][1].split()) - 150) / 75)))]
     found = [re.fullmatch(r"(\d+)#(\d+)_(\d+)", line.split("\t")[0]).groups() for line in open(output)]
     assert sorted((q, d, int(n)) for q, d, n in found) == sorted(expected) and len(found) == 9928
 
 
 def test_nfcorpus_and_its_queries_without_candidates(tmp_path, run_main):
-    folder, output = shared("nfcorpus"), tmp_path / "out.tsv"
-    run_main(prepare_examples, "test", *flags_of(folder, "test", output))
+    directory, output = shared("nfcorpus"), tmp_path / "out.tsv"
+    run_main(prepare_examples, "test", *flags_of(directory, "test", output))
     kinds = Counter(line.split("\t")[0] for line in open(tmp_path / "out.tsv.left_out.tsv"))
     assert kinds == {"query_without_candidates": 15} and os.path.getsize(output) > 10 ** 7
 
 
 def test_trec_dl_files_parse(tmp_path, run_main):
-    folder = shared("trec-dl-2019-doc")
+    directory = shared("trec-dl-2019-doc")
     files = Files(tmp_path)
     files.write("run.txt", "156493 Q0 A 1 1 t\n")
     flags = [part for part in files.flags(True) if part not in (tmp_path / "queries.tsv", tmp_path / "qrels.txt")]
-    flags[flags.index("--queries") + 1:flags.index("--queries") + 1] = [folder / "queries.test.tsv"]
-    flags.append(folder / "qrels.test.txt")
+    flags[flags.index("--queries") + 1:flags.index("--queries") + 1] = [directory / "queries.test.tsv"]
+    flags.append(directory / "qrels.test.txt")
     with pytest.raises(UserError, match="nothing could be made"):               # its documents are not here
         run_main(prepare_examples, "train", *flags)

@@ -8,7 +8,7 @@ import pytest
 from conftest import random_rows, run_script, words, write_features
 
 import reranker
-from simplified_tinybert.common.records import file_facts, record_file, record_path
+from simplified_tinybert.common.records import file_state, record_file, record_path
 
 
 def test_a_ranking_is_traced_to_model_features_and_pairs(golden_models, tmp_path):
@@ -42,8 +42,8 @@ def test_huge_files_are_not_hashed(tmp_path, monkeypatch):
     monkeypatch.setattr("simplified_tinybert.common.records.SMALL", 3)
     (tmp_path / "small").write_text("abc")
     (tmp_path / "large").write_text("abcd")
-    assert file_facts(tmp_path / "small")["sha256"] == hashlib.sha256(b"abc").hexdigest()
-    assert file_facts(tmp_path / "large").keys() == {"bytes", "changed"}
+    assert file_state(tmp_path / "small")["sha256"] == hashlib.sha256(b"abc").hexdigest()
+    assert file_state(tmp_path / "large").keys() == {"bytes", "changed"}
 
 
 def test_a_record_of_what_a_file_held_before_is_not_taken(tmp_path):
@@ -78,7 +78,7 @@ def test_scores_keep_their_record_until_they_are_replaced(golden_models, tmp_pat
     assert recorded() == of_teacher and (tmp_path / "scores.tsv.partial").is_file()
     call("student_4x48", "--resume")
     assert recorded()["settings"] != of_teacher["settings"]
-    assert recorded()["output"] == file_facts(tmp_path / "scores.tsv")
+    assert recorded()["output"] == file_state(tmp_path / "scores.tsv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.tsv", "scores.tsv.run.json", "test.pkl"]
     call("teacher", "--resume")                         # nothing is left to go on with
     assert recorded()["settings"] == of_teacher["settings"]

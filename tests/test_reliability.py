@@ -104,20 +104,20 @@ def killed_runs(script, call, log, seconds, chance, most):
     return most
 
 
-def same_files(folder, other, names):
+def same_files(directory, other, names):
     for name in names:
-        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+        assert (directory / name).read_bytes() == (other / name).read_bytes(), name
 
 
 # Killed at random moments
 
 
-def check_whole_checkpoints(folder):
-    for checkpoint in folder.glob("checkpoint-*"):
+def check_whole_checkpoints(directory):
+    for checkpoint in directory.glob("checkpoint-*"):
         load_cross_encoder(checkpoint, new_head=torch.Generator())
         assert torch.load(checkpoint / "training_state.pt", weights_only=True)["step"] == int(checkpoint.name[11:])
-    if (folder / "model.safetensors").is_file():
-        load_cross_encoder(folder, new_head=torch.Generator())
+    if (directory / "model.safetensors").is_file():
+        load_cross_encoder(directory, new_head=torch.Generator())
 
 
 @pytest.mark.parametrize("method", ["tinybert", "simplified"])
@@ -224,8 +224,8 @@ def test_killed_writers_leave_the_old_file_or_the_new_one(golden_models, raw, fi
 
 @pytest.mark.parametrize("limit", [0, 200, 2000])
 @pytest.mark.parametrize("script", ["general_distill", "report"])
-def test_a_full_disk_leaves_no_half_folder(golden_models, tmp_path, figures, script, limit):
-    """What a folder holds is whole, and nothing in it says that it is finished."""
+def test_a_full_disk_leaves_no_half_directory(golden_models, tmp_path, figures, script, limit):
+    """What a directory holds is whole, and nothing in it says that it is finished."""
     (tmp_path / "corpus.txt").write_text("w7 w8 w9\n" * 50)
     # So many queries make report.json longer than any limit, however short the paths are that it names
     (tmp_path / "qrels.txt").write_text("".join(f"q{number} 0 D1 1\n" for number in range(300)))
@@ -278,7 +278,7 @@ def test_a_full_disk_while_training_and_scoring(golden_models, tmp_path, figures
     same_files(tmp_path / "out", tmp_path / "other", ("model.safetensors", "fit_dense.safetensors"))
 
 
-def test_a_folder_that_cannot_be_written(golden_models, raw):
+def test_a_directory_that_cannot_be_written(golden_models, raw):
     locked = raw / "locked"
     locked.mkdir(mode=0o500)
     if os.access(locked, os.W_OK):

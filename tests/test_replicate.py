@@ -21,20 +21,15 @@ from hypothesis import strategies as st
 from test_collection import write_collection
 from test_reliability import SCRIPTS, forked
 
-sys.path.append(str(ROOT / "experiments"))
-import cropped_queries  # noqa: E402
-import evaluation  # noqa: E402
-import findings  # noqa: E402
-import replicate as replicate_script  # noqa: E402
-import running  # noqa: E402
-from cropped_queries import examples, sample_texts  # noqa: E402
-from model_records import Records, rows_of  # noqa: E402
-from running import Command, run_all  # noqa: E402
-from settings import divisor_at_least, read_settings  # noqa: E402
-from study import extension  # noqa: E402
-
-from simplified_tinybert.common.files import Problems, UserError  # noqa: E402
-from simplified_tinybert.ranking.trec import read_qrels  # noqa: E402
+from experiments import cropped_queries, evaluation, findings, running
+from experiments import replicate as replicate_script
+from experiments.cropped_queries import examples, sample_texts
+from experiments.model_records import Records, rows_of
+from experiments.running import Command, run_all
+from experiments.settings import divisor_at_least, read_settings
+from experiments.study import extension
+from simplified_tinybert.common.files import Problems, UserError
+from simplified_tinybert.ranking.trec import read_qrels
 
 SUMMARY = ROOT / "experiments" / "results" / "summary.json"
 SETTINGS = """
@@ -200,23 +195,23 @@ def check_students(results, out):
         assert max(found, key=lambda each: each["dev"])["dev"] == [each for each in found if each["chosen"]][0]["dev"]
 
 
-def check_figures(results, folder):
+def check_figures(results, directory):
     """Averages as msmarco_mrr_eval.py has them for the same runs."""
-    qrels = folder / "raw" / "qrels.test.txt"
+    qrels = directory / "raw" / "qrels.test.txt"
     rates = {f"{run['shape']} {run['method']}": run["learning_rate"] for run in results["tuned"] if run["chosen"]}
     for system in results["systems"][1:]:
         name = "teacher" if system["name"] == "teacher" else system["name"].replace("/", "-").replace(" ", "-")
         rate = rates.get(system["name"], 0.001)
         names = [f"{name}-{rate:g}" + seed for seed in (["-seed42"] if name == "teacher" else ["-seed1", "-seed2"])]
         assert len(names) == len(system["seeds"]["nDCG@10"])
-        runs = [folder / "out" / "runs" / f"{name}.trec" for name in names]
+        runs = [directory / "out" / "runs" / f"{name}.trec" for name in names]
         for number, run in enumerate(runs):
             told = run_script("msmarco_mrr_eval.py", qrels, run, "--measures", "nDCG@10").stdout
             average = float(re.search(r"nDCG@10\D*(\d\.\d+)", told).group(1))
             assert system["seeds"]["nDCG@10"][number] == pytest.approx(average, abs=2e-6)
-    bm25 = evaluation.first_ranking(folder / "out" / "data" / "test.tsv")
+    bm25 = evaluation.first_ranking(directory / "out" / "data" / "test.tsv")
     assert {query: list(found) for query, found in bm25.items()} == {
-        query: found[:5] for query, found in candidates(folder / "raw" / "bm25.test.txt").items()}
+        query: found[:5] for query, found in candidates(directory / "raw" / "bm25.test.txt").items()}
     assert set(results["comparisons"]) == {"BM25", "teacher", "1/24 Simplified TinyBERT"}
 
 
@@ -252,34 +247,34 @@ def test_steps_and_records_without_their_models(study, tmp_path, run_main):
         study("steps.toml", "second", *records)
 
 
-def check_tuning(results, folder):
+def check_tuning(results, directory):
     """Trials saw 0.1 epochs, the student the whole budget; the best rate is inside, or the range was extended."""
     rates = [run["learning_rate"] for run in results["tuned"]]
     best = max(results["tuned"], key=lambda run: run["dev"])
     assert len(rates) in (3, 4) and {0.001, 0.01} < set(rates) and best["chosen"]
-    records = sorted((folder / "records").glob("1-24-none-*.json"))
+    records = sorted((directory / "records").glob("1-24-none-*.json"))
     steps = {path.stem: json.loads(path.read_text())["steps"] for path in records}
-    examples = sum(1 for _ in open(folder / "first" / "data" / "train.tsv"))
+    examples = sum(1 for _ in open(directory / "first" / "data" / "train.tsv"))
     trial = max(1, round(0.1 * -(-examples // 8)))
     assert steps.pop(f"1-24-none-{best['learning_rate']:g}-seed1") == 3 > trial
     assert set(steps.values()) == {trial} and len(steps) == len(rates)
     assert max(path.stat().st_size for path in records) < 20000
-    return {path: path.read_bytes() for path in (folder / "records").glob("*.json")
+    return {path: path.read_bytes() for path in (directory / "records").glob("*.json")
             if path.stem not in ("queries", "inputs")}
 
 
-def check_summary(results, folder, run_main):
+def check_summary(results, directory, run_main):
     """The form that other programs read; figures as in results.json; the intervals by hand from the records."""
-    out = folder / "second" / "results.json"
-    run_main(findings, out, "--output_dir", folder / "tables", "--summary", folder / "summary.json")
-    assert "no distillation" in (folder / "tables" / "results.md").read_text()
-    summary = json.loads((folder / "summary.json").read_text())
+    out = directory / "second" / "results.json"
+    run_main(findings, out, "--output_dir", directory / "tables", "--summary", directory / "summary.json")
+    assert "no distillation" in (directory / "tables" / "results.md").read_text()
+    summary = json.loads((directory / "summary.json").read_text())
     assert list(summary) == ["collections"] and list(summary["collections"]) == ["raw"]
     found = summary["collections"]["raw"]
     assert set(found) == {"queries", "bm25", "teacher", "teacher_seeds", "teacher_minus_bm25", "students"}
     assert [set(student) for student in found["students"]] == 2 * [{
         "method", "shape", "mean", "sd", "retention", "speed_up", "minus_teacher", "minus_bm25"}]
-    student, read = found["students"][0], Records(folder / "records", {}).read
+    student, read = found["students"][0], Records(directory / "records", {}).read
     name = next(f"1-24-none-{run['learning_rate']:g}-seed1" for run in results["tuned"] if run["chosen"])
     values, bm25 = read(name)["test"]["nDCG@10"], read("BM25")["test"]["nDCG@10"]
     assert (student["method"], student["shape"], student["sd"]) == ("none", "1/24", None)
@@ -291,10 +286,10 @@ def check_summary(results, folder, run_main):
     assert less["difference"] == pytest.approx(statistics.fmean(differences), abs=1e-5)
     assert set(less) == {"difference", "low", "high", "p", "p_holm"} and less["p_holm"] >= less["p"]
     assert found["teacher_seeds"]["3"] == pytest.approx(found["teacher"]) and len(found["teacher_seeds"]) == 2
-    (folder / "again.json").write_text(out.read_text())
+    (directory / "again.json").write_text(out.read_text())
     with pytest.raises(UserError, match="two of the results are of a collection called raw"):
-        run_main(findings, out, folder / "again.json", "--output_dir", folder, "--summary", folder / "no.json")
-    assert not (folder / "no.json").exists()
+        run_main(findings, out, directory / "again.json", "--output_dir", directory, "--summary", directory / "no.json")
+    assert not (directory / "no.json").exists()
 
 
 @pytest.mark.parametrize(("rates", "best", "expected"), [
@@ -309,16 +304,16 @@ def test_one_learning_rate_has_no_edge():
     assert extension([1e-4], 1e-4, [1e-4], 2) is None
 
 
-def trained(folder, weights):
+def trained(directory, weights):
     """A directory as distill.py leaves it."""
-    (folder / "best").mkdir(parents=True)
-    (folder / "best" / "model.safetensors").write_bytes(weights)
-    (folder / "run.json").write_text(json.dumps({"arguments": {"learning_rate": 0.1, "seed": 7, "train_batch_size": 8},
+    (directory / "best").mkdir(parents=True)
+    (directory / "best" / "model.safetensors").write_bytes(weights)
+    (directory / "run.json").write_text(json.dumps({"arguments": {"learning_rate": 0.1, "seed": 7, "train_batch_size": 8},
                                                  "device": "cpu", "versions": {"torch": "2"}}))
-    (folder / "dev.jsonl").write_text('{"global_step": 5, "nDCG@10": 0.25}\n{"global_step": 9, "nDCG@10": 0.125}\n')
-    (folder / "train_loss.jsonl").write_text('{"global_step": 5, "loss": 0.123456789, "examples_per_second": 4.0}\n'
+    (directory / "dev.jsonl").write_text('{"global_step": 5, "nDCG@10": 0.25}\n{"global_step": 9, "nDCG@10": 0.125}\n')
+    (directory / "train_loss.jsonl").write_text('{"global_step": 5, "loss": 0.123456789, "examples_per_second": 4.0}\n'
                                              '{"global_step": 9, "loss": 0.1, "examples_per_second": 2.0}\n')
-    return folder
+    return directory
 
 
 def test_records_of_a_model_that_was_made_twice(tmp_path):
@@ -347,10 +342,10 @@ def test_records_of_a_model_that_was_made_twice(tmp_path):
 def test_commands_end_with_a_study_that_is_killed(tmp_path):
     endless = "import os, time; open('pid.tmp', 'w').write(str(os.getpid())); os.rename('pid.tmp', 'pid'); " \
               "time.sleep(600)"
-    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'experiments')]}; from pathlib import Path; " \
-           f"from running import Command, run_all; " \
+    code = f"import sys; from pathlib import Path; from experiments.running import Command, run_all; " \
            f"run_all('x', [Command('a', Path('a'), [sys.executable, '-c', {endless!r}])], 1, Path('.'))"
-    study = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    study = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL,
+                             env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         wait_for(lambda: (tmp_path / "pid").exists())
     finally:
@@ -378,7 +373,7 @@ def test_what_is_wrong_is_told_at_once(tmp_path):
     write_collection(tmp_path / "raw")
     (tmp_path / "raw" / "qrels.dev.txt").unlink()
     (tmp_path / "small.toml").write_text(SETTINGS.replace('proposed = "Simplified TinyBERT"', 'proposed = "X"'))
-    done = run_script("experiments/replicate.py", tmp_path / "small.toml", "--collection", tmp_path / "raw",
+    done = run_script("experiments.replicate", tmp_path / "small.toml", "--collection", tmp_path / "raw",
                       "--output_dir", tmp_path / "out", "--bert_model", tmp_path / "none", "--jobs", 0)
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
     for complaint in ("proposed = 'X' is none of the methods", "cannot read the qrels.dev", str(tmp_path / "none"),
@@ -497,7 +492,7 @@ def test_texts_are_drawn_evenly(tmp_path):
 def test_wrong_documents(tmp_path):
     for content, complaint in (("D1\ta b\n", "expected 2 or more"), ("D1\ta\tb\n", "found 3 tab-separated columns")):
         (tmp_path / "docs.tsv").write_text(content)
-        done = run_script("experiments/cropped_queries.py", "--docs", tmp_path / "docs.tsv", "--output",
+        done = run_script("experiments.cropped_queries", "--docs", tmp_path / "docs.tsv", "--output",
                           tmp_path / "out.tsv", "--texts", tmp_path / "texts.txt")
         assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "out.tsv").exists()
@@ -510,7 +505,7 @@ def test_the_document_has_the_tables_of_the_committed_results(tmp_path):
         pytest.skip("no study has been committed yet")
     document = tmp_path / "replication.md"
     document.write_bytes((ROOT / "docs" / "replication.md").read_bytes())
-    done = run_script("experiments/findings.py", *results, "--output_dir", tmp_path / "out", "--document", document)
+    done = run_script("experiments.findings", *results, "--output_dir", tmp_path / "out", "--document", document)
     assert done.returncode == 0, done.stderr
     assert document.read_text() == (ROOT / "docs" / "replication.md").read_text()
     for path in (tmp_path / "out").glob("*.md"):
@@ -521,7 +516,7 @@ def test_the_summary_is_that_of_the_committed_results(tmp_path):
     if not SUMMARY.exists():
         pytest.skip("no summary has been committed yet")
     results = [SUMMARY.with_name(f"{name}.json") for name in json.loads(SUMMARY.read_text())["collections"]]
-    done = run_script("experiments/findings.py", *results, "--output_dir", tmp_path, "--summary", tmp_path / "x.json")
+    done = run_script("experiments.findings", *results, "--output_dir", tmp_path, "--summary", tmp_path / "x.json")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.json").read_text() == SUMMARY.read_text()
 
@@ -540,7 +535,7 @@ def test_the_findings_are_those_of_the_committed_results():
 
 def test_the_commands_of_the_document_are_understood(monkeypatch):
     text = re.sub(r"\s*\\\n\s*", " ", (ROOT / "docs" / "replication.md").read_text())
-    lines = re.findall(r"python (experiments/replicate\.py [^\n]*)", text)
+    lines = re.findall(r"python -m (experiments\.replicate [^\n]*)", text)
     assert len(lines) >= 2
     for line in lines:
         monkeypatch.setattr(sys, "argv", shlex.split(line))
@@ -552,12 +547,12 @@ def test_a_document_without_the_marks(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"collection": "a", "settings": {"dev_depth": 1}, "tuned": [],
                                                  "curves": [], "dev": {"queries": 1, "nDCG@10": {"BM25": 0.5}}}))
     (tmp_path / "doc.md").write_text("<!-- b -->\n")
-    done = run_script("experiments/findings.py", tmp_path / "a.json", "--output_dir", tmp_path, "--document",
+    done = run_script("experiments.findings", tmp_path / "a.json", "--output_dir", tmp_path, "--document",
                       tmp_path / "doc.md")
     assert done.returncode == 2 and "expected the lines <!-- a -->" in done.stderr
     (tmp_path / "doc.md").write_text("x\n<!-- a -->\nold\n<!-- end of a -->\ny\n")
     for _ in range(2):
-        run_script("experiments/findings.py", tmp_path / "a.json", "--output_dir", tmp_path, "--document",
+        run_script("experiments.findings", tmp_path / "a.json", "--output_dir", tmp_path, "--document",
                    tmp_path / "doc.md")
     assert re.fullmatch(r"x\n<!-- a -->\n\nOn the 1 dev queries(.|\n)*0\.5000(.|\n)*\n<!-- end of a -->\ny\n",
                         (tmp_path / "doc.md").read_text())
@@ -567,12 +562,11 @@ def test_results_of_something_else(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     (tmp_path / "b.json").write_text("{")
     for name, complaint in (("a", "name a results.json of replicate.py"), ("b", "is not JSON")):
-        done = run_script("experiments/findings.py", tmp_path / f"{name}.json", "--output_dir", tmp_path / "out")
+        done = run_script("experiments.findings", tmp_path / f"{name}.json", "--output_dir", tmp_path / "out")
         assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr
 
 
 def test_help_is_there():
     for script in ("replicate", "findings", "cropped_queries"):
-        done = subprocess.run([sys.executable, ROOT / "experiments" / f"{script}.py", "--help"], capture_output=True,
-                              text=True)
+        done = run_script(f"experiments.{script}", "--help")
         assert done.returncode == 0 and "Out, in" in done.stdout or "Out:" in done.stdout

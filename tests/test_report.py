@@ -31,7 +31,7 @@ def write_record(path, **facts):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def directory(tmp_path, monkeypatch):
     """Judgements of four queries; runs of a teacher, a student (with records) and BM25."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "qrels.txt").write_text("".join(f"q{number} 0 good 1\n" for number in range(1, 5)))
@@ -48,13 +48,13 @@ SYSTEMS = ("--system", "the teacher", "teacher.trec", "--system", "BM25", "bm25.
 
 
 @pytest.fixture
-def made(folder, run_main):
+def made(directory, run_main):
     """Run main(); returns (cells of the table's rows by name, report.json, stderr)."""
     def call(*options, systems=SYSTEMS):
         told = run_main(report, "--qrels", "qrels.txt", *systems, "--output_dir", "out/report", *options)
-        text = (folder / "out" / "report" / "table.md").read_text()
+        text = (directory / "out" / "report" / "table.md").read_text()
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0:1] == "|"]
-        facts = json.loads((folder / "out" / "report" / "report.json").read_text())
+        facts = json.loads((directory / "out" / "report" / "report.json").read_text())
         return {row[0]: row[1:] for row in [rows[0], *rows[2:]]}, facts, told
     return call
 
@@ -81,14 +81,14 @@ def test_all_judged_queries(made):
     assert facts["queries"] == ["q1", "q2", "q3", "q4"] and "counted as 0: q4" in told
 
 
-def test_marks_and_correction(made, folder):
+def test_marks_and_correction(made, directory):
     """30 queries; the tests' p by SciPy, Holm over the two systems that are compared with the same one."""
     generator = np.random.default_rng(3)
     ranks = {name: generator.integers(1, high, 30).tolist()
              for name, high in (("teacher", 2), ("student", 3), ("bm25", 9))}
-    (folder / "qrels.txt").write_text("".join(f"q{number} 0 good 1\n" for number in range(30)))
+    (directory / "qrels.txt").write_text("".join(f"q{number} 0 good 1\n" for number in range(30)))
     for name, file in (("teacher", "teacher.trec"), ("student", "student.trec"), ("bm25", "bm25.txt")):
-        (folder / file).write_text(run_text({f"q{number}": rank for number, rank in enumerate(ranks[name])}))
+        (directory / file).write_text(run_text({f"q{number}": rank for number, rank in enumerate(ranks[name])}))
     rows, facts, _ = made("--teacher", "the teacher", "--baseline", "BM25", "--measures", "RR")
     teacher, student, bm25 = (1 / np.array(ranks[name]) for name in ("teacher", "student", "bm25"))
     for role, pairs in (("teacher", {"BM25": (bm25, teacher), "student_1": (student, teacher)}),
@@ -106,24 +106,24 @@ def test_marks_and_correction(made, folder):
     assert "‡" not in facts["notes"][1] and "randomization test" in facts["notes"][1]
 
 
-def test_nothing_is_marked_where_nothing_differs(made, folder):
-    (folder / "student.trec").write_text((folder / "teacher.trec").read_text())
+def test_nothing_is_marked_where_nothing_differs(made, directory):
+    (directory / "student.trec").write_text((directory / "teacher.trec").read_text())
     rows, facts, _ = made("--teacher", "the teacher")
     assert rows["student_1"][4:] == rows["the teacher"][4:]
     assert facts["comparisons"]["teacher"]["AP"]["student_1"]["holm"] == {"t-test": 1.0, "randomization": 1.0}
 
 
-def test_a_teacher_that_finds_nothing(made, folder):
-    (folder / "teacher.trec").write_text("q1 Q0 bad 1 1 t\n")
+def test_a_teacher_that_finds_nothing(made, directory):
+    (directory / "teacher.trec").write_text("q1 Q0 bad 1 1 t\n")
     rows, facts, _ = made("--teacher", "the teacher", "--measures", "RR")
     assert [row[5] for row in list(rows.values())[1:]] == ["–", "–", "–"]
     assert facts["systems"][1]["retained"] == {"RR": None}
 
 
-def test_a_measure_that_is_defined_for_no_query_of_a_system(made, folder):
+def test_a_measure_that_is_defined_for_no_query_of_a_system(made, directory):
     """Accuracy needs a relevant document among those of the run (and one that is not)."""
-    (folder / "teacher.trec").write_text(run_text({"q1": 2, "q2": 2, "q3": 2}))
-    (folder / "student.trec").write_text("".join(f"q{number} Q0 bad 1 1 t\n" for number in range(1, 5)))
+    (directory / "teacher.trec").write_text(run_text({"q1": 2, "q2": 2, "q3": 2}))
+    (directory / "student.trec").write_text("".join(f"q{number} Q0 bad 1 1 t\n" for number in range(1, 5)))
     rows, facts, told = made("--teacher", "the teacher", "--measures", "Accuracy", "RR")
     assert rows["student_1"][4:] == ["–", "–", "0.0000†", "0.0"]           # t is infinite: 1/2 less in each
     assert "student_1" not in facts["comparisons"]["teacher"]["Accuracy"]
@@ -134,22 +134,22 @@ def test_a_measure_that_is_defined_for_no_query_of_a_system(made, folder):
 # ---- models and speeds
 
 @pytest.fixture
-def ranked(folder, golden_models, run_main):
+def ranked(directory, golden_models, run_main):
     """Two models, their runs as the scripts make them, and the features."""
-    features = write_features(folder / "test.pkl", random_rows(40), set_name="test")
+    features = write_features(directory / "test.pkl", random_rows(40), set_name="test")
     for name, model, run in (("t", "teacher", "t.trec"), ("s/scores", "student_2x24", "s/run.trec")):
-        (folder / "s").mkdir(exist_ok=True)
+        (directory / "s").mkdir(exist_ok=True)
         run_main(reranker, "--model_dir", golden_models[model], "--features_file", features, "--output_scores_file",
                  f"{name}.tsv", "--device", "cpu")
         run_main(convert_to_trec_results, "--scores_file", f"{name}.tsv", "--output_results_file", run)
-    (folder / "qrels.txt").write_text("".join(f"q{number} 0 D{number} 1\n" for number in range(4)))
+    (directory / "qrels.txt").write_text("".join(f"q{number} 0 D{number} 1\n" for number in range(4)))
     return ("--system", "student", "s/run.trec", golden_models["student_2x24"], "--system", "T", "t.trec",
             golden_models["teacher"]), features
 
 
-def test_recorded_speeds_of_real_runs(ranked, made, folder):
+def test_recorded_speeds_of_real_runs(ranked, made, directory):
     rows, facts, told = made("--teacher", "T", systems=ranked[0])
-    recorded = [json.loads((folder / name).read_text()) for name in ("s/scores.tsv.run.json", "t.tsv.run.json")]
+    recorded = [json.loads((directory / name).read_text()) for name in ("s/scores.tsv.run.json", "t.tsv.run.json")]
     assert [row[0] for row in list(rows.values())[1:]] == ["2/24", "4/48"]
     for system, record in zip(facts["systems"], recorded):
         assert system["pairs_per_second"] == record["pairs_per_second"] and system["parameters"] == record["parameters"]
@@ -181,31 +181,31 @@ def test_a_model_that_has_changed_since_its_run_is_noticed(ranked, made, golden_
     assert "warning: t.trec: was scored with other weights than those of" in told
 
 
-def test_parameters_without_weights(made, golden_models, folder):
+def test_parameters_without_weights(made, golden_models, directory):
     """Without a record, they are counted from the configuration."""
     rows, facts, told = made("--measures", "RR", systems=("--system", "a", "bm25.txt", golden_models["teacher"]))
     loaded, _ = load_cross_encoder(golden_models["teacher"])
     assert rows["a"][:2] == ["4/48", f"{count_parameters(loaded):,}"]
     assert "no speeds are known, so no picture is drawn" in told and len(facts["notes"]) == 1
-    assert not (folder / "out" / "report" / "effectiveness.png").exists()
+    assert not (directory / "out" / "report" / "effectiveness.png").exists()
 
 
-def test_speeds_of_different_devices_are_not_divided(made, folder):
-    write_record(folder / "student.tsv.run.json", pairs_per_second=250.0, parameters=2345, device="cuda:0", processes=2,
+def test_speeds_of_different_devices_are_not_divided(made, directory):
+    write_record(directory / "student.tsv.run.json", pairs_per_second=250.0, parameters=2345, device="cuda:0", processes=2,
                  settings=SETTINGS | {"bf16": True})
     rows, facts, _ = made("--teacher", "the teacher")
     assert rows["student_1"][2:4] == ["250", "–"]
     assert "(the teacher: cpu; student_1: cuda:0, bf16, 2 processes)" in facts["notes"][-1]
 
 
-def test_an_interrupted_reranking_has_no_speed(made, folder):
-    write_record(folder / "student.tsv.run.json")
+def test_an_interrupted_reranking_has_no_speed(made, directory):
+    write_record(directory / "student.tsv.run.json")
     assert made("--teacher", "the teacher")[0]["student_1"][:4] == ["–", "–", "–", "–"]
 
 
-def test_the_record_of_the_pairs_beside_a_run_is_not_its_own(made, folder):
+def test_the_record_of_the_pairs_beside_a_run_is_not_its_own(made, directory):
     """The pairs of the candidates bm25.txt may be called bm25.tsv: their record has the name that is looked for."""
-    (folder / "bm25.tsv.run.json").write_text(json.dumps({"script": "prepare_examples.py", "counts": {"lines": 4}}))
+    (directory / "bm25.tsv.run.json").write_text(json.dumps({"script": "prepare_examples.py", "counts": {"lines": 4}}))
     rows, facts, _ = made("--teacher", "the teacher")
     assert rows["BM25"][:4] == ["–"] * 4 and facts["systems"][1]["record"] is None
 
@@ -224,9 +224,9 @@ def test_pairs_at_equal_distances(tmp_path, monkeypatch, count):
 
 # ---- files
 
-def test_files(made, folder, capsys):
+def test_files(made, directory, capsys):
     made("--teacher", "the teacher", "--measures", "AP", "RR")
-    out = folder / "out" / "report"
+    out = directory / "out" / "report"
     assert sorted(path.name for path in out.iterdir()) == ["effectiveness.png", "report.json", "table.md", "table.tex"]
     assert (out / "effectiveness.png").read_bytes().startswith(b"\x89PNG")
     latex = (out / "table.tex").read_text()
@@ -235,19 +235,19 @@ def test_files(made, folder, capsys):
     assert all(line.count(" & ") in (0, 8) for line in latex.splitlines())
 
 
-def test_as_a_program(folder):
-    done = run_script("report.py", "--qrels", folder / "qrels.txt", "--system", "a b", folder / "teacher.trec",
-                      "--system", "c", folder / "bm25.txt", "--teacher", "a b", "--output_dir", folder / "new")
+def test_as_a_program(directory):
+    done = run_script("report.py", "--qrels", directory / "qrels.txt", "--system", "a b", directory / "teacher.trec",
+                      "--system", "c", directory / "bm25.txt", "--teacher", "a b", "--output_dir", directory / "new")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{folder / 'new' / 'table.md'}:\n" + (folder / "new" / "table.md").read_text()
+    assert done.stdout == f"{directory / 'new' / 'table.md'}:\n" + (directory / "new" / "table.md").read_text()
 
 
 # ---- refusals
 
-def test_all_problems_at_once(folder, golden_models, run_main):
-    (folder / "bad.trec").write_text("q1 Q0\n")
-    (folder / "teacher.tsv.run.json").write_text("{")
-    (folder / "file").write_text("")
+def test_all_problems_at_once(directory, golden_models, run_main):
+    (directory / "bad.trec").write_text("q1 Q0\n")
+    (directory / "teacher.tsv.run.json").write_text("{")
+    (directory / "file").write_text("")
     with pytest.raises(UserError) as caught:
         run_main(report, "--qrels", "none.txt", "--system", "T", "teacher.trec", golden_models["teacher"], "--system",
                  "T", "bm25.txt", "--system", "only a name", "--system", "b", "bad.trec", "no/model", "--baseline",
@@ -256,11 +256,11 @@ def test_all_problems_at_once(folder, golden_models, run_main):
     told = str(caught.value)
     for message in ("--system 'T': stands there twice", "--system 'only a name': expected a name, a run and at most",
                     "--baseline 'BM25': is none of the systems (T, b)", "ndgc: unknown measure", "no/model",
-                    "--speed_rounds 0: expected 1 or more", "file: is a file; name a folder", "none.txt: cannot read",
+                    "--speed_rounds 0: expected 1 or more", "file: is a file; name a directory", "none.txt: cannot read",
                     "none.pkl: cannot read", "bad.trec:1: found 2 columns", "--fp16 needs a CUDA device",
                     "--int8: runs on a CPU alone", "teacher.tsv.run.json: is not the record of a run"):
         assert message in told, message
-    assert not (folder / "out").exists()
+    assert not (directory / "out").exists()
 
 
 @pytest.mark.parametrize(("options", "message"), [
@@ -273,29 +273,29 @@ def test_all_problems_at_once(folder, golden_models, run_main):
     (["--teacher", "BM25", "--system", "x", "x.trec"], "no judged query is in all of the runs"),
     (["--teacher", "BM25", "--system", "y", "y.trec"], "y.trec: none of its queries (z) is judged in qrels.txt"),
 ])
-def test_refusals(made, folder, options, message):
-    write_features(folder / "test.pkl", random_rows(3), set_name="test")
-    (folder / "x.trec").write_text(run_text({"q4": 1}))
-    (folder / "y.trec").write_text(run_text({"z": 1}))
+def test_refusals(made, directory, options, message):
+    write_features(directory / "test.pkl", random_rows(3), set_name="test")
+    (directory / "x.trec").write_text(run_text({"q4": 1}))
+    (directory / "y.trec").write_text(run_text({"z": 1}))
     with pytest.raises(UserError, match=re.escape(message)):
         made(*options)
-    assert not (folder / "out").exists()
+    assert not (directory / "out").exists()
 
 
-def test_what_cannot_be_written_is_told_before_speeds_are_measured(ranked, made, folder, monkeypatch):
+def test_what_cannot_be_written_is_told_before_speeds_are_measured(ranked, made, directory, monkeypatch):
     monkeypatch.setattr(report, "measure_systems", lambda *_: pytest.fail("measured"))
     options = ("--features_file", "test.pkl", "--teacher", "T")
-    (folder / "out").write_text("")
+    (directory / "out").write_text("")
     with pytest.raises(OSError, match="out"):
         made(*options, systems=ranked[0])
-    (folder / "out").unlink()
-    (folder / "out" / "report" / "table.tex").mkdir(parents=True)
-    with pytest.raises(UserError, match="table.tex: is a folder; name a file to write"):
+    (directory / "out").unlink()
+    (directory / "out" / "report" / "table.tex").mkdir(parents=True)
+    with pytest.raises(UserError, match="table.tex: is a directory; name a file to write"):
         made(*options, systems=ranked[0])
 
 
-def test_a_model_that_does_not_fit_the_features(ranked, made, folder):
-    write_features(folder / "long.pkl", random_rows(5, 80), max_seq_length=80, set_name="test")
+def test_a_model_that_does_not_fit_the_features(ranked, made, directory):
+    write_features(directory / "long.pkl", random_rows(5, 80), max_seq_length=80, set_name="test")
     with pytest.raises(UserError, match="the T has 64 positions, 80 are asked for"):
         made("--features_file", "long.pkl", "--teacher", "T", systems=ranked[0])
 

@@ -180,7 +180,7 @@ def test_refusals_come_together_with_exit_code_2(golden_models, tmp_path):
     done = run_script("reranker.py", *arguments(tmp_path / "no", file, tmp_path / "nowhere" / "s.tsv",
                                                 "--batch_tokens", 0))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    for problem in ("no such model folder", "folder does not exist", "--batch_tokens 0", "3 of 3 ids"):
+    for problem in ("no such model directory", "directory does not exist", "--batch_tokens 0", "3 of 3 ids"):
         assert problem in done.stderr
     general = shutil.copytree(golden_models["student_2x24"], tmp_path / "general")
     weights = load_file(general / "model.safetensors")

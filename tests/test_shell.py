@@ -1,4 +1,4 @@
-"""What a new user types: shell scripts from any folder, with data of their own; and what the README promises."""
+"""What a new user types: shell scripts from any directory, with data of their own; and what the README promises."""
 import argparse
 import importlib
 import os
@@ -40,9 +40,9 @@ def test_shell_scripts_are_clean(name):
 
 @pytest.fixture
 def own_data(golden_models, tmp_path):
-    """A user's folder with models, training examples, test pairs and judgements; everything named relatively."""
-    for name, folder in golden_models.items():
-        shutil.copytree(folder, tmp_path / "my models" / name)
+    """A user's directory with models, training examples, test pairs and judgements; everything named relatively."""
+    for name, directory in golden_models.items():
+        shutil.copytree(directory, tmp_path / "my models" / name)
     rows = [(row[0], words(row[1][1:row[2] - 1]), words(row[1][row[2]:-1]), row[3]) for row in random_rows(40)]
     (tmp_path / "train.tsv").write_text("".join(f"{n}\t{q}\t{p}\t{y}\n" for n, (_, q, p, y) in enumerate(rows)))
     (tmp_path / "pairs.tsv").write_text("".join(f"{i}\t{q}\t{p}\n" for i, q, p, _ in rows))
@@ -50,7 +50,7 @@ def own_data(golden_models, tmp_path):
     return tmp_path
 
 
-def test_distill_and_rerank_with_data_of_ones_own_from_any_folder(own_data):
+def test_distill_and_rerank_with_data_of_ones_own_from_any_directory(own_data):
     done = bash("ditill.sh", "--warmup_proportion", "0.2", cwd=own_data, TEACHER_MODEL="my models/teacher",
                 STUDENT_MODEL="my models/student_2x24", TRAIN_EXAMPLES="train.tsv", OUTPUT_STUDENT_DIR="out put",
                 MAX_SEQ_LENGTH="32", DEVICE="cpu")
@@ -189,7 +189,7 @@ def test_shell_scripts_explain_their_variables(tmp_path, script):
 
 
 def test_features_shorter_than_256_need_no_flag(own_data):
-    """What a user with features of 32 word pieces and models of 64 positions meets."""
+    """What a user with features of 32 tokens and models of 64 positions meets."""
     models = {"TEACHER_MODEL": "my models/teacher", "STUDENT_MODEL": "my models/student_2x24", "DEVICE": "cpu"}
     done = bash("distill.sh", cwd=own_data, TRAIN_EXAMPLES="train.tsv", FEATURES_FILE="train.pkl", MAX_SEQ_LENGTH="32",
                 OUTPUT_STUDENT_DIR="one", **models)
@@ -272,9 +272,6 @@ def test_the_pages_hold_commands():
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_line_is_understood(page, help_texts, monkeypatch, capsys):
     for script, arguments in command_lines(page):
-        if "/" in script:                               # of benchmarks/ and experiments/, which have tests of their own
-            assert (ROOT / script).is_file(), script
-            continue
         unknown = set(re.findall(r"--[a-z]\w+", arguments)) - set(re.findall(r"--[a-z]\w+", help_texts[script]))
         assert not unknown, f"{script}{arguments}"
         if "…" in arguments or "..." in arguments:
@@ -291,6 +288,12 @@ def test_every_command_line_is_understood(page, help_texts, monkeypatch, capsys)
 def test_blocks_to_paste_are_shell(block):
     done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_module_that_is_started_exists(page):
+    for module in re.findall(r"python -m ((?:benchmarks|examples|experiments)[\w.]*)", (ROOT / page).read_text()):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -99,8 +99,8 @@ def test_the_first_stage_leaves_the_head_alone_and_the_second_the_projection(gol
                                                                            run_main):
     out = tmp_path / "out"
     run_main(distill, *arguments(train_features, golden_models, out, "--distill_model", "tinybert", *SMALL_STEPS))
-    start, middle, end = ({**load_file(folder / "model.safetensors"), **load_file(folder / "fit_dense.safetensors")}
-                          for folder in (out / "checkpoint-0", out / "checkpoint-10", out))
+    start, middle, end = ({**load_file(directory / "model.safetensors"), **load_file(directory / "fit_dense.safetensors")}
+                          for directory in (out / "checkpoint-0", out / "checkpoint-10", out))
     for name in start:
         head, projection = name.startswith(("classifier.", "bert.pooler.")), name.startswith("fit_dense.")
         assert torch.equal(start[name], middle[name]) == head, name
@@ -113,7 +113,7 @@ def test_the_second_stage_is_standard_kd_that_starts_from_the_first(golden_model
     run_main(distill, *arguments(train_features, golden_models, out, "--distill_model", "tinybert", *SMALL_STEPS))
     run_main(distill, *arguments(train_features, golden_models | {"student_2x24": out / "checkpoint-10"},
                                  tmp_path / "second", "--distill_model", "standard", "--alpha", 1, *SMALL_STEPS))
-    mine, theirs = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "second"))
+    mine, theirs = (load_file(directory / "model.safetensors") for directory in (out, tmp_path / "second"))
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-5, atol=1e-6)
 
@@ -122,13 +122,13 @@ def without_speed(path):
     return [{name: value for name, value in row.items() if name != "examples_per_second"} for row in rows_of(path)]
 
 
-def dev_set(folder):
+def dev_set(directory):
     """Feature file and judgements of 40 pairs: 4 queries, of which one is not judged."""
     rows = random_rows(40, seed=1)
-    write_features(folder / "dev.pkl", rows, set_name="dev")
-    (folder / "qrels.txt").write_text("".join(f"q{query} 0 D{document} {document % 3}\n"
+    write_features(directory / "dev.pkl", rows, set_name="dev")
+    (directory / "qrels.txt").write_text("".join(f"q{query} 0 D{document} {document % 3}\n"
                                               for query in (0, 1, 2, 9) for document in range(10)))
-    return ("--dev_features_file", folder / "dev.pkl", "--dev_qrels_file", folder / "qrels.txt")
+    return ("--dev_features_file", directory / "dev.pkl", "--dev_qrels_file", directory / "qrels.txt")
 
 
 @pytest.mark.parametrize("stop_after", [0, 6, 9, 10, 11, 14, 17, 19])
@@ -184,9 +184,9 @@ def test_dev_measures_are_those_of_the_scripts(golden_models, train_features, tm
     rows = rows_of(out / "dev.jsonl")
     assert [row["global_step"] for row in rows] == [4, 8, 10]
     best = max(rows, key=lambda row: row["nDCG@10"])
-    for folder, row in ((out, rows[-1]), (out / "best", best)):
-        scores, run = tmp_path / f"{folder.name}.tsv", tmp_path / f"{folder.name}.trec"
-        for call in (("reranker.py", "--model_dir", folder, "--features_file", dev[1], "--output_scores_file", scores,
+    for directory, row in ((out, rows[-1]), (out / "best", best)):
+        scores, run = tmp_path / f"{directory.name}.tsv", tmp_path / f"{directory.name}.trec"
+        for call in (("reranker.py", "--model_dir", directory, "--features_file", dev[1], "--output_scores_file", scores,
                       "--device", "cpu"),
                      ("convert_to_trec_results.py", "--scores_file", scores, "--output_results_file", run)):
             done = run_script(*call)

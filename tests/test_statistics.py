@@ -73,7 +73,7 @@ def test_values_that_differ_by_rounding_only_are_ties():
 def test_families_are_corrected_by_test():
     first, others = by_query([0.1, 0.2, 0.3, 0.4, 0.5]), [[0.2, 0.3, 0.4, 0.5, 0.7], [0.2, 0.1, 0.2, 0.6, 0.7]]
     family = [statistics.compare(first, by_query(other)) for other in others]
-    statistics.correct(family)
+    statistics.apply_holm(family)
     for test in statistics.TESTS:
         assert [each.holm[test] for each in family] == statistics.holm([each.p[test] for each in family])
     assert family[0].p["randomization"] == 2 / 32

@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, program
 
 import convert_to_trec_results
 import general_distill
@@ -172,8 +172,8 @@ def run_in(environment, name, *arguments):
     encodings = ("LC_ALL", "LC_CTYPE", "LANG", "PYTHONIOENCODING", "PYTHONUTF8", "PYTHONCOERCECLOCALE")
     others = {name: value for name, value in os.environ.items() if name not in encodings}
     arguments = [each if isinstance(each, bytes) else str(each) for each in arguments]
-    return subprocess.run([sys.executable, str(ROOT / name), *arguments], capture_output=True, timeout=300,
-                          env=others | environment)
+    return subprocess.run([sys.executable, *program(name), *arguments], capture_output=True, timeout=300,
+                          env=others | environment | {"PYTHONPATH": str(ROOT)})
 
 
 @pytest.fixture
@@ -202,8 +202,8 @@ def test_a_report_is_written_and_shown_in_any_locale(evaluation):
         "name"] == "Schüler"
 
 
-@pytest.mark.parametrize("name", ["report.py", "general_distill.py", "benchmarks/tokenization.py",
-                                  "examples/build_collection.py", "experiments/findings.py"])
+@pytest.mark.parametrize("name", ["report.py", "general_distill.py", "benchmarks.tokenization",
+                                  "examples.build_collection", "experiments.findings"])
 def test_help_is_shown_on_any_terminal(name):
     done = run_in(ASCII, name, "--help")
     assert done.returncode == 0 and b"usage:" in done.stdout and b"Traceback" not in done.stderr, done.stderr
@@ -223,8 +223,8 @@ def test_file_names_that_are_not_utf8_can_be_told_and_recorded(evaluation):
 def test_texts_are_opened_in_utf8_whatever_the_locale():
     """Where no encoding is given, Python takes the locale's."""
     calls = 0
-    for path in (path for folder in (".", "simplified_tinybert/**", "experiments", "benchmarks", "examples")
-                 for path in ROOT.glob(f"{folder}/*.py")):
+    for path in (path for directory in (".", "simplified_tinybert/**", "experiments", "benchmarks", "examples")
+                 for path in ROOT.glob(f"{directory}/*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 name = getattr(node.func, "id", None) or "." + getattr(node.func, "attr", "")

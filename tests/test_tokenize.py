@@ -18,7 +18,7 @@ from transformers import BertTokenizerFast
 import tokenize_to_features
 from simplified_tinybert.common.files import UserError, run_main
 from simplified_tinybert.data.features import read_chunks, read_header
-from simplified_tinybert.data.tokenization import PieceCutter, tokenize, truncated_lengths
+from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize, truncated_lengths
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.vocabulary import bert_vocabulary
 
@@ -32,23 +32,23 @@ repeated = settings(deadline=None, max_examples=60, suppress_health_check=[Healt
 
 @pytest.fixture(scope="module")
 def uncased(tmp_path_factory) -> Path:
-    """A model folder with BERT-Base's vocabulary."""
-    folder = tmp_path_factory.mktemp("uncased")
-    (folder / "vocab.txt").write_bytes((DATA / "bert-base-uncased-vocab.txt").read_bytes())
-    return folder
+    """A model directory with BERT-Base's vocabulary."""
+    directory = tmp_path_factory.mktemp("uncased")
+    (directory / "vocab.txt").write_bytes((DATA / "bert-base-uncased-vocab.txt").read_bytes())
+    return directory
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A model folder with a small vocabulary that has something to cut words into."""
+    """A model directory with a small vocabulary that has something to cut words into."""
     return with_pieces(tmp_path_factory.mktemp("model"), PIECES)
 
 
-def with_pieces(folder, pieces, **settings_):
-    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+def with_pieces(directory, pieces, **settings_):
+    (directory / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
     if settings_:
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings_))
-    return folder
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings_))
+    return directory
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def naive_pair(tokenizer, query, passage, max_seq_length, cls=2, sep=3):
 def test_tokens_of_the_original(uncased, number):
     case, vocabulary = CASES[number], load_vocabulary(uncased)
     line = f"q#p\t{case['query']}\t{case['passage']}\t1"
-    examples = tokenize([line], PieceCutter(vocabulary, case["max_seq_length"]))
+    examples = tokenize([line], CachedTokenizer(vocabulary, case["max_seq_length"]))
     tokens, query_length = examples.tokens.tolist(), int(examples.query_lengths[0])
     if not CONTROL.search(line):
         assert tokens == case["input_ids"]
@@ -132,7 +132,7 @@ def test_no_text_makes_a_control_token(text):
     for lower_case in (True, False):
         pieces = PIECES + ["CLS", "SEP", "##]", "##SEP", "##sep"]
         vocabulary = bert_vocabulary({piece: number for number, piece in enumerate(pieces)}, lower_case)
-        examples = tokenize([f"q#p\t{text}\t{text}"], PieceCutter(vocabulary, 200))
+        examples = tokenize([f"q#p\t{text}\t{text}"], CachedTokenizer(vocabulary, 200))
         counts = Counter(examples.tokens.tolist())
         assert (counts[0], counts[2], counts[3], counts[4]) == (0, 1, 2, 0)
 
@@ -177,9 +177,9 @@ def test_capitals_of_control_tokens_do_not_make_a_vocabulary_cased(tmp_path):
 @pytest.mark.parametrize("setting", [True, False])
 @pytest.mark.parametrize("extra", [[], ["Cat"]])
 def test_casing_of_tokenizer_config(tmp_path, setting, extra):
-    folder = with_pieces(tmp_path, PIECES + extra, do_lower_case=setting)
-    assert load_vocabulary(folder).lower_case is setting
-    assert load_vocabulary(folder, not setting).lower_case is not setting
+    directory = with_pieces(tmp_path, PIECES + extra, do_lower_case=setting)
+    assert load_vocabulary(directory).lower_case is setting
+    assert load_vocabulary(directory, not setting).lower_case is not setting
 
 
 def test_settings_that_leave_casing_open(tmp_path):
@@ -207,13 +207,13 @@ def test_casing_of_tokenizer_json(tmp_path, lower_case):
 
 
 @pytest.mark.parametrize("lower_case", [True, False])
-def test_a_folder_that_transformers_saved(tmp_path, uncased, lower_case):
+def test_a_directory_that_transformers_saved(tmp_path, uncased, lower_case):
     original = BertTokenizerFast.from_pretrained(uncased, do_lower_case=lower_case)
     original.save_pretrained(tmp_path)
     assert not (tmp_path / "vocab.txt").exists()
     vocabulary = load_vocabulary(tmp_path)
     assert vocabulary.lower_case is lower_case
-    assert vocabulary.fingerprint() == load_vocabulary(uncased).fingerprint()
+    assert vocabulary.checksum() == load_vocabulary(uncased).checksum()
     for case in CASES[:18]:
         if not CONTROL.search(case["query"] + case["passage"]):
             ours = [vocabulary.tokenizer().encode(case[name]).ids for name in ("query", "passage")]
@@ -259,12 +259,12 @@ def test_vocabulary_with_windows_line_ends(tmp_path, model):
     assert load_vocabulary(tmp_path) == load_vocabulary(model)
 
 
-def test_fingerprint_tells_vocabularies_apart():
+def test_checksum_tells_vocabularies_apart():
     one = bert_vocabulary({"a": 0, "b": 1}, True)
-    assert one.fingerprint() == bert_vocabulary({"b": 1, "a": 0}, False).fingerprint()
+    assert one.checksum() == bert_vocabulary({"b": 1, "a": 0}, False).checksum()
     others = [bert_vocabulary(pieces, True) for pieces in (
         {"a": 1, "b": 0}, {"a": 0}, {"a": 0, "b": 2}, {"a\nb": 0})]
-    assert len({vocabulary.fingerprint() for vocabulary in [one, *others]}) == 5
+    assert len({vocabulary.checksum() for vocabulary in [one, *others]}) == 5
 
 
 # The script: what it reads
@@ -446,8 +446,8 @@ def test_flags_and_lines_are_complained_about_together(run, tmp_path):
                      output_features_file=tmp_path / "no" / "features")
     found = errors(told)
     assert code == 2 and len(found) == 4
-    for reason in ("--max_seq_length 7: expected 8 to 65535", "no-model: no such model folder",
-                   "features: its folder does not", "pairs.tsv:1: found id"):
+    for reason in ("--max_seq_length 7: expected 8 to 65535", "no-model: no such model directory",
+                   "features: its directory does not", "pairs.tsv:1: found id"):
         assert any(reason in line for line in found), (reason, found)
 
 
@@ -469,7 +469,7 @@ def test_empty_files(run, tmp_path, content):
     refused(run(content), tmp_path, (": ", "is empty; expected one pair a line"))
 
 
-def test_missing_file_and_folder_as_file(run, tmp_path):
+def test_missing_file_and_directory_as_file(run, tmp_path):
     refused(run(None), tmp_path, (": ", "cannot read the pairs: No such file"))
     (tmp_path / "pairs.tsv").mkdir()
     refused(run(None), tmp_path, (": ", "cannot read the pairs: Is a directory"))
@@ -478,7 +478,7 @@ def test_missing_file_and_folder_as_file(run, tmp_path):
 @pytest.mark.parametrize("length", [7, 0, -1, 65536])
 def test_impossible_lengths(run, tmp_path, length):
     code, told = run("q#p\tthe\tcat\n", max_seq_length=length)
-    assert code == 2 and errors(told) == [f"--max_seq_length {length}: expected 8 to 65535 word pieces"]
+    assert code == 2 and errors(told) == [f"--max_seq_length {length}: expected 8 to 65535 tokens"]
     assert os.listdir(tmp_path / "out") == []
 
 
@@ -489,7 +489,7 @@ def test_flags_that_are_no_values(run, tmp_path, options):
 
 
 def test_output_that_cannot_be_written(run, tmp_path):
-    for output, reason in [(tmp_path / "out", "is a folder"), (tmp_path / "no" / "f", "its folder does not exist")]:
+    for output, reason in [(tmp_path / "out", "is a directory"), (tmp_path / "no" / "f", "its directory does not exist")]:
         code, told = run("q#p\tthe\tcat\n", output_features_file=output)
         assert code == 2 and len(errors(told)) == 1 and reason in told
     assert os.listdir(tmp_path / "out") == []
@@ -499,7 +499,7 @@ def test_models_without_vocabulary(run, tmp_path):
     (tmp_path / "model").mkdir()
     for name, reason in [(tmp_path / "model", "holds no vocabulary"), ("nobody/nothing", "hub cannot be reached"),
                          (tmp_path / "pairs.tsv", "is a file; name the directory"),
-                         ("no-model", "hub cannot be reached"), ("a/b/c", "no such model folder")]:
+                         ("no-model", "hub cannot be reached"), ("a/b/c", "no such model directory")]:
         code, told = run("q#p\tthe\tcat\n", bert_model_dir=name)
         assert code == 2 and len(errors(told)) == 1 and reason in told and str(name) in told
     assert os.listdir(tmp_path / "out") == []
@@ -549,5 +549,5 @@ def test_a_refusal_of_the_real_script(tmp_path, golden_models):
 def test_a_final_sigma_is_lower_cased_as_the_library_does():
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "σοφος", "σοφοσ", "οσο"]
     vocabulary = bert_vocabulary({piece: number for number, piece in enumerate(pieces)}, lower_case=True)
-    examples = tokenize(["1\tΣΟΦΟΣ\tΣΟΦΟΣ, ΟΣΟ\t1"], PieceCutter(vocabulary, 32))
+    examples = tokenize(["1\tΣΟΦΟΣ\tΣΟΦΟΣ, ΟΣΟ\t1"], CachedTokenizer(vocabulary, 32))
     assert examples.tokens.tolist() == [2, 5, 3, 5, 1, 6, 3]

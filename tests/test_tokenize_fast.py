@@ -17,7 +17,7 @@ from simplified_tinybert.common.files import UserError
 from simplified_tinybert.common.text import lines_of, read_blocks, read_lines
 from simplified_tinybert.common.workers import _receive, map_in_order
 from simplified_tinybert.data.features import CHUNK_EXAMPLES, Examples, read_chunks
-from simplified_tinybert.data.tokenization import PieceCutter, Remembered
+from simplified_tinybert.data.tokenization import CachedTokenizer, TextCache
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 
 LINES = st.text(alphabet="\t\t\t#ab 01\u00a0\u2028\x1c\x1f\u3000é", max_size=25)
@@ -29,9 +29,9 @@ WORDS = st.lists(st.sampled_from(["the", "unaffable", "Ça", "ΟΔΟΣ", "Σ", "
 
 @pytest.fixture(scope="module", params=[True, False])
 def vocabulary(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vocabulary")
-    (folder / "vocab.txt").write_bytes((ROOT / "tests/data/bert-base-uncased-vocab.txt").read_bytes())
-    return load_vocabulary(folder, lower_case=request.param)
+    directory = tmp_path_factory.mktemp("vocabulary")
+    (directory / "vocab.txt").write_bytes((ROOT / "tests/data/bert-base-uncased-vocab.txt").read_bytes())
+    return load_vocabulary(directory, lower_case=request.param)
 
 
 @settings(max_examples=1500, deadline=None)
@@ -49,7 +49,7 @@ def test_the_quick_check_finds_right_lines_alone(set_name, line):
 @given(text=WORDS | LETTERS | st.tuples(WORDS, LETTERS).map("".join), length=st.integers(8, 40),
        memory=st.sampled_from([0, 2000, 2 ** 20]))
 def test_remembered_words_make_the_pieces_of_the_text(vocabulary, text, length, memory):
-    cutter = PieceCutter(vocabulary, length, by_words=True, memory=memory)
+    cutter = CachedTokenizer(vocabulary, length, by_words=True, memory=memory)
     plain = vocabulary.tokenizer().encode(text, add_special_tokens=False).ids
     for _ in range(2):                                  # computed, then remembered
         found = np.frombuffer(cutter.texts[text], cutter.token_type).tolist()
@@ -59,7 +59,7 @@ def test_remembered_words_make_the_pieces_of_the_text(vocabulary, text, length, 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 30), max_size=200), st.integers(0, 3000))
 def test_what_is_remembered_is_right_and_bounded(keys, limit):
-    remembered = Remembered(lambda text: text.encode() * 2, limit)
+    remembered = TextCache(lambda text: text.encode() * 2, limit)
     for key in keys:
         assert remembered[str(key)] == str(key).encode() * 2
         assert (len(remembered) + len(remembered.elder)) * 150 <= limit + 1000

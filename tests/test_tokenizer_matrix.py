@@ -24,7 +24,7 @@ import tokenize_to_features
 from simplified_tinybert.common.files import UserError
 from simplified_tinybert.data.corpus import map_corpus
 from simplified_tinybert.data.features import read_chunks
-from simplified_tinybert.data.tokenization import PieceCutter, tokenize, words_suffice
+from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize, words_suffice
 from simplified_tinybert.model.pretrained import load_cross_encoder, new_cross_encoder, save_cross_encoder
 from simplified_tinybert.model.tokenizer_files import load_vocabulary, save_tokenizer
 from simplified_tinybert.model.vocabulary import SPECIAL, Vocabulary
@@ -48,23 +48,23 @@ TEXTS = [*WORDS, "COVID-19 wing", "flow covid-19", "  the   cat  ", " ".join(WOR
 ADDED = ["covid-19", "new york", "[Q]", "c++", "猫", "[unused1]", "É"]
 
 
-def write_json(folder: Path, name: str, **content) -> None:
-    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+def write_json(directory: Path, name: str, **content) -> None:
+    (directory / name).write_text(json.dumps(content), encoding="utf-8")
 
 
-def config(folder: Path, **content) -> None:
-    write_json(folder, "config.json", **{"model_type": "bert", "vocab_size": SIZE} | content)
+def config(directory: Path, **content) -> None:
+    write_json(directory, "config.json", **{"model_type": "bert", "vocab_size": SIZE} | content)
 
 
-def vocab(folder: Path, pieces: list[str] = PIECES, end: str = "\n", mark: str = "") -> None:
-    (folder / "vocab.txt").write_bytes((mark + "".join(piece + end for piece in pieces)).encode())
+def vocab(directory: Path, pieces: list[str] = PIECES, end: str = "\n", mark: str = "") -> None:
+    (directory / "vocab.txt").write_bytes((mark + "".join(piece + end for piece in pieces)).encode())
 
 
-def settings_of(folder: Path, name: str = "BertTokenizer", **content) -> None:
-    write_json(folder, "tokenizer_config.json", tokenizer_class=name, **content)
+def settings_of(directory: Path, name: str = "BertTokenizer", **content) -> None:
+    write_json(directory, "tokenizer_config.json", tokenizer_class=name, **content)
 
 
-def rust(folder: Path, normalizer=None, splitter=None, ids: dict[str, int] = IDS, added=(), **model) -> Tokenizer:
+def rust(directory: Path, normalizer=None, splitter=None, ids: dict[str, int] = IDS, added=(), **model) -> Tokenizer:
     """tokenizer.json as the `tokenizers` library writes it."""
     tokenizer = Tokenizer(WordPiece(ids, unk_token="[UNK]", **model))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter or pre.BertPreTokenizer()
@@ -73,48 +73,48 @@ def rust(folder: Path, normalizer=None, splitter=None, ids: dict[str, int] = IDS
     tokenizer.post_processor = processors.TemplateProcessing(
         "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         [(piece, tokenizer.token_to_id(piece)) for piece in ("[CLS]", "[SEP]")])
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(directory / "tokenizer.json"))
     return tokenizer
 
 
-def saved_by_transformers(folder: Path, added=(), special=(), **options) -> None:
-    (folder / "aside").mkdir()
-    vocab(folder / "aside")
-    tokenizer = BertTokenizer.from_pretrained(folder / "aside", **options)
+def saved_by_transformers(directory: Path, added=(), special=(), **options) -> None:
+    (directory / "aside").mkdir()
+    vocab(directory / "aside")
+    tokenizer = BertTokenizer.from_pretrained(directory / "aside", **options)
     tokenizer.add_tokens(list(added))
     tokenizer.add_tokens(list(special), special_tokens=True)
-    tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(directory)
 
 
 DIRECTORIES: dict[str, Callable[[Path], object]] = {}
 
 
-def directory(build: Callable[[Path], object]) -> Callable[[Path], object]:
+def registered(build: Callable[[Path], object]) -> Callable[[Path], object]:
     """Register a directory under the function's name. It may return the tokenizer that is right for it."""
     DIRECTORIES[build.__name__] = build
     return build
 
 
 def with_vocab(title: str, name: str = "BertTokenizer", **content) -> None:
-    def build(folder):
-        config(folder)
-        vocab(folder)
-        settings_of(folder, name, **content)
+    def build(directory):
+        config(directory)
+        vocab(directory)
+        settings_of(directory, name, **content)
     DIRECTORIES[title] = build
 
 
 def fast(name: str, class_name: str = "PreTrainedTokenizerFast", more: dict | None = None, **options) -> None:
-    def build(folder):
-        config(folder)
-        settings_of(folder, class_name, **more or {})
-        rust(folder, **options)
+    def build(directory):
+        config(directory)
+        settings_of(directory, class_name, **more or {})
+        rust(directory, **options)
     DIRECTORIES[name] = build
 
 
 def resaved(name: str, **options) -> None:
-    def build(folder):
-        config(folder)
-        saved_by_transformers(folder, **options)
+    def build(directory):
+        config(directory)
+        saved_by_transformers(directory, **options)
     DIRECTORIES[name] = build
 
 
@@ -174,101 +174,101 @@ fast("special tokens only added", normalizer=BERT, added=["covid-19"],
      ids={"[UNK]": 0} | {piece: number - 4 for piece, number in IDS.items() if number > 4})
 
 
-@directory
-def bert_config_json(folder):
-    write_json(folder, "bert_config.json", vocab_size=SIZE)
-    vocab(folder)
-    return BertTokenizer.from_pretrained(folder)
+@registered
+def bert_config_json(directory):
+    write_json(directory, "bert_config.json", vocab_size=SIZE)
+    vocab(directory)
+    return BertTokenizer.from_pretrained(directory)
 
 
-@directory
-def vocab_txt_alone(folder):
-    vocab(folder)
-    settings_of(folder, None, do_lower_case=False)
-    return BertTokenizer.from_pretrained(folder)
+@registered
+def vocab_txt_alone(directory):
+    vocab(directory)
+    settings_of(directory, None, do_lower_case=False)
+    return BertTokenizer.from_pretrained(directory)
 
 
-@directory
-def without_tokenizer_config(folder):
-    config(folder)
-    vocab(folder)
+@registered
+def without_tokenizer_config(directory):
+    config(directory)
+    vocab(directory)
 
 
-@directory
-def class_in_config_json(folder):
-    config(folder, tokenizer_class="BertTokenizerFast")
-    vocab(folder)
+@registered
+def class_in_config_json(directory):
+    config(directory, tokenizer_class="BertTokenizerFast")
+    vocab(directory)
 
 
-@directory
-def byte_order_mark(folder):
-    config(folder)
-    vocab(folder)
-    right = AutoTokenizer.from_pretrained(folder)
-    vocab(folder, end="\r\n", mark="\ufeff")
+@registered
+def byte_order_mark(directory):
+    config(directory)
+    vocab(directory)
+    right = AutoTokenizer.from_pretrained(directory)
+    vocab(directory, end="\r\n", mark="\ufeff")
     return right
 
 
-@directory
-def windows_line_ends(folder):
-    config(folder)
-    vocab(folder, end="\r\n")
+@registered
+def windows_line_ends(directory):
+    config(directory)
+    vocab(directory, end="\r\n")
 
 
-@directory
-def old_layout(folder):
+@registered
+def old_layout(directory):
     """As transformers 2 to 4 saved a tokenizer with added tokens."""
-    config(folder)
-    vocab(folder)
-    settings_of(folder, do_lower_case=True, model_max_length=512, strip_accents=None)
+    config(directory)
+    vocab(directory)
+    settings_of(directory, do_lower_case=True, model_max_length=512, strip_accents=None)
     names = {f"{piece[1:-1].lower()}_token": piece for piece in SPECIAL}
-    write_json(folder, "special_tokens_map.json", **names, additional_special_tokens=["[Q]"])
+    write_json(directory, "special_tokens_map.json", **names, additional_special_tokens=["[Q]"])
     added = enumerate(("covid-19", "[Q]", "c++"), len(PIECES))
-    write_json(folder, "added_tokens.json", **{word: number for number, word in added})
+    write_json(directory, "added_tokens.json", **{word: number for number, word in added})
 
 
-@directory
-def old_layout_of_both(folder):
+@registered
+def old_layout_of_both(directory):
     """vocab.txt lacks what tokenizer.json has."""
-    config(folder)
-    vocab(folder)
-    settings_of(folder, "BertTokenizerFast", do_lower_case=True)
-    rust(folder, BERT, added=["covid-19", AddedToken("new york", single_word=True)])
+    config(directory)
+    vocab(directory)
+    settings_of(directory, "BertTokenizerFast", do_lower_case=True)
+    rust(directory, BERT, added=["covid-19", AddedToken("new york", single_word=True)])
 
 
-@directory
-def tokenizer_json_alone(folder):
-    rust(folder, norm.BertNormalizer(strip_accents=False), added=["covid-19"])
+@registered
+def tokenizer_json_alone(directory):
+    rust(directory, norm.BertNormalizer(strip_accents=False), added=["covid-19"])
 
 
-@directory
-def tokenizer_json_of_a_bert(folder):
+@registered
+def tokenizer_json_of_a_bert(directory):
     """AutoTokenizer takes BertTokenizer here, which strips accents, whatever tokenizer.json says."""
-    config(folder)
-    rust(folder, norm.BertNormalizer(strip_accents=False), added=["covid-19"], max_input_chars_per_word=8)
+    config(directory)
+    rust(directory, norm.BertNormalizer(strip_accents=False), added=["covid-19"], max_input_chars_per_word=8)
 
 
-@directory
-def without_post_processor(folder):
-    tokenizer = rust(folder, BERT)
+@registered
+def without_post_processor(directory):
+    tokenizer = rust(directory, BERT)
     content = json.loads(tokenizer.to_str()) | {"post_processor": None, "added_tokens": []}
-    write_json(folder, "tokenizer.json", **content)
+    write_json(directory, "tokenizer.json", **content)
 
 
-@directory
-def padding_and_truncation_within(folder):
-    config(folder)
-    tokenizer = rust(folder, norm.Sequence([norm.NFKC(), BERT]))
+@registered
+def padding_and_truncation_within(directory):
+    config(directory)
+    tokenizer = rust(directory, norm.Sequence([norm.NFKC(), BERT]))
     tokenizer.enable_padding(length=30, direction="left")
     tokenizer.enable_truncation(5)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings_of(folder, "PreTrainedTokenizerFast")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings_of(directory, "PreTrainedTokenizerFast")
 
 
-@directory
-def without_pad_and_mask(folder):
-    config(folder)
-    vocab(folder, [piece for piece in PIECES if piece not in ("[PAD]", "[MASK]")])
+@registered
+def without_pad_and_mask(directory):
+    config(directory)
+    vocab(directory, [piece for piece in PIECES if piece not in ("[PAD]", "[MASK]")])
 
 
 NAMES = list(DIRECTORIES)
@@ -289,10 +289,10 @@ def made(tmp_path_factory) -> Callable[[str], tuple[Path, object]]:
 
     def make(name: str) -> tuple[Path, object]:
         if name not in done:
-            folder = tmp_path_factory.mktemp("matrix") / "model"
-            folder.mkdir()
-            right = DIRECTORIES[name](folder)
-            done[name] = folder, right or AutoTokenizer.from_pretrained(folder)
+            directory = tmp_path_factory.mktemp("matrix") / "model"
+            directory.mkdir()
+            right = DIRECTORIES[name](directory)
+            done[name] = directory, right or AutoTokenizer.from_pretrained(directory)
         return done[name]
     return make
 
@@ -302,7 +302,7 @@ def ids(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def our_ids(vocabulary: Vocabulary, texts: list[str], by_words: bool | None = None) -> list[list[int]]:
-    cutter = PieceCutter(vocabulary, 8, by_words)
+    cutter = CachedTokenizer(vocabulary, 8, by_words)
     return [np.frombuffer(tokens, cutter.token_type).tolist() for tokens in cutter.wholes(texts)]
 
 
@@ -317,8 +317,8 @@ def free_of_special(text: str) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ids_are_those_of_transformers(made, name):
-    folder, right = made(name)
-    vocabulary = load_vocabulary(folder)
+    directory, right = made(name)
+    vocabulary = load_vocabulary(directory)
     expected = ids(right, TEXTS)
     assert our_ids(vocabulary, TEXTS) == expected
     assert our_ids(vocabulary, TEXTS, by_words=False) == expected
@@ -367,15 +367,15 @@ def test_special_tokens_in_a_text_stay_text(loaded, name):
         assert found and not planted & set(found)
 
 
-def test_equal_fingerprints_mean_equal_ids(loaded):
+def test_equal_checksums_mean_equal_ids(loaded):
     seen = {}
     for name in NAMES:
         vocabulary = loaded(name)
-        key = vocabulary.fingerprint(), vocabulary.lower_case
+        key = vocabulary.checksum(), vocabulary.lower_case
         assert seen.setdefault(key, our_ids(vocabulary, TEXTS)) == our_ids(vocabulary, TEXTS), name
     assert len(seen) > 30
     alike = ("uncased", "accents stripped", "saved, uncased", "bert_config_json", "byte_order_mark", "cased")
-    assert len({loaded(name).fingerprint() for name in alike}) == 1
+    assert len({loaded(name).checksum() for name in alike}) == 1
 
 
 # What is saved
@@ -391,9 +391,9 @@ def test_what_is_saved_gives_the_same_ids(loaded, made, tmp_path, name, lower_ca
     theirs, again = AutoTokenizer.from_pretrained(tmp_path), load_vocabulary(tmp_path, None)
     assert ids(theirs, TEXTS) == expected == our_ids(again, TEXTS)
     assert (again.pieces, again.lower_case) == (vocabulary.pieces, vocabulary.lower_case)
-    assert again.fingerprint() == vocabulary.fingerprint()
+    assert again.checksum() == vocabulary.checksum()
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["do_lower_case"] is vocabulary.lower_case
-    pair, cutter = theirs("flow covid-19", "the cat"), PieceCutter(vocabulary, 64)
+    pair, cutter = theirs("flow covid-19", "the cat"), CachedTokenizer(vocabulary, 64)
     examples = tokenize(["q#p\tflow covid-19\tthe cat"], cutter)
     assert pair["input_ids"] == examples.tokens.tolist()
     assert sum(pair["token_type_ids"]) == len(examples.tokens) - examples.query_lengths[0]
@@ -415,7 +415,7 @@ def test_a_cross_encoder_scores_what_is_saved_the_same(loaded, made, model, tmp_
              ("é", "a1")]
     save_cross_encoder(model, tmp_path, made(name)[0], loaded(name).lower_case)
     lines = [f"q#{number}\t{query}\t{passage}" for number, (query, passage) in enumerate(pairs)]
-    examples = tokenize(lines, PieceCutter(load_vocabulary(tmp_path), 512))
+    examples = tokenize(lines, CachedTokenizer(load_vocabulary(tmp_path), 512))
     with torch.inference_mode():
         ours = load_cross_encoder(tmp_path)[0](examples.batch(np.arange(len(pairs)))).logits
     theirs = SentenceCrossEncoder(str(tmp_path), device="cpu", max_length=512).predict(
@@ -433,11 +433,11 @@ def test_all_files_say_the_casing_in_use(made, tmp_path):
 # What is refused
 
 
-def refused(folder: Path, *reasons: str) -> None:
+def refused(directory: Path, *reasons: str) -> None:
     with pytest.raises(UserError) as raised:
-        load_vocabulary(folder)
+        load_vocabulary(directory)
     message, = str(raised.value).splitlines()
-    assert str(folder) in message and all(reason in message for reason in reasons), message
+    assert str(directory) in message and all(reason in message for reason in reasons), message
 
 
 @pytest.mark.parametrize("model_class", [BPE, WordLevel])
@@ -516,11 +516,11 @@ def test_a_vocabulary_larger_than_the_model(tmp_path, source, name):
 
 
 def test_the_script_finds_added_words_in_several_processes(made, tmp_path):
-    folder, right = made("saved with many")
+    directory, right = made("saved with many")
     pairs = [(f"COVID-19 {'wing ' * (n % 3)}", f"in New York {n} covid-19") for n in range(40)]
     (tmp_path / "pairs.tsv").write_text("".join(f"q#{n}\t{q}\t{p}\n" for n, (q, p) in enumerate(pairs)))
     done = run_script("tokenize_to_features.py", "--set_name", "test", "--raw_data_file", tmp_path / "pairs.tsv",
-                      "--output_features_file", tmp_path / "features", "--bert_model_dir", folder)
+                      "--output_features_file", tmp_path / "features", "--bert_model_dir", directory)
     assert done.returncode == 0 and done.stderr.count("note ") == 1, done.stderr
     chunk, = read_chunks(tmp_path / "features")
     assert chunk.tokens.tolist() == [number for pair in pairs for number in right(*pair)["input_ids"]]
@@ -566,9 +566,9 @@ def test_a_student_with_another_tokenizer_is_refused(made, model, tmp_path, run_
 
 
 def test_a_corpus_with_added_words(made, tmp_path):
-    folder, right = made("saved with many")
+    directory, right = made("saved with many")
     (tmp_path / "corpus.txt").write_text("".join(f"{text}\n" for text in ("COVID-19 in New York", "猫 c++", "the cat")))
-    examples = map_corpus([tmp_path / "corpus.txt"], "lines", load_vocabulary(folder), 32, "0", tmp_path / "cache")
+    examples = map_corpus([tmp_path / "corpus.txt"], "lines", load_vocabulary(directory), 32, "0", tmp_path / "cache")
     expected = [number for text in ("COVID-19 in New York", "猫 c++", "the cat") for number in right(text)["input_ids"]]
     assert examples.tokens.tolist() == expected
 

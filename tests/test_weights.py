@@ -17,7 +17,7 @@ from simplified_tinybert.common.files import UserError, reason
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import FETCHED, find_model
 from simplified_tinybert.model.pretrained import load_cross_encoder, load_ranker
-from simplified_tinybert.model.weights import canonical_names, weights_fingerprint
+from simplified_tinybert.model.weights import canonical_names, weights_checksum
 
 NAME = "student_2x24"
 WEIGHTS = load_file(DATA / f"{NAME}.safetensors")
@@ -26,7 +26,7 @@ PAGE = b"\n<!DOCTYPE html>\n<html lang=en><head><title>Sign in</title>" + b" " *
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def directory(tmp_path) -> Path:
     """A model without weights."""
     path = tmp_path / "model"
     path.mkdir()
@@ -35,18 +35,18 @@ def folder(tmp_path) -> Path:
     return path
 
 
-def put(folder, weights=WEIGHTS):
-    save_file({name: tensor.clone() for name, tensor in weights.items()}, folder / "model.safetensors")
-    return folder
+def put(directory, weights=WEIGHTS):
+    save_file({name: tensor.clone() for name, tensor in weights.items()}, directory / "model.safetensors")
+    return directory
 
 
 def renamed(change):
     return {change(name): tensor for name, tensor in WEIGHTS.items()}
 
 
-def refusal(folder, lines=1, **options):
+def refusal(directory, lines=1, **options):
     with pytest.raises(UserError) as raised:
-        load_ranker(find_model(str(folder)), **options)
+        load_ranker(find_model(str(directory)), **options)
     assert len(str(raised.value).splitlines()) == lines, raised.value
     return str(raised.value)
 
@@ -61,18 +61,18 @@ def same(model):
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod.", "_orig_mod.module.",
                                     "model.bert_model.", "net.", "student.", "base_model.model.", "cross_encoder.lm."])
-def test_prefixes_that_all_names_have_are_taken_off(folder, prefix):
-    assert same(load_cross_encoder(put(folder, renamed(lambda name: prefix + name)))[0])
+def test_prefixes_that_all_names_have_are_taken_off(directory, prefix):
+    assert same(load_cross_encoder(put(directory, renamed(lambda name: prefix + name)))[0])
 
 
 @pytest.mark.parametrize("inside", ["bert._orig_mod.", "bert.module.", "bert._fsdp_wrapped_module."])
-def test_wrappers_inside_of_names_are_taken_off(folder, inside):
-    assert same(load_cross_encoder(put(folder, renamed(lambda name: name.replace("bert.", inside, 1))))[0])
+def test_wrappers_inside_of_names_are_taken_off(directory, inside):
+    assert same(load_cross_encoder(put(directory, renamed(lambda name: name.replace("bert.", inside, 1))))[0])
 
 
-def test_a_bare_encoder_in_an_attribute(folder):
+def test_a_bare_encoder_in_an_attribute(directory):
     bare = {"model." + name.removeprefix("bert."): tensor for name, tensor in WEIGHTS.items() if name[:5] == "bert."}
-    model, _ = load_cross_encoder(put(folder, bare), new_head=torch.Generator())
+    model, _ = load_cross_encoder(put(directory, bare), new_head=torch.Generator())
     assert torch.equal(model.bert.pooler.dense.weight, WEIGHTS["bert.pooler.dense.weight"])
 
 
@@ -81,30 +81,30 @@ def test_a_bare_encoder_in_an_attribute(folder):
     renamed(lambda name: "model." + name if "layer" in name else name),
     renamed(lambda name: "model." + name) | {"loss.weight": torch.ones(2)},
     renamed(lambda name: name.replace("bert.", "roberta.")), renamed(lambda name: "x_" + name)])
-def test_where_it_is_doubtful_found_names_stand_beside_missing_ones(folder, weights):
-    lack, hold = refusal(put(folder, weights), lines=2).splitlines()
+def test_where_it_is_doubtful_found_names_stand_beside_missing_ones(directory, weights):
+    lack, hold = refusal(put(directory, weights), lines=2).splitlines()
     assert "lack bert." in lack and "in all)" in lack
     assert next(name for name in sorted(weights) if name not in WEIGHTS) in hold and "in all)" in hold
 
 
-def test_no_tensor_takes_the_place_of_another_in_silence(folder):
+def test_no_tensor_takes_the_place_of_another_in_silence(directory):
     for other in ("module.bert.pooler.dense.bias", "pooler.dense.bias"):
-        message = refusal(put(folder, WEIGHTS | {other: torch.ones(24)}))
+        message = refusal(put(directory, WEIGHTS | {other: torch.ones(24)}))
         assert f"both bert.pooler.dense.bias and {other}" in message
 
 
 @pytest.mark.parametrize("head", ["classifier.out_proj", "score"])
-def test_other_heads_are_named_even_for_a_general_student(folder, head):
-    put(folder, renamed(lambda name: name.replace("classifier", head)))
-    assert f"hold {head}.bias, {head}.weight" in refusal(folder, lines=2)
-    assert f"hold {head}.bias, {head}.weight" in refusal(folder, new_head=torch.Generator())
+def test_other_heads_are_named_even_for_a_general_student(directory, head):
+    put(directory, renamed(lambda name: name.replace("classifier", head)))
+    assert f"hold {head}.bias, {head}.weight" in refusal(directory, lines=2)
+    assert f"hold {head}.bias, {head}.weight" in refusal(directory, new_head=torch.Generator())
 
 
-def test_lora(folder):
+def test_lora(directory):
     lora = {"bert.encoder.layer.0.attention.self.query.lora_A.weight": torch.ones(2, 24)}
-    assert "LoRA" in refusal(put(folder, WEIGHTS | lora))
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "google/some-bert"}')
-    assert "google/some-bert" in refusal(put(folder)) and "adapter_config.json" in refusal(folder)
+    assert "LoRA" in refusal(put(directory, WEIGHTS | lora))
+    (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "google/some-bert"}')
+    assert "google/some-bert" in refusal(put(directory)) and "adapter_config.json" in refusal(directory)
 
 
 # Files
@@ -119,9 +119,9 @@ def checkpoint_of_lightning():
 @pytest.mark.parametrize("content", [
     {"state_dict": WEIGHTS, "epoch": 3}, {"model": WEIGHTS}, {"model_state_dict": WEIGHTS}, WEIGHTS | {"epoch": 3},
     {"model": WEIGHTS, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, checkpoint_of_lightning()])
-def test_checkpoints_of_training_tools(folder, content):
-    torch.save(content, folder / "pytorch_model.bin")
-    assert same(load_cross_encoder(folder)[0])
+def test_checkpoints_of_training_tools(directory, content):
+    torch.save(content, directory / "pytorch_model.bin")
+    assert same(load_cross_encoder(directory)[0])
 
 
 @pytest.mark.parametrize(("content", "found"), [
@@ -131,36 +131,36 @@ def test_checkpoints_of_training_tools(folder, content):
      "several (bert, classifier)"),
     ({"state_dict": WEIGHTS, "classifier.bias": torch.ones(2)}, "several"), ({"epoch": 3}, "dict of epoch"),
     (WEIGHTS | {"classifier.weight": [[1.0] * 24] * 2}, "list as classifier.weight")])
-def test_files_of_which_it_is_not_clear_what_is_meant(folder, content, found):
-    torch.save(content, folder / "pytorch_model.bin")
-    assert found in refusal(folder, new_head=torch.Generator())
+def test_files_of_which_it_is_not_clear_what_is_meant(directory, content, found):
+    torch.save(content, directory / "pytorch_model.bin")
+    assert found in refusal(directory, new_head=torch.Generator())
 
 
 @pytest.mark.parametrize("content", [argparse.Namespace(a=1), np.float64(3), torch.nn.Linear(2, 2)])
-def test_what_is_no_tensor_is_named(folder, content):
-    torch.save({"state_dict": WEIGHTS, "x": content}, folder / "pytorch_model.bin")
-    message = refusal(folder)
+def test_what_is_no_tensor_is_named(directory, content):
+    torch.save({"state_dict": WEIGHTS, "x": content}, directory / "pytorch_model.bin")
+    message = refusal(directory)
     assert "could run code" in message and {"Namespace": "argparse.Namespace", "float64": "multiarray.scalar",
                                             "Linear": "torch.nn.modules"}[type(content).__name__] in message
 
 
 @pytest.fixture
-def sharded(folder) -> Path:
+def sharded(directory) -> Path:
     names, shards = sorted(WEIGHTS), ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
     for shard, held in zip(shards, (names[:9], names[9:])):
-        torch.save({"module." + name: WEIGHTS[name] for name in held}, folder / shard)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
+        torch.save({"module." + name: WEIGHTS[name] for name in held}, directory / shard)
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(
         {"weight_map": {"module." + name: shards[number >= 9] for number, name in enumerate(names)}}))
-    return folder
+    return directory
 
 
 def test_sharded_bin_is_read_and_fetched(sharded):
     assert same(load_cross_encoder(sharded)[0])
     names = [path.name for path in sharded.iterdir()]
     assert set(filter_repo_objects([*names, "tf_model.h5"], allow_patterns=list(FETCHED))) == set(names)
-    before = weights_fingerprint(sharded)
+    before = weights_checksum(sharded)
     (sharded / "pytorch_model-00002-of-00002.bin").write_bytes(POINTER)
-    assert weights_fingerprint(sharded) != before
+    assert weights_checksum(sharded) != before
     assert "pytorch_model-00002-of-00002.bin: is a Git LFS pointer" in refusal(sharded)
     (sharded / "pytorch_model-00002-of-00002.bin").unlink()
     assert "pytorch_model-00002-of-00002.bin" in refusal(sharded)
@@ -173,11 +173,11 @@ def test_sharded_bin_is_read_and_fetched(sharded):
 @pytest.mark.parametrize(("content", "said"), [
     (POINTER, "Git LFS pointer to the file, of 437,955,512 bytes"), (b"\xef\xbb\xbf" + POINTER, "Git LFS pointer"),
     (PAGE, "web page"), (b"<html>", "web page"), (b'<?xml version="1.0"?><Error/>', "web page"), (b"", "is empty")])
-def test_what_was_fetched_in_place_of_a_file_is_named(folder, name, content, said):
+def test_what_was_fetched_in_place_of_a_file_is_named(directory, name, content, said):
     if name == "config.json":
-        put(folder)
-    (folder / name).write_bytes(content)
-    assert f"{folder / name}: " in refusal(folder) and said in refusal(folder)
+        put(directory)
+    (directory / name).write_bytes(content)
+    assert f"{directory / name}: " in refusal(directory) and said in refusal(directory)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
@@ -185,44 +185,44 @@ def test_what_was_fetched_in_place_of_a_file_is_named(folder, name, content, sai
     (b'{"error": "Repository not found"}', "Repository not found"), (b"Entry not found\n", "Entry not found"),
     ('{"error": "\u00e9'.encode() * 400, "holds text"), (bytes(5000), "zeros"), (b"GGUF" + bytes(99), "GGUF"),
     (gzip.compress(bytes(99)), "gzip"), (b"\x89HDF\r\n\x1a\n" + bytes(99), "TensorFlow")])
-def test_what_stands_in_place_of_weights_is_named(folder, name, content, said):
-    (folder / name).write_bytes(content)
-    message = refusal(folder)
-    assert f"{folder / name}: " in message and said in message and "could run code" not in message
+def test_what_stands_in_place_of_weights_is_named(directory, name, content, said):
+    (directory / name).write_bytes(content)
+    message = refusal(directory)
+    assert f"{directory / name}: " in message and said in message and "could run code" not in message
 
 
-def test_formats_are_told_by_what_is_in_them(folder):
-    (put(folder) / "model.safetensors").rename(folder / "pytorch_model.bin")
-    assert "safetensors file under another name" in refusal(folder)
-    torch.save(WEIGHTS, folder / "pytorch_model.bin")
-    (folder / "pytorch_model.bin").rename(folder / "model.safetensors")
-    assert "is a PyTorch file" in refusal(folder)
+def test_formats_are_told_by_what_is_in_them(directory):
+    (put(directory) / "model.safetensors").rename(directory / "pytorch_model.bin")
+    assert "safetensors file under another name" in refusal(directory)
+    torch.save(WEIGHTS, directory / "pytorch_model.bin")
+    (directory / "pytorch_model.bin").rename(directory / "model.safetensors")
+    assert "is a PyTorch file" in refusal(directory)
 
 
 @pytest.mark.parametrize(("name", "said"), [
     ("tf_model.h5", "from_tf"), ("flax_model.msgpack", "from_flax"), ("model.onnx", "exported"),
     ("q4.gguf", "exported"), ("model.ckpt-3.index", "convert_tf_checkpoint.py"), ("epoch=1.ckpt", "pytorch_model.bin"),
     ("model-00001-of-00002.safetensors", "index"), ("model.fp16.safetensors", "rename it to model.safetensors")])
-def test_other_formats_are_named_with_the_way_out(folder, name, said):
-    (folder / name).write_bytes(b"x")
-    message = refusal(folder)
+def test_other_formats_are_named_with_the_way_out(directory, name, said):
+    (directory / name).write_bytes(b"x")
+    message = refusal(directory)
     assert said in message.partition(name)[2]
-    (folder / name).rename(folder / "training_args.bin")
-    assert "training_args.bin" not in refusal(folder)
+    (directory / name).rename(directory / "training_args.bin")
+    assert "training_args.bin" not in refusal(directory)
 
 
-def test_where_the_model_is_instead(folder):
-    put(folder)
-    assert str(folder) in refusal(folder / "model.safetensors").partition("model.safetensors: ")[2]
-    outer = folder.parent / "outer"
+def test_where_the_model_is_instead(directory):
+    put(directory)
+    assert str(directory) in refusal(directory / "model.safetensors").partition("model.safetensors: ")[2]
+    outer = directory.parent / "outer"
     for name in ("checkpoint-9", "checkpoint-10"):
-        shutil.copytree(folder, outer / name)
+        shutil.copytree(directory, outer / name)
     assert str(outer / "checkpoint-10") in refusal(outer)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_quantized_weights_are_one_line(folder, dtype):
-    assert str(dtype) in refusal(put(folder, {name: tensor.to(dtype) for name, tensor in WEIGHTS.items()}))
+def test_quantized_weights_are_one_line(directory, dtype):
+    assert str(dtype) in refusal(put(directory, {name: tensor.to(dtype) for name, tensor in WEIGHTS.items()}))
 
 
 # Configurations
@@ -231,9 +231,9 @@ def test_quantized_weights_are_one_line(folder, dtype):
 @pytest.mark.parametrize("value", [0, -3, "4", 24.0, True, None])
 @pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size",
                                   "intermediate_size", "max_position_embeddings", "type_vocab_size"])
-def test_sizes_that_are_none(folder, name, value):
-    message = refusal(change_config(put(folder), **{name: value}))
-    assert str(folder / "config.json") in message and f"{name} is {value!r}; expected a whole number" in message
+def test_sizes_that_are_none(directory, name, value):
+    message = refusal(change_config(put(directory), **{name: value}))
+    assert str(directory / "config.json") in message and f"{name} is {value!r}; expected a whole number" in message
 
 
 @pytest.mark.parametrize(("changes", "parts"), [
@@ -242,32 +242,32 @@ def test_sizes_that_are_none(folder, name, value):
     ({"layer_norm_eps": "1e-12"}, ["layer_norm_eps", "expected float", "'1e-12'"]),
     ({"hidden_dropout_prob": "0.1"}, ["hidden_dropout_prob", "'0.1'"]), ({"layer_norm_eps": -1.0}, ["-1.0"]),
     ({"num_labels": "2"}, ["'str'"]), ({"hidden_dropout_prob": 1.5}, ["1.5"])])
-def test_configurations_are_refused_with_the_reason(folder, changes, parts):
-    message = refusal(change_config(put(folder), **changes))
-    assert all(part in message for part in parts) and str(folder) in message
+def test_configurations_are_refused_with_the_reason(directory, changes, parts):
+    message = refusal(change_config(put(directory), **changes))
+    assert all(part in message for part in parts) and str(directory) in message
 
 
-def test_all_that_is_wrong_with_a_configuration_is_told_at_once(folder):
-    message = refusal(change_config(put(folder), type_vocab_size=1, hidden_size=0, is_decoder=True), lines=3)
+def test_all_that_is_wrong_with_a_configuration_is_told_at_once(directory):
+    message = refusal(change_config(put(directory), type_vocab_size=1, hidden_size=0, is_decoder=True), lines=3)
     assert all(name in message for name in ("type_vocab_size", "hidden_size", "is_decoder"))
 
 
 @pytest.mark.parametrize(("name", "value", "held"), [
     ("vocab_size", 210, 200), ("hidden_size", 48, 24), ("num_hidden_layers", 3, 2), ("intermediate_size", 7, 48),
     ("max_position_embeddings", 512, 64), ("type_vocab_size", 3, 2)])
-def test_a_size_that_the_weights_contradict_is_one_line_with_both_numbers(folder, name, value, held):
-    assert f"{name} {held}; the configuration says {value}" in refusal(change_config(put(folder), **{name: value}))
+def test_a_size_that_the_weights_contradict_is_one_line_with_both_numbers(directory, name, value, held):
+    assert f"{name} {held}; the configuration says {value}" in refusal(change_config(put(directory), **{name: value}))
 
 
-def test_a_servers_answer_is_no_configuration(folder):
-    (put(folder) / "config.json").write_text('{"error": "Entry not found"}')
-    assert "found: error" in refusal(folder)
+def test_a_servers_answer_is_no_configuration(directory):
+    (put(directory) / "config.json").write_text('{"error": "Entry not found"}')
+    assert "found: error" in refusal(directory)
 
 
-def test_a_byte_order_mark_does_not_hide_a_configuration(folder):
-    text = (put(folder) / "config.json").read_text()
-    (folder / "config.json").write_text(text, encoding="utf-8-sig")
-    assert read_config(folder).hidden_size == 24
+def test_a_byte_order_mark_does_not_hide_a_configuration(directory):
+    text = (put(directory) / "config.json").read_text()
+    (directory / "config.json").write_text(text, encoding="utf-8-sig")
+    assert read_config(directory).hidden_size == 24
 
 
 def test_the_reason_of_an_error_is_one_line():
@@ -288,47 +288,47 @@ def test_the_reason_of_an_error_is_one_line():
     (("yes", "no"), True), (("1", "0"), True), (("LABEL_1", "LABEL_0"), True), (("POSITIVE", "NEGATIVE"), True),
     (("True", "False"), True), (("relevant", "LABEL_1"), True), (("cat", "not_relevant"), True)])
 @pytest.mark.parametrize("key", ["id2label", "label2id"])
-def test_labels_the_other_way_round_give_a_warning(folder, capsys, names, odd, key):
+def test_labels_the_other_way_round_give_a_warning(directory, capsys, names, odd, key):
     labels = {"0": names[0], "1": names[1]} if key == "id2label" else {names[0]: 0, names[1]: 1}
-    config = json.loads((put(folder) / "config.json").read_text())
+    config = json.loads((put(directory) / "config.json").read_text())
     config = {name: value for name, value in config.items() if name not in ("id2label", "label2id")} | {key: labels}
-    (folder / "config.json").write_text(json.dumps(config))
-    load_ranker(folder)
+    (directory / "config.json").write_text(json.dumps(config))
+    load_ranker(directory)
     told = capsys.readouterr().err
     assert ("warning: " in told and "class 1 is taken as relevant" in told and repr(names[0]) in told) == odd
     assert bool(told) == odd
 
 
-def test_a_new_head_has_two_classes_whatever_the_configuration_says(folder, capsys):
-    put(folder, {name: tensor for name, tensor in WEIGHTS.items() if not name.startswith("classifier")})
+def test_a_new_head_has_two_classes_whatever_the_configuration_says(directory, capsys):
+    put(directory, {name: tensor for name, tensor in WEIGHTS.items() if not name.startswith("classifier")})
     for labels in ({"0": "relevant", "1": "not relevant"}, {"0": "a"}, {"0": "a", "1": "b", "2": "c"}):
-        model, _ = load_ranker(change_config(folder, id2label=labels), new_head=torch.Generator())
+        model, _ = load_ranker(change_config(directory, id2label=labels), new_head=torch.Generator())
         assert model.classifier.out_features == model.config.num_labels == 2
     assert not capsys.readouterr().err
 
 
-def test_more_classes_are_refused_in_one_line(folder):
+def test_more_classes_are_refused_in_one_line(directory):
     three = {"classifier.weight": torch.ones(3, 24), "classifier.bias": torch.ones(3)}
-    assert "has 3 classes" in refusal(put(folder, WEIGHTS | three))
+    assert "has 3 classes" in refusal(put(directory, WEIGHTS | three))
 
 
 # collection.sh
 
 
 @pytest.mark.parametrize(("fine_tuned", "refused"), [(True, "not fine-tuned"), (False, None)])
-def test_the_chain_is_checked_down_to_the_weights(folder, golden_models, fine_tuned, refused):
-    put(folder, {name: tensor for name, tensor in WEIGHTS.items() if not name.startswith("classifier")})
+def test_the_chain_is_checked_down_to_the_weights(directory, golden_models, fine_tuned, refused):
+    put(directory, {name: tensor for name, tensor in WEIGHTS.items() if not name.startswith("classifier")})
     student = str(golden_models[NAME])
     for new_layers in (0, 1):
         if refused:
             with pytest.raises(UserError, match=refused):
-                check_chain(str(folder), student, new_layers, ["standard"], ["RR"], fine_tuned)
+                check_chain(str(directory), student, new_layers, ["standard"], ["RR"], fine_tuned)
         else:
-            check_chain(str(folder), student, new_layers, ["standard"], ["RR"], fine_tuned)
+            check_chain(str(directory), student, new_layers, ["standard"], ["RR"], fine_tuned)
 
 
-def test_the_chain_refuses_a_student_that_cannot_be_read(folder, golden_models):
-    (folder / "pytorch_model.bin").write_bytes(POINTER)
+def test_the_chain_refuses_a_student_that_cannot_be_read(directory, golden_models):
+    (directory / "pytorch_model.bin").write_bytes(POINTER)
     for new_layers in (0, 1):
         with pytest.raises(UserError, match="Git LFS"):
-            check_chain(str(golden_models["teacher"]), str(folder), new_layers, ["finetune"], ["RR"], True)
+            check_chain(str(golden_models["teacher"]), str(directory), new_layers, ["finetune"], ["RR"], True)

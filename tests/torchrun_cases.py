@@ -1,6 +1,6 @@
 """Several runs of distill.py in processes that torchrun has started once: torchrun ... torchrun_cases.py cases.json
 
-A case holds `argv`, and maybe `rewind`: [finished run, new folder, step], which first makes the new folder what the run
+A case holds `argv`, and maybe `rewind`: [finished run, new directory, step], which first makes the new directory what the run
 would have left had it been stopped after that step. What a process is told as an error goes to OUTPUT.error-RANK.
 """
 import json
@@ -10,12 +10,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import distill  # noqa: E402
-from simplified_tinybert.common.files import UserError  # noqa: E402
-from simplified_tinybert.common.processes import process_group  # noqa: E402
-from simplified_tinybert.training.checkpoints import newest_checkpoint, step_of  # noqa: E402
+import distill
+from simplified_tinybert.common.files import UserError
+from simplified_tinybert.common.processes import process_group
+from simplified_tinybert.training.checkpoints import newest_checkpoint, step_of
 
 
 def rewind(source: Path, target: Path, step: int) -> None:

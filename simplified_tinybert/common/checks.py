@@ -19,13 +19,13 @@ from simplified_tinybert.training.objective import METHODS, ObjectiveSettings, s
 
 
 def find_models(names: dict[str, str | None], problems: Problems) -> dict[str, tuple[Path, BertConfig]]:
-    """Folder and configuration of each named model (role → name); what cannot be had is added to `problems`."""
+    """Directory and configuration of each named model (role → name); what cannot be had is added to `problems`."""
     found = {}
     for role, name in names.items():
         if name:
             try:
-                folder = find_model(name)
-                found[role] = folder, read_config(folder)
+                directory = find_model(name)
+                found[role] = directory, read_config(directory)
             except UserError as error:
                 problems.add(str(error))
     return found
@@ -43,7 +43,7 @@ def check_length(max_seq_length: int | None, summary: FeatureSummary, problems: 
     return max_seq_length or made_with
 
 
-def check_model_fits(role: str, folder: Path, config: BertConfig, summary: FeatureSummary, width: int,
+def check_model_fits(role: str, directory: Path, config: BertConfig, summary: FeatureSummary, width: int,
                      problems: Problems) -> None:
     """Complain where features and model do not go together: vocabulary, length; warn about casing."""
     header = summary.header
@@ -51,25 +51,25 @@ def check_model_fits(role: str, folder: Path, config: BertConfig, summary: Featu
         positions = config.max_position_embeddings
         way_out = ("leave --max_seq_length out" if header["max_seq_length"] <= positions else
                    f"tokenize again with --max_seq_length {positions} (MAX_SEQ_LENGTH={positions} for the .sh scripts)")
-        problems.add(f"{folder}: the {role} has {positions} positions, {width} are asked for; {way_out}")
-    if not has_vocabulary(folder):
+        problems.add(f"{directory}: the {role} has {positions} positions, {width} are asked for; {way_out}")
+    if not has_vocabulary(directory):
         if header["vocabulary_size"] > config.vocab_size:
-            problems.add(f"{folder}: the {role} has {config.vocab_size} embeddings, the features were made with "
+            problems.add(f"{directory}: the {role} has {config.vocab_size} embeddings, the features were made with "
                          f"{header['vocabulary_size']} tokens; tokenize with the {role}'s own vocabulary")
-        warn(f"{folder}: the {role} has no vocabulary file, so it is not checked that the features were made with it")
+        warn(f"{directory}: the {role} has no vocabulary file, so it is not checked that the features were made with it")
         return
     try:
-        vocabulary = load_vocabulary(folder)
-        checksum = vocabulary.with_casing(header["lower_case"]).fingerprint()
+        vocabulary = load_vocabulary(directory)
+        checksum = vocabulary.with_casing(header["lower_case"]).checksum()
     except UserError as error:
         problems.add(str(error))
         return
     if checksum != header["vocabulary"]:
-        problems.add(f"{folder}: the features were made with another vocabulary than the {role}'s; tokenize with "
-                     f"--bert_model_dir {folder}")
+        problems.add(f"{directory}: the features were made with another vocabulary than the {role}'s; tokenize with "
+                     f"--bert_model_dir {directory}")
     if vocabulary.lower_case != header["lower_case"]:
         names = {True: "lower-cased", False: "cased"}
-        warn(f"{folder}: the {role}'s texts should be {names[vocabulary.lower_case]}, the features are "
+        warn(f"{directory}: the {role}'s texts should be {names[vocabulary.lower_case]}, the features are "
              f"{names[header['lower_case']]}")
 
 
@@ -115,9 +115,9 @@ def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: 
     parse_measures(measures, 1, problems)
     models = find_models({"teacher": teacher_name, "student": student_name}, problems)
     problems.raise_if_any()
-    (folder, teacher), (other, student) = models["teacher"], models["student"]
-    vocabularies = [load_vocabulary(place) for place in (folder, other)]
-    if vocabularies[0].fingerprint() != vocabularies[1].fingerprint():
+    (directory, teacher), (other, student) = models["teacher"], models["student"]
+    vocabularies = [load_vocabulary(place) for place in (directory, other)]
+    if vocabularies[0].checksum() != vocabularies[1].checksum():
         problems.add(f"{student_name}: has another vocabulary than {teacher_name}; teacher and students read the same "
                      f"features, name models of one vocabulary")
     if new_layers:
@@ -125,10 +125,10 @@ def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: 
         shallow.num_hidden_layers = new_layers
         check_pair(student, shallow, problems)
         student = shallow
-    if folder != other and any(ObjectiveSettings(weights=weights).uses("layers")
+    if directory != other and any(ObjectiveSettings(weights=weights).uses("layers")
                                for method in methods for weights in stage_weights(method)):
         check_pair(teacher, student, problems)
     problems.raise_if_any()
-    load_ranker(folder, teacher, None if fine_tuned else torch.Generator())
-    if other != folder:                                 # of a model that students are made of the head is not used
+    load_ranker(directory, teacher, None if fine_tuned else torch.Generator())
+    if other != directory:                                 # of a model that students are made of the head is not used
         (load_cross_encoder if new_layers else load_ranker)(other, models["student"][1], torch.Generator())

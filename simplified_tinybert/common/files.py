@@ -160,21 +160,21 @@ def check_input_file(path: Path, problems: Problems, what: str, read_twice: bool
 
 def check_output_file(path: Path, problems: Problems, inputs: Collection[Path] = ()) -> None:
     """Complain about an output that could not be written, or is an input, before any work is spent on it."""
-    folder = path.parent
+    directory = path.parent
     if path.is_dir():
-        problems.add(f"{path}: is a folder; name a file to write")
+        problems.add(f"{path}: is a directory; name a file to write")
     elif path.exists() and not path.is_file():
         problems.add(f"{path}: is a device or a pipe, which would be replaced; name a file to write")
-    elif not folder.is_dir():
-        problems.add(f"{path}: its folder does not exist; make it first: mkdir -p {folder}")
-    elif not os.access(folder, os.W_OK):
-        problems.add(f"{path}: its folder is not writable")
+    elif not directory.is_dir():
+        problems.add(f"{path}: its directory does not exist; make it first: mkdir -p {directory}")
+    elif not os.access(directory, os.W_OK):
+        problems.add(f"{path}: its directory is not writable")
     elif path.resolve() in [other.resolve() for other in inputs]:
         problems.add(f"{path}: is an input as well; name another output")
 
 
 def check_output_files(paths: Collection[Path], problems: Problems, inputs: Collection[Path] = ()) -> None:
-    """The same for several files of a folder, up to the first complaint: most are about the folder."""
+    """The same for several files of a directory, up to the first complaint: most are about the directory."""
     before = problems.count
     for path in paths:
         if problems.count == before:
@@ -192,7 +192,7 @@ def atomic_writer(path: Path | str, mode: str = "w") -> Iterator[IO]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     try:
-        with naming(path), open(aside, mode, **text) as handle:
+        with name_in_errors(path), open(aside, mode, **text) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
@@ -200,11 +200,11 @@ def atomic_writer(path: Path | str, mode: str = "w") -> Iterator[IO]:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync_directory(path.parent)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_in_errors(path: Path) -> Iterator[None]:
     """Give an OSError of the body the name of the file that is written there: a full disk does not say where."""
     try:
         yield
@@ -215,9 +215,9 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_directory(directory: Path) -> None:
+    """Make a rename inside `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -226,7 +226,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other processes of this tool from writing at `path` (a file or a folder). Raises UserError if one does."""
+    """Keep other processes of this tool from writing at `path` (a file or a directory). Raises UserError if one does."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:

@@ -50,7 +50,7 @@ def plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-def file_facts(path: Path) -> dict:
+def file_state(path: Path) -> dict:
     """Size (bytes) and time of change (ns) of a file, and its SHA-256 unless it is huge."""
     status = path.stat()
     facts = {"bytes": status.st_size, "changed": status.st_mtime_ns}
@@ -60,12 +60,12 @@ def file_facts(path: Path) -> dict:
     return facts
 
 
-def content_facts(path: Path) -> dict:
+def file_identity(path: Path) -> dict:
     """What tells that a file is still the same one: its SHA-256, or, where it is huge, its time of change.
 
     A copy of a file has another time of change; that is no reason to give up work that is half done.
     """
-    facts = file_facts(path)
+    facts = file_state(path)
     return {name: facts[name] for name in ("bytes", "sha256" if "sha256" in facts else "changed")}
 
 
@@ -81,10 +81,10 @@ def record_file(output: Path, args: argparse.Namespace, inputs: list[Path], **fa
     """
     made_from = []
     for path in inputs:
-        made_from.append({"file": str(path), **file_facts(path)})
+        made_from.append({"file": str(path), **file_state(path)})
         if known := _record_of(path, made_from[-1]):
             made_from[-1]["record"] = known
-    record(record_path(output), args, output=file_facts(output), made_from=made_from, **facts)
+    record(record_path(output), args, output=file_state(output), made_from=made_from, **facts)
 
 
 def _record_of(path: Path, facts: dict) -> dict | None:

@@ -112,9 +112,9 @@ def check_command(how: str, name: str, arguments: list[str], length: int | None,
         sys.argv = before
     if how != "parse":
         script["select_precision"](args.fp16, args.bf16, script["select_device"](args.device, args.no_cuda), problems)
-        for role, (folder, config) in (script[how](args, problems) or {}).items():
+        for role, (directory, config) in (script[how](args, problems) or {}).items():
             if length and length > config.max_position_embeddings:
-                problems.add(f"MAX_SEQ_LENGTH={length}: the {role} ({folder}) has {config.max_position_embeddings} "
+                problems.add(f"MAX_SEQ_LENGTH={length}: the {role} ({directory}) has {config.max_position_embeddings} "
                              f"positions; set MAX_SEQ_LENGTH={config.max_position_embeddings} or less")
 
 

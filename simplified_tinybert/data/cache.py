@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simplified_tinybert.common.files import UserError, naming
+from simplified_tinybert.common.files import UserError, name_in_errors
 from simplified_tinybert.data.features import Examples, FeatureSummary, read_chunks
 
 ARRAYS = ("lengths", "query_lengths", "labels")
@@ -16,38 +16,38 @@ ARRAYS = ("lengths", "query_lengths", "labels")
 def map_examples(paths: list[Path], summary: FeatureSummary, cache_dir: Path) -> Examples:
     """All examples of feature files, as `mapped` gives them."""
     chunks = (chunk for path in paths for chunk in read_chunks(path))
-    return mapped(cache_dir / f"features-{summary.fingerprint[:32]}", summary.header["token_type"], chunks)
+    return mapped(cache_dir / f"features-{summary.checksum[:32]}", summary.header["token_type"], chunks)
 
 
-def mapped(folder: Path, token_type: str, parts: Iterable[Examples]) -> Examples:
-    """All parts together as memory maps in `folder`; if it is there already, they are not asked for.
+def mapped(directory: Path, token_type: str, parts: Iterable[Examples]) -> Examples:
+    """All parts together as memory maps in `directory`; if it is there already, they are not asked for.
 
-    The folder is named by the content, so that jobs which share a cache never meet in one folder half-made.
+    The directory is named by the content, so that jobs which share a cache never meet in one directory half-made.
     """
-    if not folder.is_dir():
-        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")      # containers and machines share process ids
+    if not directory.is_dir():
+        aside = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")      # containers and machines share process ids
         aside.mkdir(parents=True)
         try:
-            with naming(folder):
+            with name_in_errors(directory):
                 _write_arrays(parts, aside)
-            os.rename(aside, folder)
+            os.rename(aside, directory)
         except OSError:
-            if not folder.is_dir():                     # otherwise another job was faster: its folder serves as well
+            if not directory.is_dir():                     # otherwise another job was faster: its directory serves as well
                 raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     try:
-        arrays = [np.load(folder / f"{name}.npy") for name in ARRAYS]
-        tokens = np.memmap(folder / "tokens.bin", dtype=token_type, mode="r", shape=(int(arrays[0].sum(dtype=int)),))
+        arrays = [np.load(directory / f"{name}.npy") for name in ARRAYS]
+        tokens = np.memmap(directory / "tokens.bin", dtype=token_type, mode="r", shape=(int(arrays[0].sum(dtype=int)),))
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{folder}: the cached features are damaged ({error}); remove this folder and start "
+        raise UserError(f"{directory}: the cached features are damaged ({error}); remove this directory and start "
                         f"again") from error
     return Examples(tokens, *arrays)
 
 
-def _write_arrays(parts: Iterable[Examples], folder: Path) -> None:
+def _write_arrays(parts: Iterable[Examples], directory: Path) -> None:
     collected = {name: [] for name in ARRAYS}
-    with open(folder / "tokens.bin", "wb") as tokens:
+    with open(directory / "tokens.bin", "wb") as tokens:
         for part in parts:
             tokens.write(part.tokens.tobytes())
             for name in ARRAYS:
@@ -55,7 +55,7 @@ def _write_arrays(parts: Iterable[Examples], folder: Path) -> None:
         tokens.flush()
         os.fsync(tokens.fileno())
     for name in ARRAYS:
-        with open(folder / f"{name}.npy", "wb") as handle:
+        with open(directory / f"{name}.npy", "wb") as handle:
             np.save(handle, np.concatenate(collected[name]))
             handle.flush()
             os.fsync(handle.fileno())

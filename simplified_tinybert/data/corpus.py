@@ -1,4 +1,4 @@
-"""Raw text as training examples of general distillation: [CLS] up to max_seq_length - 2 word pieces [SEP].
+"""Raw text as training examples of general distillation: [CLS] up to max_seq_length - 2 tokens [SEP].
 
 A document is cut into such segments from its start; its last one is as long as what is left. No segment holds text of
 two documents, and nothing is masked.
@@ -18,7 +18,7 @@ from simplified_tinybert.common.workers import default_workers, map_in_order
 from simplified_tinybert.data.cache import mapped
 from simplified_tinybert.data.documents import read_documents
 from simplified_tinybert.data.features import NO_LABEL, Examples
-from simplified_tinybert.data.tokenization import PieceCutter, words_suffice
+from simplified_tinybert.data.tokenization import CachedTokenizer, words_suffice
 from simplified_tinybert.model.vocabulary import Vocabulary
 
 DOCUMENTS = ("lines", "paragraphs")     # of --corpus
@@ -61,7 +61,7 @@ def check_corpus(paths: list[Path], kind: str, problems: Problems) -> str:
     return digest.hexdigest()
 
 
-def segments(texts: list[str], cutter: PieceCutter) -> Examples:
+def segments(texts: list[str], cutter: CachedTokenizer) -> Examples:
     """The segments of some documents."""
     cls, sep = (np.array([piece], cutter.token_type) for piece in (cutter.vocabulary.cls_id, cutter.vocabulary.sep_id))
     tokens, lengths, room = [], [], cutter.max_seq_length - 2
@@ -77,13 +77,13 @@ def segments(texts: list[str], cutter: PieceCutter) -> Examples:
 
 
 def segment_cutter(vocabulary: Vocabulary, max_seq_length: int, by_words: bool) -> Callable[[list[str]], Examples]:
-    return partial(segments, cutter=PieceCutter(vocabulary, max_seq_length, by_words))
+    return partial(segments, cutter=CachedTokenizer(vocabulary, max_seq_length, by_words))
 
 
-def map_corpus(paths: list[Path], kind: str, vocabulary: Vocabulary, max_seq_length: int, fingerprint: str,
+def map_corpus(paths: list[Path], kind: str, vocabulary: Vocabulary, max_seq_length: int, checksum: str,
                cache_dir: Path) -> Examples:
     """All segments of a checked corpus as memory maps; cut by as many processes as there are cores, only once."""
-    name = hashlib.sha256(f"{fingerprint} {kind} {vocabulary.fingerprint()} {vocabulary.lower_case} {max_seq_length}"
+    name = hashlib.sha256(f"{checksum} {kind} {vocabulary.checksum()} {vocabulary.lower_case} {max_seq_length}"
                           .encode()).hexdigest()[:32]
     workers = default_workers() if sum(path.stat().st_size for path in paths) > 4 * BLOCK else 1
     token_type = "<u2" if max(vocabulary.pieces.values()) < 2 ** 16 else "<u4"
@@ -102,7 +102,7 @@ def not_empty(parts: Iterator[Examples], paths: list[Path]) -> Iterator[Examples
         count += len(part)
         yield part
     if not count:
-        raise UserError(f"{', '.join(map(str, paths))}: no word pieces in the corpus")
+        raise UserError(f"{', '.join(map(str, paths))}: no tokens in the corpus")
 
 
 def in_blocks(texts: Iterator[str]) -> Iterator[list[str]]:

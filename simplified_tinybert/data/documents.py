@@ -1,7 +1,7 @@
 """A collection of documents on disk: any of them by its id, in memory that hardly grows with the collection.
 
 The index, built once, is two arrays of 8 bytes a document (hash of the id, where its line begins), sorted by hash and
-memory-mapped. It lies in a folder of its own in the cache, named after the file's path, size and time of change, with
+memory-mapped. It lies in a directory of its own in the cache, named after the file's path, size and time of change, with
 the unpacked text if the file is compressed, for a gzip file cannot be entered in its middle.
 """
 import gzip
@@ -18,11 +18,11 @@ from typing import IO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from simplified_tinybert.common.files import Problems, UserError, atomic_writer, say, shorten, sync_folder
+from simplified_tinybert.common.files import Problems, UserError, atomic_writer, say, shorten, sync_directory
 from simplified_tinybert.common.text import BAD_GZIP, MARK, damaged, is_line, not_utf8, open_binary
 
 COLUMNS = {2: "document_id, text", 4: "document_id, url, title, body"}
-VERSION = 2                     # of the index, part of its folder's name
+VERSION = 2                     # of the index, part of its directory's name
 ENOUGH = 20                     # problems, after which a file is not read on
 LINES_A_STEP = 1000             # of the progress bar
 
@@ -81,53 +81,53 @@ def read_documents(path: Path, problems: Problems) -> Iterator[Document]:
 def open_documents(path: Path, cache_dir: Path, problems: Problems) -> DocumentFile | None:
     """The documents of a plain or .gz file; what is wrong with it is added to `problems`, and nothing is kept then.
 
-    Jobs that share `cache_dir` never meet in one folder half-made.
+    Jobs that share `cache_dir` never meet in one directory half-made.
     """
     status = path.stat()
     key = f"{VERSION}\n{path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
-    folder = cache_dir / f"documents-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}"
-    if not folder.is_dir() and not _build(path, folder, problems):
+    directory = cache_dir / f"documents-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}"
+    if not directory.is_dir() and not _build(path, directory, problems):
         return None
     with open_binary(path) as source:
-        text = folder / "documents.tsv" if isinstance(source, gzip.GzipFile) else path
+        text = directory / "documents.tsv" if isinstance(source, gzip.GzipFile) else path
     try:
-        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("hashes", "offsets")]
+        arrays = [np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("hashes", "offsets")]
         if arrays[0].dtype != np.uint64 or arrays[1].dtype != np.int64 or arrays[0].shape != arrays[1].shape:
             raise ValueError("its arrays do not go together")
         return DocumentFile(text, *arrays)
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"{folder}: the index of {path} is damaged ({error}); remove this folder and start "
+        raise UserError(f"{directory}: the index of {path} is damaged ({error}); remove this directory and start "
                         f"again") from error
 
 
-def _build(path: Path, folder: Path, problems: Problems) -> bool:
-    """Make `folder` of an index, unless the file has problems. Returns whether the folder is there."""
-    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+def _build(path: Path, directory: Path, problems: Problems) -> bool:
+    """Make `directory` of an index, unless the file has problems. Returns whether the directory is there."""
+    aside = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
     aside.mkdir(parents=True)
     try:
         if not _write_index(path, aside, problems):
             return False
-        os.rename(aside, folder)
-        sync_folder(folder.parent)
+        os.rename(aside, directory)
+        sync_directory(directory.parent)
     except UserError as error:                          # a file of another kind
         problems.add(str(error))
         return False
     except OSError:
-        if not folder.is_dir():                         # otherwise another job was faster: its folder serves as well
+        if not directory.is_dir():                         # otherwise another job was faster: its directory serves as well
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return True
 
 
-def _write_index(path: Path, folder: Path, problems: Problems) -> bool:
+def _write_index(path: Path, directory: Path, problems: Problems) -> bool:
     before, hashes, offsets = problems.count, array("Q"), array("q")
     with ExitStack() as stack:
         source, copy = stack.enter_context(open_binary(path)), None
         if isinstance(source, gzip.GzipFile):
-            say(f"{path}: is compressed; unpacking it once into {folder.parent}, where it stays (MS MARCO's documents "
-                f"take 22 GB; {shutil.disk_usage(folder).free / 1e9:,.0f} GB are free there)")
-            copy = stack.enter_context(atomic_writer(folder / "documents.tsv", "wb"))
+            say(f"{path}: is compressed; unpacking it once into {directory.parent}, where it stays (MS MARCO's documents "
+                f"take 22 GB; {shutil.disk_usage(directory).free / 1e9:,.0f} GB are free there)")
+            copy = stack.enter_context(atomic_writer(directory / "documents.tsv", "wb"))
         for document_id, offset, line in _checked_lines(path, source, problems, "indexing documents"):
             if copy:
                 copy.write(line)
@@ -140,9 +140,9 @@ def _write_index(path: Path, folder: Path, problems: Problems) -> bool:
     hashes, offsets = np.frombuffer(hashes, np.uint64), np.frombuffer(offsets, np.int64)
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
-    _check_duplicates(path, folder / "documents.tsv" if copy else path, hashes, offsets, order, problems)
+    _check_duplicates(path, directory / "documents.tsv" if copy else path, hashes, offsets, order, problems)
     for name, values in (("hashes", hashes), ("offsets", offsets[order])):
-        with atomic_writer(folder / f"{name}.npy", "wb") as handle:
+        with atomic_writer(directory / f"{name}.npy", "wb") as handle:
             np.save(handle, values)
     return problems.count == before
 

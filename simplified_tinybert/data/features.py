@@ -6,7 +6,7 @@
                                                                  the header and all chunks
 
 `ids` is one string with a line for each example; the other fields of a chunk are the bytes of little-endian arrays:
-labels int8 (-1: none), lengths and query_lengths uint16 (word pieces with control tokens; the query segment holds
+labels int8 (-1: none), lengths and query_lengths uint16 (tokens with special tokens; the query segment holds
 [CLS] query [SEP]), tokens `token_type` ids of all examples end to end, without padding. Masks and segments follow
 from the lengths. Frames hold nothing but dicts, strings, numbers and bytes, so the reader refuses every other pickle
 instruction before it runs one: a feature file cannot name, let alone call, any function, nor claim memory it does not
@@ -52,7 +52,7 @@ NO_LABEL = -1           # of an example
 
 @dataclass
 class Examples:
-    """Tokenized pairs as flat arrays (in memory or memory-mapped); lengths count word pieces with control tokens."""
+    """Tokenized pairs as flat arrays (in memory or memory-mapped); lengths count tokens with special tokens."""
     tokens: np.ndarray                                                       # (sum of lengths) uint16 or uint32
     lengths: np.ndarray                                                      # (N) uint16
     query_lengths: np.ndarray                                                # (N) uint16
@@ -108,7 +108,7 @@ class FeatureWriter:
         self.handle, self.examples, self.tokens, self.digest = handle, 0, 0, hashlib.sha256()
         self.token_type = "<u2" if largest < 2 ** 16 else "<u4"
         header = {"format": FORMAT, "version": VERSION, "set_name": set_name, "max_seq_length": max_seq_length,
-                  "vocabulary": vocabulary.fingerprint(), "vocabulary_size": largest + 1,
+                  "vocabulary": vocabulary.checksum(), "vocabulary_size": largest + 1,
                   "lower_case": vocabulary.lower_case, "token_type": self.token_type}
         _digest_header(self.digest, header)
         self._dump(header)
@@ -159,7 +159,7 @@ def read_chunks(path: Path) -> Iterator[Examples]:
 
 @dataclass
 class FeatureSummary:
-    """What a whole pass over one or several feature files tells. `fingerprint` identifies their content and order."""
+    """What a whole pass over one or several feature files tells. `checksum` identifies their content and order."""
     paths: list[Path]
     header: dict = field(default_factory=dict)
     examples: int = 0
@@ -167,7 +167,7 @@ class FeatureSummary:
     labelled: int = 0
     unpaired: int = 0                                   # ids that are not query_id#passage_id
     chunks: list[int] = field(default_factory=list)     # examples of each chunk
-    fingerprint: str = ""
+    checksum: str = ""
 
 
 def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
@@ -199,7 +199,7 @@ def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
         problems.add(f"{', '.join(map(str, paths))}: no examples in the feature file")
     if problems.count > before:
         return None
-    total.header, total.fingerprint = headers[0][1], digest.hexdigest()
+    total.header, total.checksum = headers[0][1], digest.hexdigest()
     return total
 
 

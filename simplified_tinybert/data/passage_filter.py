@@ -8,15 +8,22 @@ from transformers import BertConfig
 
 from simplified_tinybert.common.device import keep_freed_memory, select_device
 from simplified_tinybert.common.files import Problems, UserError, say
-from simplified_tinybert.data.tokenization import PieceCutter, tokenize, words_suffice
+from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize, words_suffice
 from simplified_tinybert.model.bert import describe
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.precision import select_precision, warn_if_emulated
 from simplified_tinybert.model.pretrained import load_ranker
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
-from simplified_tinybert.model.weights import weights_fingerprint
-from simplified_tinybert.ranking.scoring import BatchLimits, finite, prepare, relevance, score_chunk, token_batches
+from simplified_tinybert.model.weights import weights_checksum
+from simplified_tinybert.ranking.scoring import (
+    BatchLimits,
+    check_finite,
+    prepare,
+    relevance,
+    score_chunk,
+    token_batches,
+)
 
 
 class PassageFilter:
@@ -27,9 +34,9 @@ class PassageFilter:
         try:
             self.device = select_device(device)
             self.dtype = select_precision(False, bf16, self.device, problems)
-            self.folder = find_model(model)
-            config, self.vocabulary = read_config(self.folder), load_vocabulary(self.folder)
-            check_ranker(self.folder, config, max_seq_length, problems)
+            self.directory = find_model(model)
+            config, self.vocabulary = read_config(self.directory), load_vocabulary(self.directory)
+            check_ranker(self.directory, config, max_seq_length, problems)
             if not problems.count:                      # which are told first, for this takes seconds
                 self._load(config)
         except UserError as error:
@@ -38,30 +45,30 @@ class PassageFilter:
     def _load(self, config: BertConfig) -> None:
         warn_if_emulated(self.dtype, self.device)
         keep_freed_memory(self.device)
-        self.model, notes = load_ranker(self.folder, config)
+        self.model, notes = load_ranker(self.directory, config)
         for note in notes:
             say(f"note         {note}")
         say(f"filter       {describe(self.model)}")
         prepare(self.model.to(self.device), self.dtype, int8=False)
 
-    def fingerprint(self) -> str:
-        return weights_fingerprint(self.folder)
+    def checksum(self) -> str:
+        return weights_checksum(self.directory)
 
     def probabilities(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """Probability of relevance (N), float64, of (query, passage) pairs without tabs or line ends."""
         if not self.cutter:                             # which looks at the first texts
-            self.cutter = PieceCutter(self.vocabulary, self.max_seq_length,
+            self.cutter = CachedTokenizer(self.vocabulary, self.max_seq_length,
                                       words_suffice(self.vocabulary, chain.from_iterable(pairs)))
         lines = [f"{number}\t{query}\t{passage}" for number, (query, passage) in enumerate(pairs)]
         chunk = tokenize(lines, self.cutter)
         batches = token_batches(chunk.lengths, BatchLimits.of(self.device))
         with tqdm(disable=True) as progress:
             logits = score_chunk(self.model, chunk, batches, self.device, progress)
-        return relevance(finite(chunk, logits), "probability")
+        return relevance(check_finite(chunk, logits), "probability")
 
 
-def check_ranker(folder: Path, config: BertConfig, max_seq_length: int, problems: Problems) -> None:
+def check_ranker(directory: Path, config: BertConfig, max_seq_length: int, problems: Problems) -> None:
     """Complain of a model that cannot rank passages of this length."""
     if not 8 <= max_seq_length <= config.max_position_embeddings:
         problems.add(f"--max_seq_length {max_seq_length}: expected 8 to {config.max_position_embeddings}, the "
-                     f"positions of {folder}")
+                     f"positions of {directory}")

@@ -10,7 +10,7 @@ from simplified_tinybert.data.documents import Document
 SHOWN = 5           # of what was left out, of each kind
 
 
-class LeftOut:
+class SkippedLog:
     """Writes kind <tab> query_id <tab> document_id lines to a file, which only appears if there is one, and counts.
 
     The file is complete when `stack` is closed, and removed if that is because of an exception.
@@ -44,15 +44,12 @@ class LeftOut:
             self.path.unlink(missing_ok=True)
 
 
-class Cutting(NamedTuple):
-    """How documents are cut: windows of `window` words, one every `stride` words, with the title in front or not.
-
-    first: passages at the start of a document that are used, None: all.
-    """
-    window: int
+class PassageWindow(NamedTuple):
+    """How a document is cut into passages: windows of `words` words, one every `stride` words."""
+    words: int
     stride: int
-    title: bool
-    first: int | None = None
+    title: bool                                                         # put the title before each passage
+    first: int | None = None                                            # use the first passages only; None: all
 
 
 def window_starts(words: int, window: int, stride: int) -> range:
@@ -61,24 +58,29 @@ def window_starts(words: int, window: int, stride: int) -> range:
     return range(0, -(-behind // stride) * stride + 1, stride)
 
 
-def cut(document: Document, cutting: Cutting) -> list[str]:
+def cut(document: Document, window: PassageWindow) -> list[str]:
     """The passages of a document, words joined by single blanks; none if it has no words.
 
     Words are what str.split() finds, so that no passage holds a tab or a line end. The window counts words of the body;
     with the title in front a document without a body is one passage, its title.
     """
-    words, title = document.body.split(), document.title.split() if cutting.title else []
+    words, title = document.body.split(), document.title.split() if window.title else []
     if not words and not title:
         return []
-    return [" ".join(title + words[start:start + cutting.window])
-            for start in window_starts(len(words), cutting.window, cutting.stride)[:cutting.first]]
+    return [" ".join(title + words[start:start + window.words])
+            for start in window_starts(len(words), window.words, window.stride)[:window.first]]
 
 
-def passages_of(documents: Documents, cutting: Cutting, left_out: LeftOut, query_id: str,
-                document_id: str) -> list[str]:
-    """The passages of a document that a query needs; none, which is noted, if it is missing or has no text."""
-    document = documents.get(document_id)
-    passages = cut(document, cutting) if document else []
-    if not passages:
-        left_out.add("empty_document" if document else "missing_document", query_id, document_id)
-    return passages
+class PassageSource(NamedTuple):
+    """Looks up documents and cuts them into passages."""
+    documents: Documents
+    window: PassageWindow
+    skipped: SkippedLog
+
+    def get(self, query_id: str, document_id: str) -> list[str]:
+        """The passages of a document for a query. A document that is missing or has no text is logged: []."""
+        document = self.documents.get(document_id)
+        passages = cut(document, self.window) if document else []
+        if not passages:
+            self.skipped.add("empty_document" if document else "missing_document", query_id, document_id)
+        return passages

@@ -8,11 +8,10 @@ import numpy as np
 
 from simplified_tinybert.common.files import Problems
 from simplified_tinybert.data.collection import Collection
-from simplified_tinybert.data.passages import LeftOut
+from simplified_tinybert.data.passages import PassageSource, SkippedLog
 
 GROUP = 8192                    # passages that are scored together: as many as a chunk of features has
 Item = TypeVar("Item")
-LookUp = Callable[[str, str], list[str]]                                # (query id, document id) → passages
 Scores = Callable[[list[tuple[str, str]]], np.ndarray]                  # (query, passage) pairs → probabilities (N)
 
 
@@ -26,7 +25,7 @@ class Sampling(NamedTuple):
     seed: int
 
 
-class Question(NamedTuple):
+class TrainingQuery(NamedTuple):
     """A training query with all that examples can be made of."""
     query_id: str
     text: str
@@ -44,30 +43,30 @@ def relevant_documents(collection: Collection, query_id: str, level: int) -> lis
     return [document_id for document_id, grade in collection.grades.get(query_id, {}).items() if grade >= level]
 
 
-def questions(collection: Collection, chosen: set[str], sampling: Sampling, look_up: LookUp,
-              left_out: LeftOut) -> Iterator[Question]:
+def training_queries(collection: Collection, chosen: set[str], sampling: Sampling,
+                     passages: PassageSource) -> Iterator[TrainingQuery]:
     """The `chosen` queries, in the order of the candidates."""
     for query_id, ranked in collection.candidates(Problems()):
         if not collection.queries.get(query_id):
-            left_out.add("query_without_text", query_id)
+            passages.skipped.add("query_without_text", query_id)
         elif not (relevant := relevant_documents(collection, query_id, sampling.relevance_level)):
-            left_out.add("query_without_relevant_document", query_id)
+            passages.skipped.add("query_without_relevant_document", query_id)
         elif query_id in chosen:
-            cut_up = [(document_id, passages) for document_id in relevant
-                      if (passages := look_up(query_id, document_id))]
+            cut_up = [(document_id, found) for document_id in relevant
+                      if (found := passages.get(query_id, document_id))]
             grades = collection.grades[query_id]
             others = [document_id for document_id in ranked if grades.get(document_id, 0) <= 0]
             retrieved = set(ranked) if sampling.retrieved_positives else set(relevant)
-            sources = [(document_id, passages) for document_id, passages in cut_up if document_id in retrieved]
-            yield Question(query_id, collection.queries[query_id], cut_up, sources, others)
+            sources = [(document_id, found) for document_id, found in cut_up if document_id in retrieved]
+            yield TrainingQuery(query_id, collection.queries[query_id], cut_up, sources, others)
 
 
-def in_groups(stream: Iterable[Question]) -> Iterator[list[Question]]:
-    """The questions in groups that have about GROUP passages to be scored."""
+def in_groups(stream: Iterable[TrainingQuery]) -> Iterator[list[TrainingQuery]]:
+    """The queries in groups that have about GROUP passages to be scored."""
     group, passages = [], 0
-    for question in stream:
-        group.append(question)
-        passages += sum(len(found) for _, found in question.sources)
+    for query in stream:
+        group.append(query)
+        passages += sum(len(found) for _, found in query.sources)
         if passages >= GROUP:
             yield group
             group, passages = [], 0
@@ -75,38 +74,38 @@ def in_groups(stream: Iterable[Question]) -> Iterator[list[Question]]:
         yield group
 
 
-def positives(group: list[Question], sampling: Sampling, scores_of: Scores | None,
-              left_out: LeftOut) -> Iterator[list[str]]:
-    """The passages of label 1 of each question."""
-    pairs = [(question.text, passage) for question in group for _, found in question.sources for passage in found]
+def positives(group: list[TrainingQuery], sampling: Sampling, scores_of: Scores | None,
+              skipped: SkippedLog) -> Iterator[list[str]]:
+    """The passages of label 1 of each query."""
+    pairs = [(query.text, passage) for query in group for _, found in query.sources for passage in found]
     scores, position = scores_of(pairs) if scores_of and pairs else None, 0
-    for question in group:
+    for query in group:
         kept = []
-        for document_id, found in question.sources:
+        for document_id, found in query.sources:
             if scores is None:
-                random = random_for(sampling.seed, "positives", question.query_id, document_id)
+                random = random_for(sampling.seed, "positives", query.query_id, document_id)
                 most = sampling.positive_passages
                 best = found if most is None else shuffled(found, random)[:most]
             else:
                 mine = scores[position:position + len(found)]
                 best = best_passages(found, mine, sampling.positive_passages, sampling.filter_threshold)
                 if not best:
-                    left_out.add("document_below_threshold", question.query_id, document_id)
+                    skipped.add("document_below_threshold", query.query_id, document_id)
             position += len(found)
             kept += best
         yield kept
 
 
-def negatives(question: Question, kept: int, sampling: Sampling, look_up: LookUp) -> tuple[list[str], int]:
+def negatives(query: TrainingQuery, kept: int, sampling: Sampling, passages: PassageSource) -> tuple[list[str], int]:
     """The passages of label 0 for `kept` ones of label 1, and how many there should be."""
-    random = random_for(sampling.seed, "negatives", question.query_id)
+    random = random_for(sampling.seed, "negatives", query.query_id)
     wanted = whole_number(sampling.negatives * kept, random)
-    relevant = {passage for _, found in question.relevant for passage in found}
+    relevant = {passage for _, found in query.relevant for passage in found}
 
     def not_relevant(document_id: str) -> list[str]:
-        return [passage for passage in look_up(question.query_id, document_id) if passage not in relevant]
+        return [passage for passage in passages.get(query.query_id, document_id) if passage not in relevant]
 
-    return draw_passages(question.others, wanted, not_relevant, random), wanted
+    return draw_passages(query.others, wanted, not_relevant, random), wanted
 
 
 def random_for(seed: int, purpose: str, *ids: str) -> Random:

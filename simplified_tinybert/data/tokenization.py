@@ -18,7 +18,7 @@ SAMPLE_TEXTS = 2000         # different texts whose tokens are compared with the
 SAMPLE_CHARACTERS = 250     # what is looked at of each
 
 
-class Remembered(dict):
+class TextCache(dict):
     """text → compute(text), computed when a text is first seen; holds about `limit` bytes.
 
     When half of that is reached, what was there becomes the elder half and the former one is given up, but for what is
@@ -44,7 +44,7 @@ class Remembered(dict):
         self[text] = value
 
 
-class PieceCutter:
+class CachedTokenizer:
     """Cuts texts into tokens: ids as bytes of `token_type`.
 
     A text is cut as a whole by the `tokenizers` library or, with `by_words`, word by word (default: as
@@ -57,8 +57,8 @@ class PieceCutter:
         self.by_words = by_words = vocabulary.splits_at_blanks if by_words is None else by_words
         self.token_type = np.dtype(np.uint16 if max(vocabulary.pieces.values()) < 2 ** 16 else np.uint32)
         self.tokenizer = vocabulary.tokenizer()
-        self.texts = Remembered(self._beginning_by_words if by_words else self._whole, memory)
-        self.words = Remembered(self._cut_word, memory)
+        self.texts = TextCache(self._beginning_by_words if by_words else self._whole, memory)
+        self.words = TextCache(self._cut_word, memory)
         self.splits_punctuation = not vocabulary.state["added_tokens"]
         self.unknown = vocabulary.pieces[vocabulary.state["model"]["unk_token"]]
         self.planted = [vocabulary.pieces.get(piece, self.unknown) for piece in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
@@ -112,7 +112,7 @@ def words_suffice(vocabulary: Vocabulary, texts: Iterable[str]) -> bool:
 
     Where they may not the user is told, for it takes longer.
     """
-    cutter, sample = PieceCutter(vocabulary, SAMPLE_CHARACTERS, by_words=True), set()
+    cutter, sample = CachedTokenizer(vocabulary, SAMPLE_CHARACTERS, by_words=True), set()
     for text in texts if vocabulary.splits_at_blanks else ():
         sample.add(text[:SAMPLE_CHARACTERS])
         if len(sample) == SAMPLE_TEXTS:
@@ -124,7 +124,7 @@ def words_suffice(vocabulary: Vocabulary, texts: Iterable[str]) -> bool:
     return same
 
 
-def tokenize(lines: list[str], cutter: PieceCutter) -> Examples:
+def tokenize(lines: list[str], cutter: CachedTokenizer) -> Examples:
     """Checked lines → examples."""
     rows, size, vocabulary = [line.split("\t") for line in lines], cutter.token_type.itemsize, cutter.vocabulary
     queries, passages = (cutter.beginnings([row[column] for row in rows]) for column in (1, 2))
@@ -141,7 +141,7 @@ def tokenize(lines: list[str], cutter: PieceCutter) -> Examples:
 
 def truncated_lengths(query_lengths: np.ndarray, passage_lengths: np.ndarray,
                       max_seq_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Word pieces that remain of each query and passage when both and three control tokens have to fit.
+    """Tokens that remain of each query and passage when both and three special tokens have to fit.
 
     The reference takes one piece at a time from the longer side, from the passage at a tie. In closed form: the query
     keeps what the passage leaves free, or the larger half of the room, whichever is more.

@@ -18,29 +18,29 @@ NO = {"not", "no", "n", "non", "irrelevant", "irrel", "negative", "neg", "false"
       "mismatch", "contradiction", "unrelated", "bad"}
 
 
-def find_config(folder: Path) -> Path:
+def find_config(directory: Path) -> Path:
     """config.json or bert_config.json of a model directory. Raises UserError."""
-    path = next((folder / name for name in CONFIG_FILES if (folder / name).is_file()), None)
-    if (folder / ADAPTER_FILE).is_file():
-        base = read_json(folder / ADAPTER_FILE, "configuration of an adapter").get("base_model_name_or_path")
-        raise UserError(f"{folder / ADAPTER_FILE}: says that this is an adapter (LoRA) of {base}; merge the two first, "
+    path = next((directory / name for name in CONFIG_FILES if (directory / name).is_file()), None)
+    if (directory / ADAPTER_FILE).is_file():
+        base = read_json(directory / ADAPTER_FILE, "configuration of an adapter").get("base_model_name_or_path")
+        raise UserError(f"{directory / ADAPTER_FILE}: says that this is an adapter (LoRA) of {base}; merge the two first, "
                         f"by merge_and_unload of peft, and save what that gives")
     if path is None:
         nested = sorted((other.parent for pattern in ("*/config.json", "snapshots/*/config.json")
-                         for other in folder.glob(pattern)), key=_number)
-        hint = f"the model is in {nested[-1]}; name that" if nested else "is it a model folder?"
-        raise UserError(f"{folder}: holds neither {' nor '.join(CONFIG_FILES)}; {hint}")
+                         for other in directory.glob(pattern)), key=_number)
+        hint = f"the model is in {nested[-1]}; name that" if nested else "is it a model directory?"
+        raise UserError(f"{directory}: holds neither {' nor '.join(CONFIG_FILES)}; {hint}")
     return path
 
 
-def _number(folder: Path) -> tuple[int, str]:
-    found = re.search(r"checkpoint-(\d+)$", folder.name)
-    return int(found[1]) if found else -1, folder.name
+def _number(directory: Path) -> tuple[int, str]:
+    found = re.search(r"checkpoint-(\d+)$", directory.name)
+    return int(found[1]) if found else -1, directory.name
 
 
-def read_config(folder: Path) -> BertConfig:
-    """BERT configuration from config.json or bert_config.json of a folder, or from such a file. Raises UserError."""
-    path = folder if folder.is_file() else find_config(folder)
+def read_config(directory: Path) -> BertConfig:
+    """BERT configuration from config.json or bert_config.json of a directory, or from such a file. Raises UserError."""
+    path = directory if directory.is_file() else find_config(directory)
     content, problems = read_json(path, "BERT configuration"), Problems()
     if content.get("model_type", "bert") != "bert":
         raise UserError(f"{path}: is a model of type {content['model_type']}; expected bert, which alone is read here")

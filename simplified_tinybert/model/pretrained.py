@@ -1,8 +1,8 @@
-"""Reading and writing model folders: one loader for teachers, general students and finished students.
+"""Reading and writing model directories: one loader for teachers, general students and finished students.
 
 Two layouts are read: config.json with model.safetensors or pytorch_model.bin (Hugging Face), and the original's
 bert_config.json with pytorch_model.bin. Weights are read without running any code of the file. What is written is a
-normal Hugging Face folder; the projections that only distillation needs go into fit_dense.safetensors beside it.
+normal Hugging Face directory; the projections that only distillation needs go into fit_dense.safetensors beside it.
 """
 import json
 import re
@@ -37,17 +37,17 @@ IN_A_LAYER = 16                                         # parameters
 FOR_OTHERS = ("sentence_transformers", "sbert_ce_default_activation_function", "auto_map")      # of the model before
 
 
-def load_cross_encoder(folder: Path, config: BertConfig | None = None, new_head: torch.Generator | None = None,
+def load_cross_encoder(directory: Path, config: BertConfig | None = None, new_head: torch.Generator | None = None,
                        dtype: torch.dtype = torch.float32) -> tuple[CrossEncoder, list[str]]:
-    """Model of a folder in evaluation mode, with notes for the user on what was ignored or newly initialised.
+    """Model of a directory in evaluation mode, with notes for the user on what was ignored or newly initialised.
 
     Every parameter must be in the checkpoint and every tensor of the checkpoint must have a place, or a UserError
     lists what does not fit. With `new_head` (general students) pooler and classifier may be missing: they are then
     drawn from this generator, the classifier with two classes.
     """
-    config = config or read_config(folder)
-    weights = {name: tensor for name, tensor in read_weights(folder).items() if not BUFFERS.search(name)}
-    check_sizes(weights, config, folder)
+    config = config or read_config(directory)
+    weights = {name: tensor for name, tensor in read_weights(directory).items() if not BUFFERS.search(name)}
+    check_sizes(weights, config, directory)
     if "classifier.weight" in weights and weights["classifier.weight"].dim() == 2:
         config.num_labels = weights["classifier.weight"].shape[0]
     elif new_head and "classifier.weight" not in weights:
@@ -59,10 +59,10 @@ def load_cross_encoder(folder: Path, config: BertConfig | None = None, new_head:
             model = CrossEncoder(config)
             add_projections(model, weights)
     except Exception as error:                          # sizes that no model can have; which, the library says
-        raise UserError(f"{folder}: its configuration describes no possible model: {reason(error)}") from error
+        raise UserError(f"{directory}: its configuration describes no possible model: {reason(error)}") from error
     model.to(dtype)
     notes = [f"{len(ignored)} tensors of pre-training heads are not used ({ignored[0]}, ...)"] if ignored else []
-    notes += _fill(model, weights, folder, new_head)
+    notes += _fill(model, weights, directory, new_head)
     return model.eval(), notes
 
 
@@ -76,36 +76,36 @@ class _WithoutInitialisation(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def check_sizes(weights: dict[str, Tensor], config: BertConfig, folder: Path) -> None:
+def check_sizes(weights: dict[str, Tensor], config: BertConfig, directory: Path) -> None:
     """Raise UserError with each size of the configuration that the weights contradict: what follows from it is not."""
     problems = Problems()
     for size, (name, dimension) in SHOWN.items():
         expected = getattr(config, size)
         if name in weights and weights[name].dim() == 2 and weights[name].shape[dimension] != expected:
-            problems.add(f"{folder}: {name} has shape {list(weights[name].shape)}, which makes {size} "
+            problems.add(f"{directory}: {name} has shape {list(weights[name].shape)}, which makes {size} "
                          f"{weights[name].shape[dimension]}; the configuration says {expected}")
     layers = Counter(found[1] for found in map(re.compile(r"bert\.encoder\.layer\.(\d+)\.").match, weights) if found)
     if set(layers.values()) == {IN_A_LAYER} and len(layers) != config.num_hidden_layers:
-        problems.add(f"{folder}: the weights have {len(layers)} layers, which makes num_hidden_layers {len(layers)}; "
+        problems.add(f"{directory}: the weights have {len(layers)} layers, which makes num_hidden_layers {len(layers)}; "
                      f"the configuration says {config.num_hidden_layers}")
     problems.raise_if_any()
 
 
-def _fill(model: CrossEncoder, weights: dict[str, Tensor], folder: Path, new_head: torch.Generator | None) -> list[str]:
+def _fill(model: CrossEncoder, weights: dict[str, Tensor], directory: Path, new_head: torch.Generator | None) -> list[str]:
     """Copy all weights into the model; complain about every name or shape that does not fit."""
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     missing = sorted(expected.keys() - weights.keys())
     fresh = [name for name in missing if new_head and name.startswith(HEAD)]
     problems = Problems()
     complain_of_names([name for name in missing if name not in fresh], sorted(weights.keys() - expected.keys()),
-                      folder, problems)
+                      directory, problems)
     for name in sorted(expected.keys() & weights.keys()):
         if expected[name] != weights[name].shape:
-            problems.add(f"{folder}: {name} has shape {list(weights[name].shape)}; expected {list(expected[name])} "
+            problems.add(f"{directory}: {name} has shape {list(weights[name].shape)}; expected {list(expected[name])} "
                          f"by the configuration")
     for dtype in sorted({tensor.dtype for tensor in weights.values()}.difference(FLOATS), key=str):
         names = sorted(name for name, tensor in weights.items() if tensor.dtype == dtype)
-        problems.add(f"{folder}: the weights hold {dtype} in {some(names)}; expected floating-point numbers of 16 to "
+        problems.add(f"{directory}: the weights hold {dtype} in {some(names)}; expected floating-point numbers of 16 to "
                      f"64 bits: fetch or save the model without quantization")
     problems.raise_if_any()
     for name in fresh:
@@ -114,35 +114,35 @@ def _fill(model: CrossEncoder, weights: dict[str, Tensor], folder: Path, new_hea
     return [f"newly initialised: {', '.join(fresh)}"] if fresh else []
 
 
-def complain_of_names(missing: list[str], unexpected: list[str], folder: Path, problems: Problems) -> None:
+def complain_of_names(missing: list[str], unexpected: list[str], directory: Path, problems: Problems) -> None:
     """What the weights lack, and beside it what they hold that has no place."""
     if missing:
         hint = "; the model was not fine-tuned for ranking" \
             if not unexpected and all(name.startswith(HEAD) for name in missing) else ""
-        problems.add(f"{folder}: the weights lack {some(missing)}{hint}")
+        problems.add(f"{directory}: the weights lack {some(missing)}{hint}")
     if unexpected:
         hint = "; merge the LoRA weights into the model first (merge_and_unload of peft)" \
             if any(".lora_" in name for name in unexpected) else \
             "; if these are the missing ones, save them under those names" if missing else ""
-        problems.add(f"{folder}: the weights hold {some(unexpected)}, which {'have' if unexpected[1:] else 'has'} no "
+        problems.add(f"{directory}: the weights hold {some(unexpected)}, which {'have' if unexpected[1:] else 'has'} no "
                      f"place in this model{hint}")
 
 
-def load_ranker(folder: Path, config: BertConfig | None = None, new_head: torch.Generator | None = None) \
+def load_ranker(directory: Path, config: BertConfig | None = None, new_head: torch.Generator | None = None) \
         -> tuple[CrossEncoder, list[str]]:
     """A model with the two classes not relevant and relevant, as `load_cross_encoder` does it. Raises UserError.
 
     The head of a model with a single logit z is made to give the two logits (0, z), whose softmax is z's sigmoid.
     Warns where the configuration names the classes the other way round.
     """
-    model, notes = load_cross_encoder(folder, config, new_head)
+    model, notes = load_cross_encoder(directory, config, new_head)
     if model.config.num_labels == 1:
-        notes.append(f"{folder}: {split_logit(model)}")
+        notes.append(f"{directory}: {split_logit(model)}")
     elif model.config.num_labels != 2:
-        raise UserError(f"{folder}: the model has {model.config.num_labels} classes; expected 2 (not relevant, "
+        raise UserError(f"{directory}: the model has {model.config.num_labels} classes; expected 2 (not relevant, "
                         f"relevant), or 1 logit")
     elif labels := reversed_labels(model.config):
-        warn(f"{folder}: {labels} in its configuration, but class 1 is taken as relevant; if the names are right, the "
+        warn(f"{directory}: {labels} in its configuration, but class 1 is taken as relevant; if the names are right, the "
              f"ranking is upside down: exchange the two rows of classifier.weight and classifier.bias")
     return model, notes
 
@@ -208,13 +208,13 @@ def fit_projections(model: CrossEncoder, teacher_width: int, generator: torch.Ge
     return [f"newly initialised: fit_dense, {model.config.hidden_size} → {teacher_width}{why}"]
 
 
-def save_cross_encoder(model: CrossEncoder, folder: Path, tokenizer_folder: Path | None, lower_case: bool,
+def save_cross_encoder(model: CrossEncoder, directory: Path, tokenizer_directory: Path | None, lower_case: bool,
                        card: str = "", general: bool = False) -> None:
-    """Write a Hugging Face folder: config.json, model.safetensors, tokenizer files, a model card, the projections.
+    """Write a Hugging Face directory: config.json, model.safetensors, tokenizer files, a model card, the projections.
 
     A `general` student has no classifier yet.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
                if not (general and name.startswith("classifier."))}
     projections = {name: tensors.pop(name) for name in list(tensors) if name.startswith("projections.")}
@@ -222,21 +222,21 @@ def save_cross_encoder(model: CrossEncoder, folder: Path, tokenizer_folder: Path
         name = "fit_dense." if len(model.projections) == 1 else "fit_denses.0."
         renamed = {key.replace("projections.0.", name).replace("projections.", "fit_denses."): tensor
                    for key, tensor in projections.items()}
-        _save_tensors(renamed, folder / PROJECTION_FILE)
+        _save_tensors(renamed, directory / PROJECTION_FILE)
     else:
-        (folder / PROJECTION_FILE).unlink(missing_ok=True)                  # of a model that was here before
+        (directory / PROJECTION_FILE).unlink(missing_ok=True)                  # of a model that was here before
     architecture = "BertModel" if general else "BertForSequenceClassification"
     config = {key: value for key, value in model.config.to_dict().items() if key not in FOR_OTHERS}
     config |= {"architectures": [architecture], "model_type": "bert",
                                        "dtype": str(model.classifier.weight.dtype).removeprefix("torch.")}
     if model.config.num_labels == 2 and not general:
         config |= {"id2label": {"0": "not relevant", "1": "relevant"}, "label2id": {"not relevant": 0, "relevant": 1}}
-    _write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if tokenizer_folder and has_vocabulary(tokenizer_folder):
-        save_tokenizer(tokenizer_folder, folder, lower_case, model.config.max_position_embeddings)
+    _write_text(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if tokenizer_directory and has_vocabulary(tokenizer_directory):
+        save_tokenizer(tokenizer_directory, directory, lower_case, model.config.max_position_embeddings)
     if card:
-        _write_text(folder / "README.md", card)
-    _save_tensors(tensors, folder / "model.safetensors")
+        _write_text(directory / "README.md", card)
+    _save_tensors(tensors, directory / "model.safetensors")
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -90,7 +90,7 @@ class Vocabulary:
                 "model": {name: value for name, value in self.state["model"].items() if name != "vocab"},
                 "split_special": self.split_special and any(token["special"] for token in added)}
 
-    def fingerprint(self) -> str:
+    def checksum(self) -> str:
         """SHA-256 of the tokens, their ids and, where the tokenizer is not plainly BERT's, its settings.
 
         Equal for models that can share features, if these are of the same casing.

@@ -104,32 +104,32 @@ def read_json(path: Path, what: str) -> dict:
     return content
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """The files that hold a model's tensors. Raises UserError if there are none."""
-    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    path = next((directory / name for name in WEIGHT_FILES if (directory / name).is_file()), None)
     if path is None:
-        raise UserError(f"{folder}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}"
-                        f"{_other_formats(folder)}")
+        raise UserError(f"{directory}: holds no weights; expected one of {', '.join(WEIGHT_FILES)}"
+                        f"{_other_formats(directory)}")
     paths = [path]
     if path.name.endswith(".index.json"):
         try:
             shards = set(read_json(path, "index of weight files")["weight_map"].values())
-            paths = [folder / Path(shard).name for shard in sorted(shards)]
+            paths = [directory / Path(shard).name for shard in sorted(shards)]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: is not an index of weight files ({error!r}); fetch it again") from error
         absent = [shard.name for shard in paths if not shard.is_file()]
         if absent or not paths:
             raise UserError(f"{path}: names files that are not there ({', '.join(absent)}); fetch them too")
-    return paths + [path for path in [folder / PROJECTION_FILE] if path.is_file()]
+    return paths + [path for path in [directory / PROJECTION_FILE] if path.is_file()]
 
 
-def _other_formats(folder: Path) -> str:
+def _other_formats(directory: Path) -> str:
     """What stands there instead of readable weights, with the way out of each."""
     found, named = [], set()
     for pattern, what, way_out in OTHER_FORMATS:
-        names = sorted(str(path.relative_to(folder)) for path in folder.glob(pattern)
+        names = sorted(str(path.relative_to(directory)) for path in directory.glob(pattern)
                        if not path.name.startswith(NO_MODELS) and path not in named)
-        named |= {folder / name for name in names}
+        named |= {directory / name for name in names}
         if names:
             found.append(f"; found {some(names)}, {what}: {way_out}")
     return "".join(found)
@@ -141,24 +141,24 @@ def some(names: Iterable[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + (f", ... ({len(names)} in all)" if len(names) > shown else "")
 
 
-def weights_fingerprint(folder: Path) -> str:
+def weights_checksum(directory: Path) -> str:
     """SHA-256 over the weight files."""
     digest = hashlib.sha256()
-    for path in weight_files(folder):
+    for path in weight_files(directory):
         with open(path, "rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(directory: Path) -> dict[str, Tensor]:
     """All tensors of a model directory under the names used here. Raises UserError."""
     weights, projections = {}, {}
-    for path in weight_files(folder):
+    for path in weight_files(directory):
         (projections if path.name == PROJECTION_FILE else weights).update(read_tensors(path))
     try:
         return canonical_names(weights) | canonical_names(projections)
     except ValueError as error:
-        raise UserError(f"{folder}: {error}") from error
+        raise UserError(f"{directory}: {error}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

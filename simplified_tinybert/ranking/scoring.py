@@ -95,12 +95,12 @@ def scored_chunks(model: CrossEncoder, features: FeatureSummary, limits: BatchLi
                 logits.append(score_chunk(model, chunk, mine, device, progress))
             merged = [processes.merge(own) for own in logits]
             for chunk, values in zip(window, merged):
-                yield chunk, finite(chunk, values)
+                yield chunk, check_finite(chunk, values)
             seen += sum(map(len, window))
             progress.update(seen - progress.n)          # what the other processes computed
 
 
-def finite(chunk: Examples, logits: np.ndarray) -> np.ndarray:
+def check_finite(chunk: Examples, logits: np.ndarray) -> np.ndarray:
     """The logits. Raises UserError if there is one that is not a number."""
     bad = ~np.isfinite(logits).all(axis=1)
     if bad.any():

@@ -44,7 +44,7 @@ def compare(first: dict[str, float], second: dict[str, float], permutations: int
                       *wins_ties_losses(differences), tests, {})
 
 
-def correct(family: Sequence[Comparison]) -> None:
+def apply_holm(family: Sequence[Comparison]) -> None:
     """Fill in `holm` of comparisons that are read together: one measure, one run against several others."""
     for test in TESTS:
         for comparison, adjusted in zip(family, holm([each.p[test] for each in family])):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from simplified_tinybert.common.files import say
 from simplified_tinybert.data.features import Examples, joined, read_chunks
 from simplified_tinybert.model.bert import CrossEncoder
-from simplified_tinybert.ranking.scoring import BatchLimits, finite, score_chunk, token_batches
+from simplified_tinybert.ranking.scoring import BatchLimits, check_finite, score_chunk, token_batches
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -86,7 +86,7 @@ def measure(models: dict[str, CrossEncoder], pairs: Examples, device: torch.devi
         return score_chunk(model, pairs, batches, device, tqdm(disable=True))
 
     for model in models.values():
-        finite(pairs, score(model))
+        check_finite(pairs, score(model))
     rates = {name: [] for name in models}
     for turn in range(rounds):
         for name, model in models.items():

@@ -14,7 +14,7 @@ from simplified_tinybert.common.text import argument_text
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model.bert import CrossEncoder, count_parameters
 from simplified_tinybert.model.pretrained import load_ranker
-from simplified_tinybert.model.weights import weights_fingerprint
+from simplified_tinybert.model.weights import weights_checksum
 from simplified_tinybert.ranking.measures import MRR_CUTOFFS, PerQuery, Qrels, Run, evaluate, first_ten, parse_measures
 from simplified_tinybert.ranking.scoring import prepare
 from simplified_tinybert.ranking.speed import measure
@@ -26,7 +26,7 @@ class System:
     name: str
     run: Path
     model: str | None = None
-    folder: Path | None = None
+    directory: Path | None = None
     config: BertConfig | None = None
     parameters: int | None = None
     rates: list[float] = field(default_factory=list)
@@ -64,7 +64,7 @@ def find_systems(rows: list[list[str]], problems: Problems) -> list[System]:
             systems.append(System(words[0], Path(words[1]), words[2] if len(words) == 3 else None))
     found = find_models({system.name: system.model for system in systems}, problems)
     for system in systems:
-        system.folder, system.config = found.get(system.name, (None, None))
+        system.directory, system.config = found.get(system.name, (None, None))
         try:
             _take_record(system)
         except UserError as error:
@@ -91,8 +91,8 @@ def _take_record(system: System) -> None:
         how = [flag for flag in ("fp16", "bf16", "int8") if settings.get(flag)]
         how += [f"{processes} processes"] if processes > 1 else []
         system.rates, system.where = [rate], ", ".join([device, *how])
-    if system.folder and "weights" in settings and settings["weights"] != weights_fingerprint(system.folder):
-        warn(f"{system.run}: was scored with other weights than those of {system.folder} ({path}); if the model was "
+    if system.directory and "weights" in settings and settings["weights"] != weights_checksum(system.directory):
+        warn(f"{system.run}: was scored with other weights than those of {system.directory} ({path}); if the model was "
              f"not merely converted, re-rank again")
 
 
@@ -137,8 +137,8 @@ def measure_systems(systems: list[System], pairs: Examples, device: torch.device
     models = {}
     for system in systems:
         system.rates, system.where = [], ""
-        if system.folder:
-            models[system.name], notes = load_ranker(system.folder, system.config)
+        if system.directory:
+            models[system.name], notes = load_ranker(system.directory, system.config)
             for note in notes:
                 say(f"note         {system.name}: {note}")
             system.parameters = count_parameters(models[system.name])

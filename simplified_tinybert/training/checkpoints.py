@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from simplified_tinybert.common.files import Problems, UserError, atomic_writer, sync_folder
+from simplified_tinybert.common.files import Problems, UserError, atomic_writer, sync_directory
 from simplified_tinybert.common.records import read_record
 
 STATE_FILE, BEST = "training_state.pt", "best"
@@ -63,7 +63,7 @@ def replace_directory(directory: Path, save_model: Callable[[Path], None], state
         os.rename(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(directory.parent)
+    sync_directory(directory.parent)
 
 
 def remove_directory(directory: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simplified_tinybert.common.files import atomic_writer, naming
+from simplified_tinybert.common.files import atomic_writer, name_in_errors
 from simplified_tinybert.common.processes import Processes
 
 TERMS = ("loss", "cls_loss", "att_loss", "rep_loss", "soft_loss", "hard_loss")
@@ -19,12 +19,12 @@ GRADIENTS = {"att_loss": "att_grad", "rep_loss": "rep_grad", "soft_loss": "soft_
 class TrainingLog:
     """Means of the loss terms to train_loss.jsonl, dev measures to dev.jsonl, both to TensorBoard.
 
-    The first process writes, in `folder`. Rows of steps after `finished_steps`, of a run that was resumed, are dropped.
+    The first process writes, in `directory`. Rows of steps after `finished_steps`, of a run that was resumed, are dropped.
     """
 
-    def __init__(self, folder: Path, tensorboard_dir: Path | None, device: torch.device, processes: Processes,
+    def __init__(self, directory: Path, tensorboard_dir: Path | None, device: torch.device, processes: Processes,
                  finished_steps: int = 0):
-        self.losses, self.dev, self.best = folder / "train_loss.jsonl", folder / "dev.jsonl", -math.inf
+        self.losses, self.dev, self.best = directory / "train_loss.jsonl", directory / "dev.jsonl", -math.inf
         self.processes, self.tensorboard = processes, None
         self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)            # of this process
         self.steps, self.examples, self.since = 0, 0, time.perf_counter()
@@ -35,7 +35,7 @@ class TrainingLog:
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
 
-        self.tensorboard = SummaryWriter(str(tensorboard_dir or folder / "tensorboard"), purge_step=finished_steps + 1)
+        self.tensorboard = SummaryWriter(str(tensorboard_dir or directory / "tensorboard"), purge_step=finished_steps + 1)
         keep_rows(self.losses, finished_steps)
         for row in keep_rows(self.dev, finished_steps):
             self.best = max(self.best, first_measure(row))
@@ -74,7 +74,7 @@ class TrainingLog:
     def _append(self, path: Path, row: dict[str, float], prefix: str = "") -> None:
         if not self.processes.first:
             return
-        with naming(path), open(path, "a", encoding="utf-8") as handle:
+        with name_in_errors(path), open(path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(row) + "\n")
         for name, value in list(row.items())[1:]:
             self.tensorboard.add_scalar(prefix + name, value, row["global_step"])

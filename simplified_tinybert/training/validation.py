@@ -27,8 +27,8 @@ class DevSet:
     summary: FeatureSummary
     qrels: Qrels
 
-    def fingerprints(self) -> list[str]:
-        return [self.summary.fingerprint, hashlib.sha256(repr(self.qrels).encode()).hexdigest()]
+    def checksums(self) -> list[str]:
+        return [self.summary.checksum, hashlib.sha256(repr(self.qrels).encode()).hexdigest()]
 
     def measures(self, student: CrossEncoder, device: torch.device, dtype: torch.dtype | None,
                  processes: Processes) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""Copy a model folder with the weights in half the bytes, for the models that this repository carries.
+"""Copy a model directory with the weights in half the bytes, for the models that this repository carries.
 
-    python examples/store_float16.py --model_dir teacher_float32 --output_dir examples/teacher
+    python -m examples.maintenance.store_float16 --model_dir teacher_float32 --output_dir examples/teacher
 
 In: config.json, model.safetensors, vocab.txt and tokenizer_config.json. Out: the same files, weights as float16.
 config.json keeps saying "dtype": "float32", so loaders convert the weights back and compute as before.
@@ -8,22 +8,20 @@ config.json keeps saying "dtype": "float32", so loaders convert the weights back
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' shared module
-from simplified_tinybert.common.files import Problems, atomic_writer, check_input_file, run_main  # noqa: E402
+from simplified_tinybert.common.files import Problems, atomic_writer, check_input_file, run_main
 
 TEXTS = ("vocab.txt", "tokenizer_config.json")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_dir", type=Path, required=True, help="folder of the model")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the copy; made if it is missing")
+    parser.add_argument("--model_dir", type=Path, required=True, help="directory of the model")
+    parser.add_argument("--output_dir", type=Path, required=True, help="directory for the copy; made if it is missing")
     return parser.parse_args()
 
 

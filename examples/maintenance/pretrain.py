@@ -1,14 +1,14 @@
 """Pre-train a small BERT from nothing: learn a WordPiece vocabulary, then BERT's two tasks on pairs of texts.
 
-    python examples/pretrain.py --corpus example_data/corpus.txt example_data/queries.train.tsv \\
+    python -m examples.maintenance.pretrain --corpus example_data/corpus.txt example_data/queries.train.tsv \\
         --output_dir teacher_start --num_hidden_layers 4 --hidden_size 128
-    python examples/pretrain.py --corpus example_data/corpus.txt example_data/queries.train.tsv \\
+    python -m examples.maintenance.pretrain --corpus example_data/corpus.txt example_data/queries.train.tsv \\
         --output_dir general_student --num_hidden_layers 2 --layers_of teacher_start --learning_rate 5e-4
 
 In: text files, one passage a line; of a tab-separated file (*.tsv) the last column.
 Out: config.json, model.safetensors (bert.* with pooler; no task's head), vocab.txt and tokenizer_config.json.
 
-A training pair is [CLS] span [SEP] line [SEP]: a span of 8 to 20 word pieces, and the line it was cut from, this line
+A training pair is [CLS] span [SEP] line [SEP]: a span of 8 to 20 tokens, and the line it was cut from, this line
 without the span, or the next line (half of the pairs); or any other line (the other half). The model restores masked
 pieces (masked language modelling) and tells whether the two belong together (next sentence prediction).
 
@@ -22,7 +22,6 @@ import json
 import math
 import random
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,9 +34,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import BertConfig, BertForPreTraining
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts' shared module
-from simplified_tinybert.common.files import UserError, atomic_writer, run_main  # noqa: E402
-from simplified_tinybert.model.precision import warn_if_emulated  # noqa: E402
+from simplified_tinybert.common.files import UserError, atomic_writer, run_main
+from simplified_tinybert.model.precision import warn_if_emulated
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -155,9 +153,9 @@ def make_model(vocab_size: int, args: argparse.Namespace) -> BertForPreTraining:
     return model
 
 
-def take_layers(model: BertForPreTraining, folder: Path) -> None:
+def take_layers(model: BertForPreTraining, directory: Path) -> None:
     """Start as DistilBERT does: embeddings, pooler and every k-th layer of a deeper model of the same width."""
-    deep = load_file(folder / "model.safetensors")
+    deep = load_file(directory / "model.safetensors")
     depth = len({name.split(".")[3] for name in deep if ".layer." in name})
     step = depth // model.config.num_hidden_layers
     names = {name: re.sub(r"(?<=layer\.)\d+", lambda match: str((int(match[0]) + 1) * step - 1), name)
@@ -192,8 +190,8 @@ def train(model: BertForPreTraining, lines: list[list[int]], args: argparse.Name
 
 def save_model(model: BertForPreTraining, tokenizer: BertWordPieceTokenizer, args: argparse.Namespace) -> None:
     """A normal Hugging Face directory."""
-    folder = args.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
+    directory = args.output_dir
+    directory.mkdir(parents=True, exist_ok=True)
     weights = {f"bert.{name}": array.detach().cpu().contiguous()
                for name, array in model.bert.state_dict().items()}
     config = {**model.config.to_diff_dict(), "architectures": ["BertModel"], "dtype": "float32"}
@@ -203,9 +201,9 @@ def save_model(model: BertForPreTraining, tokenizer: BertWordPieceTokenizer, arg
              "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
              "vocab.txt": "".join(f"{piece}\n" for piece, _ in pieces)}
     for name, text in texts.items():
-        with atomic_writer(folder / name) as handle:
+        with atomic_writer(directory / name) as handle:
             handle.write(text)
-    with atomic_writer(folder / "model.safetensors", "wb") as handle:
+    with atomic_writer(directory / "model.safetensors", "wb") as handle:
         handle.write(save(weights, metadata={"format": "pt"}))
 
 
@@ -214,13 +212,13 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--corpus", type=Path, nargs="+", required=True, help="text files, one passage a line")
-    add("--output_dir", type=Path, required=True, help="folder for the model; made if it is missing")
+    add("--output_dir", type=Path, required=True, help="directory for the model; made if it is missing")
     add("--layers_of", type=Path, help="start from every k-th layer of this model, with its vocabulary")
-    add("--vocab_size", type=int, default=6000, help="word pieces to learn")
+    add("--vocab_size", type=int, default=6000, help="tokens to learn")
     add("--num_hidden_layers", type=int, default=4, help="layers")
     add("--hidden_size", type=int, default=128, help="width; the feed-forward blocks are four times as wide")
     add("--num_attention_heads", type=int, default=4, help="heads of each layer")
-    add("--max_seq_length", type=int, default=128, help="word pieces of a pair, control pieces included")
+    add("--max_seq_length", type=int, default=128, help="tokens of a pair, control pieces included")
     add("--train_batch_size", type=int, default=64, help="pairs per step")
     add("--num_train_epochs", type=int, default=3, help="each makes one new pair of each line")
     add("--learning_rate", type=float, default=1e-3, help="highest rate, after a tenth of the steps")
@@ -242,7 +240,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = make_model(tokenizer.get_vocab_size(), args).to(args.device)
     weights = model.bert.num_parameters() / 1e6
-    print(f"{len(lines)} lines, {sum(map(len, lines))} word pieces; {weights:.2f} million weights")
+    print(f"{len(lines)} lines, {sum(map(len, lines))} tokens; {weights:.2f} million weights")
     train(model, lines, args)
     save_model(model, tokenizer, args)
 
