@@ -1,36 +1,37 @@
 #!/usr/bin/env bash
-# From a collection of your own to the paper's table: bash collection.sh COLLECTION OUTPUT_DIR
+# Run the whole pipeline on your own collection: bash collection.sh COLLECTION OUTPUT_DIR
 #
-# COLLECTION is a directory in the form of MS MARCO's document ranking, each file plain or .gz (then named so):
-#   docs.tsv                 document_id <tab> url <tab> title <tab> body, or document_id <tab> text
+# COLLECTION is a directory in the format of MS MARCO document ranking, each file plain or .gz:
+#   docs.tsv                       document_id <tab> url <tab> title <tab> body, or document_id <tab> text
 #   queries.{train,dev,test}.tsv   query_id <tab> query        qrels.{train,dev,test}.txt   query_id 0 document_id grade
-#   bm25.{train,dev,test}.txt      the candidates: TREC runs of any first ranking
-# The steps, each a command that can be run alone: prepare, tokenize, a teacher, a general student, a student by each
-# method, re-rank, evaluate, report. A step whose result is there already is not done again; an interrupted one goes on.
-# Everything is written to OUTPUT_DIR; the table is OUTPUT_DIR/report/table.md.
+#   bm25.{train,dev,test}.txt      the candidates: TREC runs of any first-stage ranker
+# The steps are prepare, tokenize, teacher, general student, one student per method, re-rank, evaluate, report. A step
+# is skipped if its result exists; an interrupted step resumes. The table is OUTPUT_DIR/report/table.md.
 #
 # Variables:
-#   BERT_MODEL       pre-trained BERT (directory or hub id) whose vocabulary is used, from which the teacher is fine-tuned
-#                    and the general student distilled (default google-bert/bert-base-uncased)
-#   TEACHER_MODEL    a teacher that is fine-tuned already: it then also chooses the relevant passages
-#   STUDENT_MODEL    a general student that is there already
-#   STUDENT_LAYERS   else: layers of the general student, started from the teacher's (default 3)
+#   BERT_MODEL       pre-trained BERT (directory or hub id): provides the vocabulary, is fine-tuned to the teacher and
+#                    distilled to the general student (default google-bert/bert-base-uncased)
+#   TEACHER_MODEL    a fine-tuned teacher, if there is one; it then also selects the relevant passages
+#   STUDENT_MODEL    a general student, if there is one
+#   STUDENT_LAYERS   layers of a new general student, initialized from BERT_MODEL's (default 3)
 #   METHODS          default "finetune standard tinybert simplified"
 #   MEASURES         default "nDCG@10 RR@10 AP"
 #   MAX_SEQ_LENGTH   tokens of a pair (default 256)
-#   PASSAGE_FLAGS    how documents are cut (default "--title --window 150 --stride 75")
+#   PASSAGE_FLAGS    how documents are split (default "--title --window 150 --stride 75")
 #   SAMPLE_FLAGS     more arguments of prepare_examples.py train, such as "--negatives 4 --max_queries 500"
-#   DEPTH            candidates of a query that are re-ranked (default 100)
+#   DEPTH            candidates to re-rank for each query (default 100)
 #   TRAIN_FLAGS      more arguments of distill.py for teacher and students, such as "--bf16 --train_batch_size 16"
-#   TEACHER_FLAGS    for the teacher alone, after TRAIN_FLAGS     GENERAL_FLAGS   more arguments of general_distill.py
+#   TEACHER_FLAGS    the same for the teacher only, after TRAIN_FLAGS
+#   GENERAL_FLAGS    more arguments of general_distill.py
 #   EVAL_STEP        steps between validations on the dev queries (default 1000)
-#   DEVICE           auto (default), cpu, or a CUDA index          PROCESSES      1 (default); more, by torchrun
-#   PYTHON           interpreter to use as it is
+#   DEVICE           auto (default), cpu, or a CUDA index
+#   PROCESSES        number of processes, such as the number of GPUs (default 1)
+#   PYTHON           interpreter, used without a check of its packages
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python_env.sh"
 help_for "${BASH_SOURCE[0]}" "$@"
 
-[ $# = 2 ] || fail "expected two arguments, found $#: bash collection.sh COLLECTION OUTPUT_DIR (--help tells more)"
+[ $# = 2 ] || fail "expected two arguments, found $#: bash collection.sh COLLECTION OUTPUT_DIR (see --help)"
 COLLECTION="$1"
 OUT="$2"
 BERT_MODEL="${BERT_MODEL:-google-bert/bert-base-uncased}"
@@ -44,7 +45,7 @@ DEPTH="${DEPTH:-100}"
 EVAL_STEP="${EVAL_STEP:-1000}"
 DEVICE="${DEVICE:-auto}"
 PROCESSES="${PROCESSES:-1}"
-# until the end of the value, of several lines perhaps, which read takes for a failure
+# read -d "" splits values of several lines too, but reports failure at their end
 read -r -d "" -a passage_flags <<< "${PASSAGE_FLAGS:---title --window 150 --stride 75}" || true
 read -r -d "" -a sample_flags <<< "${SAMPLE_FLAGS:-}" || true
 read -r -d "" -a train_flags <<< "${TRAIN_FLAGS:-}" || true
@@ -53,19 +54,19 @@ read -r -d "" -a general_flags <<< "${GENERAL_FLAGS:-}" || true
 read -r -d "" -a methods <<< "$METHODS" || true
 read -r -d "" -a measures <<< "$MEASURES" || true
 
-# file NAME: its path in the collection, plain or .gz
+# file NAME: print its path in the collection, plain or .gz
 file() {
     if [ -r "$COLLECTION/$1" ]; then echo "$COLLECTION/$1"; else echo "$COLLECTION/$1.gz"; fi
 }
-missing=()                                         # all that is, before hours are spent
+missing=()
 for name in docs.tsv {queries.{train,dev,test}.tsv,{qrels,bm25}.{train,dev,test}.txt}; do
     [ -r "$(file "$name")" ] || missing+=("$name")
 done
-[ "${#missing[@]}" = 0 ] || fail "$COLLECTION: has none of ${missing[*]}, plain or .gz; bash collection.sh --help tells \
-what these files hold"
+[ "${#missing[@]}" = 0 ] || fail "$COLLECTION: cannot find ${missing[*]}, plain or .gz; bash collection.sh --help \
+describes these files"
 DOCS="$(file docs.tsv)"
 
-# step FILE COMMAND ...: run the command unless FILE, which it writes as its last, is there
+# step FILE COMMAND ...: run the command unless FILE exists, which the command writes last
 step() {
     if [ ! -e "$1" ]; then
         echo "== ${*:2}" >&2
@@ -82,7 +83,7 @@ train() {
         --cache_file_dir "$OUT/cache" --resume "${train_flags[@]}" "${@:3}"
 }
 
-# rerank MODEL NAME: the scores and the ranking of the test pairs, NAME.tsv and NAME.trec
+# rerank MODEL NAME: write scores and ranking of the test pairs, NAME.tsv and NAME.trec
 rerank() {
     step "$OUT/$2.tsv" run_on_device reranker.py --model_dir "$1" --features_file "$OUT/test.pkl" \
         --output_scores_file "$OUT/$2.tsv" --resume
@@ -110,7 +111,7 @@ from simplified_tinybert.common.checks import check_chain
 run_main(lambda: check_chain(*sys.argv[1:3], int(sys.argv[3]), sys.argv[4].split(), sys.argv[5].split(),
                              bool(sys.argv[6])))' \
     "$VOCABULARY" "${STUDENT_MODEL:-$BERT_MODEL}" "$NEW_LAYERS" "${METHODS[*]}" \
-    "${MEASURES[*]}" "$TEACHER_MODEL"                 # fails now, not after hours
+    "${MEASURES[*]}" "$TEACHER_MODEL" 
 mkdir -p "$OUT"
 
 step "$OUT/train.tsv" run prepare_examples.py train --docs "$DOCS" --queries "$(file queries.train.tsv)" \

@@ -4,79 +4,65 @@
         --general_student_model huawei-noah/TinyBERT_General_6L_768D --output_student_dir student \\
         --distill_model simplified --device 0 --bf16
 
-In: feature file(s) of labelled training pairs (tokenize_to_features.py --set_name train), a teacher fine-tuned for
-ranking, and a general student (a pre-trained small BERT). Models are directories or Hugging Face hub ids. A teacher or
-student with a single logit z, as most cross-encoders on the hub have it, becomes one with the two logits (0, z).
+Input: feature files of labelled training pairs (tokenize_to_features.py --set_name train), a teacher fine-tuned for
+ranking, and a general student (a small pre-trained BERT). Models are directories or Hugging Face hub ids. Most
+cross-encoders on the hub have a single logit z; such a model is converted to one with the two logits (0, z).
 
     finetune      hard                                      no teacher: how a teacher is made; the baseline without KD
     standard      alpha · soft + (1 - alpha) · hard         standard KD
     tinybert      attention + hidden, then soft             TinyBERT's task distillation, in two stages
     simplified    attention + hidden + soft + hard          Simplified TinyBERT: all of it in one stage
 
---loss_weights hard=0 changes single weights, 0 leaves a term out. In tinybert attention and hidden belong to the first
-stage, soft and hard to the second, so that --loss_weights hard=1 gives two stages with hard labels.
+--loss_weights hard=0 changes single weights; 0 leaves a term out. In tinybert, attention and hidden belong to the first
+stage, soft and hard to the second: --loss_weights hard=1 adds hard labels to the second stage.
 
-Out, in --output_student_dir: the finished student as a Hugging Face directory (config.json, model.safetensors, tokenizer,
-fit_dense.safetensors), train_loss.jsonl (a row every --train_loss_step steps: global_step, loss = cls_loss + att_loss +
-rep_loss, the unweighted soft_loss and hard_loss, learning_rate, examples_per_second), the same for TensorBoard, and
-checkpoint-<step>/ every --save_model_step steps and where a stage begins (checkpoint-0: the student before the first
-step), from which --resume goes on to the same student.
+Output, in --output_student_dir: the finished student as a Hugging Face directory (config.json, model.safetensors,
+tokenizer, fit_dense.safetensors); train_loss.jsonl, a row every --train_loss_step steps (global_step, loss = cls_loss +
+att_loss + rep_loss, the unweighted soft_loss and hard_loss, learning_rate, examples_per_second), also for TensorBoard;
+checkpoint-<step>/ every --save_model_step steps and at the start of each stage (checkpoint-0: the student before
+training). --resume continues from the newest checkpoint and ends in the same student.
 
-With --dev_features_file (tokenize_to_features.py --set_name dev) and --dev_qrels_file the student re-ranks the dev
-pairs every --eval_step steps and at the end: dev.jsonl gets a row (global_step, nDCG@10, MRR@10; documents by their
-best passage), TensorBoard the same, and best/ the student with the best nDCG@10 so far; in tinybert only in the second
-stage, before which the head has learnt nothing.
+With --dev_features_file (tokenize_to_features.py --set_name dev) and --dev_qrels_file, the student re-ranks the dev
+pairs every --eval_step steps and at the end. dev.jsonl gets a row (global_step, nDCG@10, MRR@10; documents are scored
+by their best passage), and best/ holds the student with the best nDCG@10 so far. In tinybert, this starts in the second
+stage, because the first does not train the head.
 
-Several GPUs of a machine, or processes on its CPU, share every batch and end in the same student as one:
+Several GPUs, or several processes on the CPU, share each batch and give the same student as one:
 
     torchrun --standalone --nproc_per_node=4 distill.py --features_file train.pkl ...
 """
 import argparse
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import BertConfig
 
-from simplified_tinybert.common.checks import (
-    check_dev_set,
-    check_length,
-    check_model_fits,
-    check_pair,
-    find_models,
-)
+from simplified_tinybert.common import checks
 from simplified_tinybert.common.device import keep_freed_memory, select_device
-from simplified_tinybert.common.files import Problems, process_count, run_main, say
+from simplified_tinybert.common.files import Problems, run_main, say
 from simplified_tinybert.common.processes import Processes, process_group
 from simplified_tinybert.data.cache import map_examples
 from simplified_tinybert.data.features import FeatureSummary, summarise
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.precision import select_precision, warn_if_emulated
-from simplified_tinybert.model.pretrained import fit_projections, load_ranker
+from simplified_tinybert.model.pretrained import fit_projections, load_ranker, save_cross_encoder
 from simplified_tinybert.model.tokenizer_files import has_vocabulary
 from simplified_tinybert.model.weights import weights_checksum
-from simplified_tinybert.training.checkpoints import check_output_dir
+from simplified_tinybert.training import flags
 from simplified_tinybert.training.description import describe_run, model_card
-from simplified_tinybert.training.flags import (
-    RESUMABLE,
-    Stage,
-    TrainingSettings,
-    add_training_flags,
-    check_apex,
-    check_flags,
-)
+from simplified_tinybert.training.flags import Stage, TrainingSettings
 from simplified_tinybert.training.loop import Trainer, TrainingSet
 from simplified_tinybert.training.objective import METHODS, ObjectiveSettings, parse_loss_weights, stage_weights
-from simplified_tinybert.training.run import SavedAs, find_output_run, output_run
+from simplified_tinybert.training.run import find_run, output_run
 from simplified_tinybert.training.validation import DevSet, find_dev_set, warn_of_chance
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the student is made of. models: role → directory and configuration."""
     stages: list[Stage]
-    models: dict[str, tuple[Path, BertConfig]]
+    models: checks.Models
     features: FeatureSummary
     max_seq_length: int
     dev_set: DevSet | None
@@ -91,26 +77,26 @@ def parse_args() -> argparse.Namespace:
     add("--distill_model", choices=METHODS, default="simplified",
         help="method, see above (default: simplified)")
     add("--loss_weights", nargs="+", default=[], metavar="TERM=WEIGHT",
-        help="other weights of attention, hidden, soft, hard than the method's; 0 leaves a term out")
+        help="weights of attention, hidden, soft, hard, instead of the method's; 0 leaves a term out")
     add("--layer_map", type=int, nargs="+", metavar="LAYER",
-        help="teacher layer (from 1) that each student layer learns from (default: every k-th of the teacher's)")
+        help="teacher layer (from 1) for each student layer (default: every k-th)")
     add("--alpha", type=float, default=0.5, help="weight of the soft loss in standard (default: 0.5)")
     add("--temperature", type=float, default=ObjectiveSettings.temperature,
-        help="softens teacher and student in the soft loss (default: 1)")
+        help="of the soft loss; divides the logits of teacher and student (default: 1)")
     add("--intermediate_epochs", type=float,
         help="passes over the data in the first stage of tinybert (default: --num_train_epochs)")
     add("--intermediate_learning_rate", type=float,
         help="peak learning rate of the first stage of tinybert (default: --learning_rate)")
     add("--pooled_relu", action="store_true",
-        help="relu before the classifier, as the original did while distilling; stored in the student's configuration, "
-             "which reranker.py obeys, but other tools do not know it")
-    add("--max_seq_length", type=int, help="positions to pad to (default: as the features were made)")
-    add("--do_lower_case", action="store_true", help="refuse features that were not made lower-cased")
-    add("--dev_features_file", type=Path, nargs="+", help="feature file(s) of pairs to validate on")
+        help="relu before the classifier, as in the original's distillation; stored in the student's configuration: "
+             "reranker.py applies it, other tools do not know it")
+    add("--max_seq_length", type=int, help="sequence length to pad to (default: that of the features)")
+    add("--do_lower_case", action="store_true", help="require lower-cased features")
+    add("--dev_features_file", type=Path, nargs="+", help="feature file(s) of validation pairs")
     add("--dev_qrels_file", type=Path, help="judgements of the dev queries: query_id 0 document_id grade")
     add("--eval_step", type=int, default=TrainingSettings.eval_every,
         help=f"steps between validations (default: {TrainingSettings.eval_every})")
-    add_training_flags(parser, batch_size=64, learning_rate=5e-5, epochs=2)
+    flags.add_training_flags(parser, batch_size=64, learning_rate=5e-5, epochs=2)
     args = parser.parse_args()
     if args.distill_model != "tinybert" and (args.intermediate_epochs, args.intermediate_learning_rate) != (None, None):
         parser.error("--intermediate_epochs and --intermediate_learning_rate are for --distill_model tinybert, which "
@@ -123,74 +109,78 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_stages(args: argparse.Namespace, problems: Problems) -> list[Stage]:
-    """The stages of --distill_model, with the weights that --loss_weights changes."""
+    """Return the stages of --distill_model, with the weights of --loss_weights."""
     try:
         changed = parse_loss_weights(args.loss_weights)
     except ValueError as error:
         problems.add(str(error))
         return []
     weights = stage_weights(args.distill_model, args.alpha, changed)
-    times = [(args.intermediate_epochs, args.intermediate_learning_rate), (args.num_train_epochs, args.learning_rate)]
-    stages = [Stage(objective=ObjectiveSettings(weights=each, padding=args.padding, temperature=args.temperature,
-                                                layer_map=args.layer_map), epochs=epochs, learning_rate=rate)
-              for each, (epochs, rate) in zip(weights, times[-len(weights):])]
-    for number, each in enumerate(weights, start=1):
-        if not any(each.values()):
+    schedules = [(args.intermediate_epochs, args.intermediate_learning_rate),
+                 (args.num_train_epochs, args.learning_rate)][-len(weights):]
+    for number, stage in enumerate(weights, start=1):
+        if not any(stage.values()):
             problems.add(f"--loss_weights {' '.join(args.loss_weights)}: nothing is left to minimize in stage {number} "
                          f"of {args.distill_model}; leave a weight above 0")
-    if use(stages, "teacher") and not args.teacher_model:
-        problems.add(f"--distill_model {args.distill_model} needs --teacher_model")
-    return stages
+    return [Stage(objective=ObjectiveSettings(weights=stage, padding=args.padding, temperature=args.temperature,
+                                              layer_map=args.layer_map), epochs=epochs, learning_rate=rate)
+            for stage, (epochs, rate) in zip(weights, schedules)]
 
 
-def use(stages: list[Stage], need: str) -> bool:
+def uses(stages: list[Stage], need: str) -> bool:
     return any(stage.objective.uses(need) for stage in stages)
 
 
-def check_numbers(args: argparse.Namespace, problems: Problems) -> None:
-    check_flags(args, problems, [
+def check_numbers(args: argparse.Namespace, problems: Problems) -> list[Stage]:
+    """Check the flags alone, and return the stages. collection.sh calls this before any file exists."""
+    stages = make_stages(args, problems)
+    flags.check_training_flags(args, len(stages), problems, [
         ("num_train_epochs", 0 < args.num_train_epochs < math.inf, "more than 0"),
         ("alpha", 0 <= args.alpha <= 1, "0 to 1"), ("eval_step", args.eval_step >= 1, "1 or more"),
         ("temperature", 0 < args.temperature < math.inf, "more than 0"),
         ("intermediate_epochs", 0 < args.intermediate_epochs < math.inf, "more than 0"),
         ("intermediate_learning_rate", 0 <= args.intermediate_learning_rate < math.inf, "0 or more")])
+    if uses(stages, "teacher") and not args.teacher_model:
+        problems.add(f"--distill_model {args.distill_model} needs --teacher_model")
+    return stages
 
 
-def check_settings(args: argparse.Namespace, problems: Problems) -> dict:
-    """Check all that can be checked without features; role → directory and configuration of the models."""
-    stages = make_stages(args, problems)
-    check_numbers(args, problems)
-    check_apex(args, len(stages), problems)
-    check_output_dir(args.output_student_dir, args.resume, problems)
-    roles = {"general student": args.general_student_model}
-    if use(stages, "teacher"):
-        roles["teacher"] = args.teacher_model
-    models = find_models(roles, problems)
-    if use(stages, "layers") and len(models) == 2:
-        check_pair(models["teacher"][1], models["general student"][1], problems, args.layer_map)
+def check_settings(args: argparse.Namespace, problems: Problems) -> checks.Models:
+    """Check flags and models. distill.sh calls this before the features exist."""
+    return find_models(args, check_numbers(args, problems), problems)
+
+
+def find_models(args: argparse.Namespace, stages: list[Stage], problems: Problems) -> checks.Models:
+    """Find student and teacher, and check that their layers can be matched."""
+    models = checks.find_models({"general student": args.general_student_model,
+                                 "teacher": args.teacher_model if uses(stages, "teacher") else None}, problems)
+    if uses(stages, "layers") and len(models) == 2:
+        checks.check_pair(models["teacher"][1], models["general student"][1], problems, args.layer_map)
     return models
 
 
 def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
-    """Find the inputs and check that they go together. Raises UserError with all that is wrong."""
-    models, stages = check_settings(args, problems), make_stages(args, Problems())      # whose problems are known
+    """Find the inputs and check that they fit together. Raises UserError with all problems."""
+    stages = check_numbers(args, problems)
+    models = find_models(args, stages, problems)
     features = summarise(args.features_file, problems)
-    dev_set = find_dev_set(args.dev_features_file, args.dev_qrels_file, problems)
-    if dev_set and stages and not use(stages, "head"):
-        problems.add(f"--dev_features_file: --loss_weights {' '.join(args.loss_weights)} leaves the head untrained, so "
-                     f"that the student ranks at random; leave the flag out")
-    if dev_set and "general student" in models:
-        check_dev_set(dev_set.summary, features, models["general student"][1], problems)
     max_seq_length = check_features(args, features, models, problems) if features else 0
+    dev_set = find_dev_set(args.dev_features_file, args.dev_qrels_file, problems)
+    if dev_set and stages and not uses(stages, "head"):
+        problems.add(f"--dev_features_file: with --loss_weights {' '.join(args.loss_weights)} the head is not trained "
+                     f"and the student ranks at random; leave the flag out")
+    if dev_set and "general student" in models:
+        checks.check_dev_set(dev_set.summary, features, models["general student"][1], problems)
     problems.raise_if_any()
     return Inputs(stages=stages, models=models, features=features, max_seq_length=max_seq_length, dev_set=dev_set)
 
 
-def check_features(args: argparse.Namespace, features: FeatureSummary, models: dict, problems: Problems) -> int:
-    """Check that features and models go together; returns the sequence length to pad to."""
-    max_seq_length = check_length(args.max_seq_length, features, problems)
+def check_features(args: argparse.Namespace, features: FeatureSummary, models: checks.Models,
+                   problems: Problems) -> int:
+    """Check that features and models fit together. Returns the sequence length to pad to."""
+    max_seq_length = checks.check_length(args.max_seq_length, features, problems)
     for role, (directory, config) in models.items():
-        check_model_fits(role, directory, config, features, max_seq_length, problems)
+        checks.check_model_fits(role, directory, config, features, max_seq_length, problems)
     if features.labelled < features.examples:
         problems.add(f"{features.examples - features.labelled} of {features.examples} examples have no label; "
                      f"training needs features made with --set_name train")
@@ -199,28 +189,27 @@ def check_features(args: argparse.Namespace, features: FeatureSummary, models: d
     return max_seq_length
 
 
-def resumable(args: argparse.Namespace, inputs: Inputs) -> dict:
-    """What must not change when a run is resumed."""
-    names = (*RESUMABLE, "distill_model", "max_seq_length", "temperature", "pooled_relu", "layer_map",
-             "intermediate_epochs", "intermediate_learning_rate")
-    validation = [*inputs.dev_set.checksums(), args.eval_step] if inputs.dev_set else None
+def resumable_settings(args: argparse.Namespace, inputs: Inputs) -> dict:
+    """Return the settings that must not change when a run is resumed."""
+    settings = flags.resumable_settings(args, ("distill_model", "max_seq_length", "temperature", "pooled_relu",
+                                               "layer_map", "intermediate_epochs", "intermediate_learning_rate"))
     models = {role: weights_checksum(directory) for role, (directory, _) in inputs.models.items()}
-    return {name: getattr(args, name) for name in names} | models | {
+    return settings | models | {
         "loss_weights": [stage.objective.weights for stage in inputs.stages], "features": inputs.features.checksum,
-        "validation": validation, "processes": process_count()}
+        "validation": [*inputs.dev_set.checksums(), args.eval_step] if inputs.dev_set else None}
 
 
 def load_models(args: argparse.Namespace, inputs: Inputs,
                 checkpoint: Path | None) -> tuple[CrossEncoder, CrossEncoder | None]:
-    """Student (from a checkpoint if given) and teacher, with the head that --pooled_relu asks for."""
+    """Load the student, from the checkpoint if there is one, and the teacher."""
     generator = torch.Generator().manual_seed(args.seed)
     directory, config = inputs.models["general student"]
     student, notes = load_ranker(checkpoint or directory, None if checkpoint else config, new_head=generator)
     teacher = None
     if "teacher" in inputs.models:
-        teacher, more = load_ranker(*inputs.models["teacher"])
+        teacher, teacher_notes = load_ranker(*inputs.models["teacher"])
         teacher.requires_grad_(False)
-        notes += more
+        notes += teacher_notes
     for model in filter(None, (student, teacher)):
         model.config.pooled_relu = args.pooled_relu or getattr(model.config, "pooled_relu", False)
     if any("hidden" in stage.objective.weights for stage in inputs.stages):
@@ -230,11 +219,11 @@ def load_models(args: argparse.Namespace, inputs: Inputs,
     return student, teacher
 
 
-def distill(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
-    problems = Problems()
+def distill(args: argparse.Namespace, processes: Processes) -> None:
+    device, problems = processes.device, Problems()
     dtype = select_precision(args.fp16, args.bf16, device, problems)
     inputs = check_inputs(args, problems)
-    run = find_output_run(args, {"settings": resumable(args, inputs), "device": str(device)}, processes)
+    run = find_run(args, resumable_settings(args, inputs), processes)
     if run.finished:
         return
 
@@ -246,11 +235,11 @@ def distill(args: argparse.Namespace, device: torch.device, processes: Processes
         examples = map_examples(args.features_file, inputs.features, args.cache_file_dir)
     if teacher and not run.checkpoint and processes.first:
         warn_of_chance(teacher, examples, device, dtype)
-    saved_as = SavedAs(
-        tokenizer_dir=next((directory for directory, _ in inputs.models.values() if has_vocabulary(directory)), None),
-        lower_case=inputs.features.header["lower_case"], card=model_card(args, student, teacher is not None))
+    with_vocabulary = [directory for directory, _ in inputs.models.values() if has_vocabulary(directory)]
+    save_model = partial(save_cross_encoder, tokenizer_directory=with_vocabulary[0] if with_vocabulary else None,
+                         lower_case=inputs.features.header["lower_case"], card=model_card(args, student, bool(teacher)))
     settings = TrainingSettings.from_args(args, dtype, inputs.max_seq_length, args.eval_step)
-    with output_run(run, saved_as) as run:
+    with output_run(run, save_model) as run:
         trainer = Trainer(student, teacher, TrainingSet(examples, args.features_file), settings, run, inputs.dev_set)
         describe_run(trainer, inputs.stages, args.general_student_model, args.teacher_model)
         for stage in inputs.stages:
@@ -263,8 +252,8 @@ def main() -> None:
     device = select_device(args.device, args.no_cuda)
     keep_freed_memory(device)
     with process_group(device) as processes:
-        distill(args, device, processes)
+        distill(args, processes)
 
 
 if __name__ == "__main__":
-    run_main(main, several=True)
+    run_main(main, distributed=True)

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
 # Distill a student: bash distill.sh [more arguments of distill.py, such as --bf16]
 #
-# With nothing set this runs the embedded example: a collection made of Python's own documentation, a small teacher and
-# a general student from examples/; the results are in example_run/. For models and data of your own:
+# Without variables, this runs the built-in example: a collection made from Python's documentation, and the small
+# teacher and general student of examples/. Results are in example_run/. With your own models and data:
 #   TEACHER_MODEL=nboost/pt-bert-base-uncased-msmarco STUDENT_MODEL=huawei-noah/TinyBERT_General_6L_768D \
 #   FEATURES_FILE=train.pkl OUTPUT_STUDENT_DIR=student bash distill.sh --bf16
-# A run that was interrupted goes on where it was.
+# An interrupted run resumes.
 #
-# Variables, with what they are for data of your own | in the example:
+# Variables, with their values or defaults for your own data | in the example:
 #   TEACHER_MODEL, STUDENT_MODEL   directories or hub ids | examples/teacher, examples/general_student
-#   FEATURES_FILE                  feature file | made
-#   TRAIN_EXAMPLES                 instead: index <tab> query <tab> passage <tab> label, to be tokenized | made
-#   MAX_SEQ_LENGTH                 tokens: 256 when tokenizing, else as the features were made | 128
+#   FEATURES_FILE                  feature file | created
+#   TRAIN_EXAMPLES                 alternative, to be tokenized: index <tab> query <tab> passage <tab> label | created
+#   MAX_SEQ_LENGTH                 tokens: 256 for tokenizing, otherwise the features' own length | 128
 #   OUTPUT_STUDENT_DIR             student | example_run/student-$DISTILL_MODEL
 #   CACHE_FILE_DIR                 cache | example_run/cache
 #   DISTILL_MODEL                  finetune, standard, tinybert, simplified (default)
 #   DEVICE                         auto (default), cpu, or a CUDA index
-#   PROCESSES                      1 (default); more, by torchrun, to share every batch: as many as GPUs
+#   PROCESSES                      number of processes that share each batch, such as the number of GPUs (default 1)
 #   TRAIN_BATCH_SIZE 64 | 32   LEARNING_RATE 5e-5 | 1e-3   NUM_TRAIN_EPOCHS 2 | 1   TRAIN_LOSS_STEP 1000 | 25
 #   SAVE_MODEL_STEP 3000 | 200
-#   EXAMPLE_DIR                    directory of the example, in place of example_run
-#   PYTHON                         interpreter to use as it is
+#   EXAMPLE_DIR                    directory of the example (default example_run)
+#   PYTHON                         interpreter, used without a check of its packages
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python_env.sh"
 help_for "${BASH_SOURCE[0]}" "$@"
@@ -32,7 +32,7 @@ DISTILL_MODEL="${DISTILL_MODEL:-simplified}"
 DEVICE="${DEVICE:-auto}"
 PROCESSES="${PROCESSES:-1}"
 MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-}"
-if [ -n "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then     # the paper's settings, for data and models of your own
+if [ -n "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then     # your own data: the paper's settings
     [ -n "${STUDENT_MODEL:-}" ] || fail "set STUDENT_MODEL to the general student for your data (directory or hub id)"
     [ -n "${TEACHER_MODEL:-}" ] || [ "$DISTILL_MODEL" = finetune ] ||
         fail "set TEACHER_MODEL to the teacher for your data (directory or hub id), or DISTILL_MODEL=finetune"
@@ -44,7 +44,7 @@ if [ -n "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then     # the paper's settin
     SAVE_MODEL_STEP="${SAVE_MODEL_STEP:-3000}"
     OUTPUT_STUDENT_DIR="${OUTPUT_STUDENT_DIR:-student}"
     CACHE_FILE_DIR="${CACHE_FILE_DIR:-cache}"
-else                                                       # the embedded example: minutes on two CPU cores
+else                                                       # the example: takes minutes on two CPU cores
     TEACHER_MODEL="${TEACHER_MODEL:-$ROOT/examples/teacher}"
     STUDENT_MODEL="${STUDENT_MODEL:-$ROOT/examples/general_student}"
     MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-128}"
@@ -59,7 +59,7 @@ fi
 
 settings=(--device="$DEVICE" ${TEACHER_MODEL:+--teacher_model="$TEACHER_MODEL"} --general_student_model="$STUDENT_MODEL"
     --output_student_dir="$OUTPUT_STUDENT_DIR" --cache_file_dir="$CACHE_FILE_DIR" --distill_model="$DISTILL_MODEL" --resume)
-given=()                                                   # what is not made here
+given=()
 if [ -n "${TRAIN_EXAMPLES:-}" ]; then
     given=(TRAIN_EXAMPLES)
     MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-256}"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# The paper's README spells distill.sh so.
+# The original's spelling of distill.sh.
 exec bash "$(dirname "${BASH_SOURCE[0]}")/distill.sh" "$@"

@@ -1,47 +1,39 @@
-"""Evaluate a ranking: MRR, MRR@10, MRR@100 and any measure of ir_measures; is it better than another one?
+"""Evaluate a ranking by MRR, MRR@10, MRR@100 and any measure of ir_measures, and compare it with other rankings.
 
     python msmarco_mrr_eval.py qrels.txt run.trec
     python msmarco_mrr_eval.py qrels.txt run.trec --measures nDCG@10 AP R@100 --complete
     python msmarco_mrr_eval.py qrels.txt student.trec --measures nDCG@10 AP --compare teacher.trec bm25.txt
 
-QRELS, plain or .gz:  query_id 0 document_id grade                    white space between the columns
-RUN, plain or .gz:    query_id Q0 document_id rank score run_tag      white space between the columns
+QRELS, plain or .gz:  query_id 0 document_id grade                    columns separated by white space
+RUN, plain or .gz:    query_id Q0 document_id rank score run_tag      columns separated by white space
 
-Documents are ordered by descending score, equal scores by descending document id: trec_eval's rule, in double
-precision. Neither the order of the lines nor the rank column is used. Every measure sees this one order, so that RR@10
-can never exceed RR (ir_measures, asked directly, breaks ties for the two in opposite ways).
+Documents are sorted by descending score, equal scores by descending document id: trec_eval's rule, in double precision.
+The order of the lines and the rank column are ignored. All measures use this one order, so RR@10 never exceeds RR.
+(ir_measures alone breaks ties for these two in opposite ways.)
 
-Averages are over the judged queries (at least one line in QRELS) that are in RUN, as in the paper's script. The
-official MS MARCO script divides by the number of all judged queries: with --complete, so does this one, and a query
-that is missing from RUN counts as 0. How many queries were averaged over, missing or not judged is told on stderr.
+Averages are over the judged queries (those with a line in QRELS) that are in RUN, as in the paper's script. The
+official MS MARCO script divides by the number of all judged queries. So does --complete: a query that RUN lacks counts
+as 0. Messages on stderr say how many queries are averaged over, missing or not judged.
 
-The figures go to stdout: between two rows of #, query_num (queries averaged over), then one "measure: average" a line.
-With --per_query lines of query_id TAB measure TAB value come first, with --compare of all runs and with a fourth
-column, the run's file.
+Results go to stdout. Between two rows of #, they are query_num (the number of averaged queries) and one line "measure:
+average" for each measure. --per_query first prints lines of query_id TAB measure TAB value; with --compare, for all
+runs and with the run's file as a fourth column.
 
-With --compare a table follows: for each measure and other run the means of both on the queries that both are averaged
-over, their difference, on how many of the queries RUN is better, equal, worse, and how likely such a difference is by
-chance: the paired t-test (the paper's) and Fisher's randomization test, both two-sided. The randomization test is exact
-for up to 16 queries that differ, else it draws --permutations assignments of signs. Where there are several other runs,
-p is corrected by Holm's method over these (the family: one measure, all other runs); * marks a corrected p below 0.05.
+--compare adds a table. Runs are compared on the queries they share. For each measure and other run, the table shows
+both means, their difference, the number of queries on which RUN is better, equal and worse, and the p of two two-sided
+tests: the paired t-test (as in the paper) and Fisher's randomization test. The latter is exact for up to 16 queries
+with a difference; otherwise it draws --permutations random sign assignments. With several other runs, Holm's method
+corrects each p over the other runs of a measure; * marks a corrected p below 0.05.
 """
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from simplified_tinybert.common.files import Problems, check_input_file, run_main, say, warn
-from simplified_tinybert.ranking import significance as statistics
-from simplified_tinybert.ranking.measures import (
-    Evaluation,
-    check_common_queries,
-    check_grades,
-    evaluate,
-    first_ten,
-    parse_measures,
-)
-from simplified_tinybert.ranking.significance import EXACT_QUERIES, LEVEL, PERMUTATIONS, TESTS, Comparison
+from simplified_tinybert.common.files import Problems, check_ranges, run_main, say
+from simplified_tinybert.ranking.measures import Evaluation, check_grades, evaluate, parse_measures, say_gaps
+from simplified_tinybert.ranking.significance import EXACT_QUERIES, LEVEL, PERMUTATIONS, TESTS, compare_pairs
 from simplified_tinybert.ranking.tables import markdown
-from simplified_tinybert.ranking.trec import read_qrels, read_run
+from simplified_tinybert.ranking.trec import first_ten, read_runs
 
 ROW = "#####################"
 COLUMNS = ("measure", "other run", "queries", "RUN", "other", "difference", "wins/ties/losses",
@@ -50,123 +42,108 @@ COLUMNS = ("measure", "other run", "queries", "RUN", "other", "difference", "win
 
 def relevant_grade(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on; a document of grade 0 or less is "
-                                         f"never relevant")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of 1 or more; lower grades are never relevant")
     return int(text)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("qrels", type=Path, metavar="QRELS", help="relevance judgements")
-    parser.add_argument("run", type=Path, metavar="RUN", help="TREC run to evaluate")
-    parser.add_argument("--measures", nargs="+", default=[], metavar="M",
-                        help="further measures in the notation of ir_measures, such as nDCG@10 AP 'AP(rel=2)@100'")
-    parser.add_argument("--complete", action="store_true",
-                        help="average over all judged queries, missing ones as 0 (default: over those in RUN)")
-    parser.add_argument("--per_query", action="store_true", help="print the value of every query too")
-    parser.add_argument("--relevance_level", type=relevant_grade, default=1, metavar="GRADE",
-                        help="lowest grade that counts as relevant, for MRR and the binary measures of --measures "
-                             "that do not name a rel of their own (default: %(default)s)")
-    parser.add_argument("--compare", type=Path, nargs="+", default=[], metavar="OTHER_RUN",
-                        help="other runs of the same queries, to compare RUN with")
-    parser.add_argument("--permutations", type=int, default=PERMUTATIONS, metavar="N",
-                        help="assignments of signs that the randomization test draws (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="of the randomization test (default: %(default)s)")
+    add = parser.add_argument
+    add("qrels", type=Path, metavar="QRELS", help="relevance judgements")
+    add("run", type=Path, metavar="RUN", help="TREC run to evaluate")
+    add("--measures", nargs="+", default=[], metavar="M",
+        help="further measures in the notation of ir_measures, such as nDCG@10 AP 'AP(rel=2)@100'")
+    add("--complete", action="store_true",
+        help="average over all judged queries; missing ones count as 0 (default: over those in RUN)")
+    add("--per_query", action="store_true", help="also print the value of every query")
+    add("--relevance_level", type=relevant_grade, default=1, metavar="GRADE",
+        help="lowest grade that counts as relevant, for MRR and for binary --measures without a rel of their own "
+             "(default: %(default)s)")
+    add("--compare", type=Path, nargs="+", default=[], metavar="OTHER_RUN",
+        help="other runs of the same queries, to compare RUN with")
+    add("--permutations", type=int, default=PERMUTATIONS, metavar="N",
+        help="random sign assignments of the randomization test (default: %(default)s)")
+    add("--seed", type=int, default=42, help="of the randomization test (default: %(default)s)")
     return parser.parse_args()
 
 
 def check_flags(args: argparse.Namespace, problems: Problems) -> None:
-    if args.permutations < 1 or args.seed < 0:
-        problems.add(f"--permutations {args.permutations} --seed {args.seed}: expected 1 or more, and 0 or more")
+    check_ranges(args, problems, [("permutations", args.permutations >= 1, "1 or more"),
+                                  ("seed", args.seed >= 0, "0 or more")])
     for path in {path for path in args.compare if args.compare.count(path) > 1}:
-        problems.add(f"--compare names {path} more than once; name it once, for p is corrected for the number of runs")
+        problems.add(f"--compare: {path} is given more than once; give it once, because p is corrected for the "
+                     f"number of runs")
 
 
-def tell_coverage(complete: bool, evaluation: Evaluation, start: str = "") -> None:
-    """Say what was averaged over and what was left out; `start` names the run where there are several."""
-    averaged, missing, not_judged = len(evaluation.queries), evaluation.missing, evaluation.not_judged
-    for name, values, _ in evaluation.results:
-        if len(values) < averaged:
-            say(f"{start}{name} is defined for {len(values)} of the queries only; its average is over these")
-    say(f"{start}averaged over {averaged} queries: {'all that are judged' if complete else 'judged and in the run'}")
+def report_coverage(complete: bool, evaluation: Evaluation, prefix: str) -> None:
+    """Print which queries are averaged over and which are left out, each line after `prefix`."""
+    missing, not_judged = evaluation.missing, evaluation.not_judged
+    say(f"{prefix}averaged over {len(evaluation.queries)} queries: "
+        f"{'all judged ones' if complete else 'judged and in the run'}")
     if missing:
         how = "counted as 0" if complete else "left out (--complete counts them as 0)"
-        say(f"{start}{len(missing)} judged queries are missing from the run, {how}: {first_ten(missing)}")
+        say(f"{prefix}{len(missing)} judged queries are missing from the run, {how}: {first_ten(missing)}")
     if not_judged:
-        say(f"{start}{len(not_judged)} queries of the run are not judged, left out: {first_ten(not_judged)}")
-    if evaluation.float32_ties:
-        warn(f"{start}{evaluation.float32_ties} pair(s) of differing scores are equal in single precision, as "
-             f"trec_eval reads them; it orders these by document id, and its figures may differ")
+        say(f"{prefix}{len(not_judged)} queries of the run are not judged, left out: {first_ten(not_judged)}")
+    say_gaps(evaluation, prefix)
 
 
-def per_query_lines(evaluation: Evaluation, *last: object) -> Iterator[str]:
-    """query_id, measure, value and the columns of `last`, tabs between them."""
+def per_query_lines(evaluation: Evaluation, *more_columns: object) -> Iterator[str]:
+    """Yield lines of query_id, measure, value and `more_columns`, separated by tabs."""
     for query_id in evaluation.queries:
         for name, values, _ in evaluation.results:
             if query_id in values:
-                yield "\t".join(map(str, (query_id, name, values[query_id], *last)))
+                yield "\t".join(map(str, (query_id, name, values[query_id], *more_columns)))
 
 
-def compare_all(run: Evaluation, others: dict[Path, Evaluation], permutations: int, seed: int) \
-        -> Iterator[tuple[str, Path, Comparison | None]]:
-    """(measure, other run, comparison) with Holm's correction; None where no query has a value in both runs."""
+def comparison_rows(run: Evaluation, others: dict[Path, Evaluation], permutations: int, seed: int) \
+        -> Iterator[list[str]]:
+    """Yield a table row for each measure and other run. The other runs of a measure are one family."""
     for number, (name, values, _) in enumerate(run.results):
-        compared = {}
-        for path, other in others.items():
-            other_values = other.results[number][1]
-            common = values.keys() & other_values.keys()
-            compared[path] = statistics.compare(values, other_values, permutations, seed) if common else None
-        statistics.apply_holm([comparison for comparison in compared.values() if comparison])
-        for path, comparison in compared.items():
-            yield name, path, comparison
+        family = compare_pairs({path: (values, other.results[number][1]) for path, other in others.items()},
+                               permutations, seed)
+        for path in others:
+            if path not in family:
+                yield [name, str(path), "0", *["-"] * (len(COLUMNS) - 3)]
+                continue
+            found, tests = family[path], []
+            for test in TESTS:
+                p, corrected = found.p[test], found.holm[test]
+                tests += [format_p(p), format_p(corrected) + "*" * (corrected is not None and corrected < LEVEL)]
+            yield [name, str(path), str(found.queries), *(f"{mean:.4f}" for mean in found.means),
+                   f"{found.difference:+.4f}", f"{found.wins}/{found.ties}/{found.losses}", *tests]
 
 
 def format_p(p: float | None) -> str:
     return "-" if p is None else f"{p:.4f}" if p >= 0.0001 or p == 0 else f"{p:.1e}"
 
 
-def comparison_row(name: str, path: Path, found: Comparison | None) -> list[str]:
-    if found is None:
-        return [name, str(path), "0", *["-"] * (len(COLUMNS) - 3)]
-    tests = []
-    for test in TESTS:
-        corrected = found.holm[test]
-        tests += [format_p(found.p[test]), format_p(corrected) + "*" * (corrected is not None and corrected < LEVEL)]
-    return [name, str(path), str(found.queries), *(f"{mean:.4f}" for mean in found.means), f"{found.difference:+.4f}",
-            f"{found.wins}/{found.ties}/{found.losses}", *tests]
-
-
 def explanation(args: argparse.Namespace) -> list[str]:
-    """The lines under the table."""
+    """Return the lines below the table."""
     several = f"p corrected over the {len(args.compare)} other runs of a measure"
-    family = several if len(args.compare) > 1 else "one other run, nothing to correct"
-    return [f"RUN: {args.run}. Means and difference (RUN less the other) over the queries on which both have a value.",
+    family = several if len(args.compare) > 1 else "only one other run, nothing to correct"
+    return [f"RUN: {args.run}. Means and difference (RUN minus other) are over the queries with a value in both runs.",
             f"Holm: {family}. *: below {LEVEL}. '-': not defined (the t-test needs two queries).",
-            f"randomization: exact up to {EXACT_QUERIES} differing queries, else {args.permutations:,} random "
-            f"assignments of signs, seed {args.seed}."]
+            f"randomization: exact for up to {EXACT_QUERIES} queries with a difference, otherwise "
+            f"{args.permutations:,} random sign assignments, seed {args.seed}."]
 
 
-def check_pairs(run_path: Path, run: Evaluation, others: dict[Path, Evaluation], problems: Problems) -> None:
-    """Complain about runs that share no query with the one they are to be compared with; say what is left out."""
+def check_shared_queries(run_path: Path, run: Evaluation, others: dict[Path, Evaluation], problems: Problems) -> None:
+    """Print how many queries each other run shares with the run. Sharing none is added to `problems`."""
     for path, other in others.items():
-        common = len(set(run.queries) & set(other.queries))
-        if not common:
+        shared = len(set(run.queries) & set(other.queries))
+        if not shared:
             problems.add(f"{path}: none of its judged queries ({first_ten(other.queries)}) is in {run_path} "
-                         f"({first_ten(run.queries)}); compare runs of the same queries, or with --complete")
-        alone = f"{len(run.queries) - common} of {run_path} alone, {len(other.queries) - common} of the other alone"
-        say(f"{path}: compared on {common} queries; left out: {alone}")
+                         f"({first_ten(run.queries)}); compare runs of the same queries, or use --complete")
+        say(f"{path}: compared on {shared} queries; left out: {len(run.queries) - shared} only in {run_path}, "
+            f"{len(other.queries) - shared} only in the other")
 
 
 def main() -> None:
     args, problems = parse_args(), Problems()
-    measures = parse_measures(args.measures, args.relevance_level, problems) if args.measures else []
+    measures = parse_measures(args.measures, args.relevance_level, problems)
     check_flags(args, problems)
-    paths = list(dict.fromkeys([args.run, *args.compare]))
-    files = [(args.qrels, "relevance judgements"), *((path, "run") for path in paths)]
-    if all([check_input_file(path, problems, what) for path, what in files]):  # a list: all are to be checked
-        qrels, runs = read_qrels(args.qrels, problems), {path: read_run(path, problems) for path in paths}
-    problems.raise_if_any()
-    check_common_queries(args.qrels, qrels, runs, problems)
+    qrels, runs = read_runs(args.qrels, [args.run, *args.compare], problems)
     check_grades(measures, args.qrels, qrels, runs, args.complete, problems)
     problems.raise_if_any()
 
@@ -174,8 +151,8 @@ def main() -> None:
                    for path, run in runs.items()}
     main_run, others = evaluations[args.run], {path: evaluations[path] for path in args.compare}
     for path, evaluation in evaluations.items():
-        tell_coverage(args.complete, evaluation, f"{path}: " if others else "")
-    check_pairs(args.run, main_run, others, problems)
+        report_coverage(args.complete, evaluation, f"{path}: " if others else "")
+    check_shared_queries(args.run, main_run, others, problems)
     problems.raise_if_any()
 
     if args.per_query:
@@ -185,8 +162,8 @@ def main() -> None:
     averages = (f"{name}: {average}" for name, _, average in main_run.results)
     print(ROW, f"query_num: {len(main_run.queries)}", *averages, ROW, sep="\n")
     if others:
-        compared = compare_all(main_run, others, args.permutations, args.seed)
-        print(markdown(COLUMNS, [comparison_row(*each) for each in compared]), *explanation(args), sep="\n")
+        rows = list(comparison_rows(main_run, others, args.permutations, args.seed))
+        print(markdown(COLUMNS, rows), *explanation(args), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From a raw collection to training examples or test pairs: documents cut into passages.
+"""Create training examples or test pairs from a collection: split its documents into passages.
 
     python prepare_examples.py train --docs docs.tsv.gz --queries queries.train.tsv --qrels qrels.train.txt \\
         --candidates top100.train.txt --output train.tsv --title --filter_model nboost/pt-bert-base-uncased-msmarco
@@ -6,28 +6,27 @@
         --output pairs.tsv --title
     python prepare_examples.py test --dataset msmarco-document/trec-dl-2019 --output pairs.tsv --title
 
-In, UTF-8, plain or gzip (--dataset: from the ir_datasets package; a file takes the place of the dataset's part):
+In, UTF-8, plain or gzip. --dataset takes them from the ir_datasets package; a file replaces its part of the dataset:
     docs        document_id <tab> url <tab> title <tab> body, or document_id <tab> text
     queries     query_id <tab> query
-    candidates  query_id Q0 document_id rank score run_tag (a TREC run, such as MS MARCO's top 100),
-                or query_id document_id rank; the lines of a query stand together
+    candidates  query_id Q0 document_id rank score run_tag (a TREC run), or query_id document_id rank;
+                the lines of a query must be contiguous
     qrels       query_id 0 document_id grade
-Out, in the order of the candidates' queries:
+Out, queries in the order of the candidates:
     train       index <tab> query <tab> passage <tab> label        label 1: relevant, 0: not
     test        query_id#document_id_n <tab> query <tab> passage   n = 0, 1, 2 ... within the document
-OUTPUT.run.json tells what it was made of. What could not be used (a missing document, one without text, a query without
-candidates ...) is counted on stderr and listed in OUTPUT.left_out.tsv: kind <tab> query_id <tab> document_id; of the
-candidates that training draws from, those that were looked up.
+OUTPUT.run.json records flags, inputs and counts. Queries and documents that cannot be used (for example a missing
+document, or a query without candidates) are counted on stderr and listed in OUTPUT.left_out.tsv: kind <tab> query_id
+<tab> document_id. Negatives are drawn at random, so candidates that were not looked up are not listed.
 
-Passages are windows over the words of the body, from word 0, stride, 2 * stride ... until one reaches the end, or
---first_passages of them.
+Passages are windows over the words of the body. They start at word 0, stride, 2 * stride ... until the end is covered.
 test:  all passages of the candidates.
-train: label 1, passages of the relevant documents: all of them, or since not every passage of a relevant document is
-relevant, those that a ranker, --filter_model, scores highest. Label 0: passages drawn from candidates that are judged
-not relevant or not at all (one judged relevant below --relevance_level is neither), spread over as many documents as
-possible; no text that a relevant document has too. A query without a passage of either label is left out.
+train: passages of relevant documents have label 1. Not all of them are relevant: --filter_model keeps those that a
+ranker scores highest. Passages of label 0 are drawn from as many candidates as possible that are unjudged or judged not
+relevant; texts that also occur in a relevant document are excluded. Documents of a positive grade below
+--relevance_level are not used. Queries without passages of both labels are skipped.
 
-Documents stay on disk and are found by an index that is built once, in --cache_file_dir; a .gz file is unpacked there.
+Documents stay on disk. Their index is built once in --cache_file_dir; .gz files are unpacked there.
 """
 import argparse
 from collections import Counter
@@ -44,6 +43,7 @@ from simplified_tinybert.common.files import (
     atomic_writer,
     check_input_file,
     check_output_files,
+    check_ranges,
     run_main,
     say,
 )
@@ -54,9 +54,9 @@ from simplified_tinybert.data.passages import PassageSource, PassageWindow, Skip
 from simplified_tinybert.data.sampling import (
     Sampling,
     TrainingQuery,
-    can_be_used,
     draw_queries,
     in_groups,
+    is_usable,
     negatives,
     positives,
     relevant_documents,
@@ -80,56 +80,56 @@ def parse_args() -> argparse.Namespace:
     add("--docs", type=Path, help="documents, plain or .gz")
     add("--queries", type=Path, help="queries")
     add("--candidates", type=Path, help="candidate documents of each query")
-    add("--dataset", metavar="ID", help="dataset of the ir_datasets package, for what no file is given")
+    add("--dataset", metavar="ID", help="ir_datasets dataset that supplies the parts without a file")
     add("--output", type=Path, required=True, help="file to write")
-    add("--window", type=int, default=150, help="most words of a passage, without the title (default: 150)")
-    add("--stride", type=int, default=75, help="words from one passage's start to the next's (default: 75)")
-    add("--title", action="store_true", help="put the document's title in front of each passage")
+    add("--window", type=int, default=150, help="maximum number of words in a passage, title excluded (default: 150)")
+    add("--stride", type=int, default=75, help="words between the starts of two passages (default: 75)")
+    add("--title", action="store_true", help="prepend the document's title to each passage")
     add("--first_passages", type=int, metavar="N", help="use the first N passages of a document (default: all)")
-    add("--depth", type=int, help="use the best so many candidates of each query (default: all that are given)")
+    add("--depth", type=int, metavar="N", help="use the N best candidates of each query (default: all)")
     add("--cache_file_dir", type=Path, default=Path("cache"),
-        help="directory for the index of the documents, and for the unpacked text of a .gz file (default: cache)")
+        help="directory for the document index and the unpacked text of .gz files (default: cache)")
     add = parser.add_argument_group("train only").add_argument
     add("--qrels", type=Path, help="judgements")
     add("--relevance_level", type=int, help="lowest grade that counts as relevant (default: 1)")
-    add("--negatives", type=float, help="passages of label 0 for each of label 1, such as 2 or 0.5 (default: 1)")
-    add("--positive_passages", type=int, metavar="N", help="most passages of a relevant document: drawn at random, or "
-        "with --filter_model the best (default: all; 1 with --filter_model alone)")
-    add("--retrieved_positives", action="store_true", default=None, help="use only those relevant documents that are "
-        "candidates, as all are that re-ranking meets: where a first ranking misses most of them, the others would "
+    add("--negatives", type=float, help="passages of label 0 per passage of label 1, may be a fraction (default: 1)")
+    add("--positive_passages", type=int, metavar="N", help="maximum number of passages per relevant document: drawn at "
+        "random, or the best with --filter_model (default: all; 1 if --filter_model has no --filter_threshold)")
+    add("--retrieved_positives", action="store_true", default=None, help="use relevant documents only if they are "
+        "candidates, as in re-ranking. If the first-stage ranking misses most relevant documents, the others would "
         "teach that relevant passages share few words with their query")
-    add("--max_queries", type=int, help="use so many of the queries, drawn at random (default: all)")
-    add("--seed", type=int, help="of all that is drawn at random (default: 42)")
-    add("--filter_model", metavar="MODEL", help="ranker (directory or hub id) that chooses among the passages of a "
-        "relevant document")
-    add("--filter_threshold", type=float, metavar="P", help="keep passages to which it gives a probability of at least "
-        "P (default: no bound)")
-    add("--max_seq_length", type=int, help="tokens of a pair for the ranker (default: 256)")
-    add("--device", help="of the ranker: auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
-    add("--bf16", action="store_true", default=None, help="compute the ranker's scores in bfloat16")
+    add("--max_queries", type=int, metavar="N", help="use N queries drawn at random (default: all)")
+    add("--seed", type=int, help="seed of all random draws (default: 42)")
+    add("--filter_model", metavar="MODEL", help="ranker (directory or hub id) that selects passages of relevant "
+        "documents")
+    add("--filter_threshold", type=float, metavar="P", help="keep passages with a probability of at least P according "
+        "to --filter_model (default: 0)")
+    add("--max_seq_length", type=int, help="maximum number of tokens in a pair for --filter_model (default: 256)")
+    add("--device", help="device of --filter_model: auto, cpu, cuda, cuda:1, or a CUDA index, 0 or 1 (default: auto)")
+    add("--bf16", action="store_true", default=None, help="run --filter_model in bfloat16")
     return parser.parse_args()
 
 
 def side_files(output: Path) -> tuple[Path, Path]:
-    """The list of what was left out, and the record."""
+    """Return the paths of the log of skipped queries and documents and of the run record."""
     return output.with_name(output.name + ".left_out.tsv"), record_path(output)
 
 
 def check_args(args: argparse.Namespace, problems: Problems) -> None:
-    """Complain of flags and files that cannot work, and fill in the defaults of training."""
+    """Check flags and files, and set the defaults of the training flags."""
     given = [name for name in TRAIN_ONLY if getattr(args, name) is not None]
     if args.set_name == "test":
         for name in given:
             problems.add(f"--{name}: is for train only; leave it out")
     elif not args.filter_model:
         for name in [name for name in given if name in FILTER_ONLY]:
-            problems.add(f"--{name}: is for --filter_model, which is not given")
+            problems.add(f"--{name}: needs --filter_model; add it, or leave --{name} out")
     for name in set(TRAIN_ONLY) - set(given):
         setattr(args, name, TRAIN_ONLY[name])
     if args.filter_model and args.positive_passages is None and args.filter_threshold is None:
         args.positive_passages = 1
     rules = [("window", args.window >= 1, "1 word or more"),
-             ("stride", 1 <= args.stride <= max(1, args.window), "1 to the window, else words would be lost"),
+             ("stride", 1 <= args.stride <= max(1, args.window), "1 to --window, otherwise words would be lost"),
              ("first_passages", args.first_passages is None or args.first_passages >= 1, "1 or more"),
              ("depth", args.depth is None or args.depth >= 1, "1 or more"),
              ("relevance_level", args.relevance_level >= 1, "1 or more"),
@@ -137,12 +137,10 @@ def check_args(args: argparse.Namespace, problems: Problems) -> None:
              ("positive_passages", args.positive_passages is None or args.positive_passages >= 1, "1 or more"),
              ("max_queries", args.max_queries is None or args.max_queries >= 1, "1 or more"),
              ("filter_threshold", args.filter_threshold is None or 0 <= args.filter_threshold <= 1, "0 to 1")]
-    for name, holds, expected in rules:
-        if not holds:
-            problems.add(f"--{name} {getattr(args, name)}: expected {expected}")
-    paths = {path: what for name, what in INPUTS.items() if (path := getattr(args, name))}
-    for path, what in paths.items():
-        check_input_file(path, problems, what, read_twice=True)
+    check_ranges(args, problems, rules)
+    paths = {path: content for name, content in INPUTS.items() if (path := getattr(args, name))}
+    for path, content in paths.items():
+        check_input_file(path, problems, content, read_twice=True)
     check_output_files([args.output, *side_files(args.output)], problems, inputs=paths)
     if args.cache_file_dir.exists() and not args.cache_file_dir.is_dir():
         problems.add(f"--cache_file_dir {args.cache_file_dir}: is a file; name a directory")
@@ -151,12 +149,12 @@ def check_args(args: argparse.Namespace, problems: Problems) -> None:
 def open_filter(args: argparse.Namespace, problems: Problems) -> "PassageFilter | None":
     if not args.filter_model:
         return None
-    from simplified_tinybert.data.passage_filter import PassageFilter  # here, because it takes seconds
+    from simplified_tinybert.data.passage_filter import PassageFilter  # slow to import
     return PassageFilter(args.filter_model, args.max_seq_length, args.device, args.bf16, problems)
 
 
 def test_lines(collection: Collection, passages: PassageSource, progress: tqdm) -> Iterator[str]:
-    """The lines of all passages of all candidates."""
+    """Yield an output line for each passage of each candidate."""
     for query_id, ranked in collection.candidates(Problems()):
         if text := collection.queries.get(query_id):
             for document_id in ranked:
@@ -170,11 +168,11 @@ def test_lines(collection: Collection, passages: PassageSource, progress: tqdm) 
 
 def train_lines(queries: Iterable[TrainingQuery], sampling: Sampling, ranker: "PassageFilter | None",
                 passages: PassageSource, counts: Counter) -> Iterator[str]:
-    """The lines of the examples of all `queries`; `counts` tells what was found."""
+    """Yield the output lines of all `queries` and update `counts`."""
     for group in in_groups(queries):
         for query, kept in zip(group, positives(group, sampling, ranker and ranker.probabilities, passages.skipped)):
-            drawn, wanted = negatives(query, len(kept), sampling, passages)
-            if not kept or wanted and not drawn:
+            drawn, requested = negatives(query, len(kept), sampling, passages)
+            if not kept or requested and not drawn:
                 passages.skipped.add(f"query_without_{'negative' if kept else 'positive'}_passage", query.query_id)
                 continue
             for label, texts in ((1, kept), (0, drawn)):
@@ -183,11 +181,11 @@ def train_lines(queries: Iterable[TrainingQuery], sampling: Sampling, ranker: "P
                     yield f"{index}\t{query.text}\t{passage}\t{label}\n"
                     counts[f"label {label}"] += 1
             counts["queries"] += 1
-            counts["queries short of label 0"] += len(drawn) < wanted
+            counts["queries short of label 0"] += len(drawn) < requested
 
 
-def note_absent_queries(collection: Collection, sizes: dict[str, int], level: int, skipped: SkippedLog) -> None:
-    """Note the queries that the candidates, which are what is gone through, do not have."""
+def log_absent_queries(collection: Collection, sizes: dict[str, int], level: int, skipped: SkippedLog) -> None:
+    """Log queries without candidates, and relevant judgements of queries without a text."""
     for query_id in collection.queries:
         if query_id not in sizes:
             skipped.add("query_without_candidates", query_id)
@@ -199,11 +197,11 @@ def note_absent_queries(collection: Collection, sizes: dict[str, int], level: in
 
 def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[str, int],
                 ranker: "PassageFilter | None", skipped: SkippedLog) -> Counter:
-    """Write the output, line by line. Returns what was counted."""
+    """Write the output and return the counts."""
     window = PassageWindow(args.window, args.stride, args.title, args.first_passages)
     passages, counts = PassageSource(collection.documents, window, skipped), Counter()
     if args.set_name == "train":
-        usable = [query_id for query_id in sizes if can_be_used(collection, query_id, args.relevance_level)]
+        usable = [query_id for query_id in sizes if is_usable(collection, query_id, args.relevance_level)]
         chosen = set(usable) if args.max_queries is None else draw_queries(usable, args.max_queries, args.seed)
         sampling = Sampling(args.relevance_level, args.negatives, args.positive_passages,
                             args.filter_threshold or 0.0, args.retrieved_positives, args.seed)
@@ -211,18 +209,18 @@ def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[st
                         unit=" queries", unit_scale=True)
         lines = train_lines(progress, sampling, ranker, passages, counts)
     else:
-        progress = tqdm(total=sum(sizes.values()), desc="cutting", unit=" documents", unit_scale=True)
+        progress = tqdm(total=sum(sizes.values()), desc="splitting", unit=" documents", unit_scale=True)
         lines = test_lines(collection, passages, progress)
     with progress, atomic_writer(args.output) as handle:
         for line in lines:
             handle.write(line)
             counts["lines"] += 1
-        note_absent_queries(collection, sizes, args.relevance_level, skipped)
+        log_absent_queries(collection, sizes, args.relevance_level, skipped)
         progress.close()
-        skipped.tell()
+        skipped.print_counts()
         if not counts["lines"]:
-            raise UserError(f"{args.output}: is not written, for nothing could be made of these inputs, see above; do "
-                            f"they belong together?")
+            raise UserError(f"{args.output}: not written, because these inputs give no lines (see above); check that "
+                            f"they belong to the same collection")
     return counts
 
 
@@ -242,7 +240,7 @@ def main() -> None:
     record_file(args.output, args, [path for name in INPUTS if (path := getattr(args, name))], counts=counts,
                 left_out=skipped.counts, filter_weights=ranker.checksum() if ranker else None)
     if counts["queries short of label 0"]:
-        say(f"{counts['queries short of label 0']:,} queries have fewer passages of label 0 than asked for: their "
+        say(f"{counts['queries short of label 0']:,} queries have fewer passages of label 0 than requested: their "
             f"candidates have no more")
     say(f"{args.output}: " + ", ".join(f"{counts[name]:,} {name}" for name in counts if "short" not in name))
 

@@ -1,11 +1,11 @@
-# Sourced by the other scripts, not run: `use_python FILE` sets PYTHON to an interpreter that has what FILE pins.
-# That is $PYTHON if it is set (taken unseen), else the active environment if it satisfies FILE, else .venv beside this
-# file, which is made and filled when needed.
+# Functions for the other scripts, which source this file. `use_python FILE` sets PYTHON to an interpreter with the
+# packages that FILE pins: $PYTHON if it is set (not checked), else the active environment if it has them, else .venv
+# next to this file, which is created when needed.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 [ -t 2 ] || export TQDM_MININTERVAL="${TQDM_MININTERVAL:-10}"     # seconds between progress lines in a log file
 
-# help_for FILE [arguments]: with -h or --help among the arguments, print the comment at the top of FILE and exit
+# help_for FILE [arguments]: if they include -h or --help, print the comment at the top of FILE and exit
 help_for() {
     local argument
     for argument in "${@:2}"; do
@@ -18,13 +18,12 @@ help_for() {
     done
 }
 
-# fail MESSAGE
 fail() {
     echo "error: $1" >&2
     exit 2
 }
 
-# Exit code 0 if the interpreter $1 is 3.11 or newer and has every pinned package of requirement file $2.
+# satisfies INTERPRETER FILE: succeed if it is Python 3.11 or newer and has every package that FILE pins
 satisfies() {
     "$1" - "$2" <<'PYTHON' 2>/dev/null
 import importlib.metadata
@@ -41,7 +40,7 @@ def pins(path):
                 yield pin.strip().split("==")
 
 def applies(marker):
-    from packaging.markers import Marker    # transformers needs it too: without it, FILE is not satisfied anyway
+    from packaging.markers import Marker    # transformers requires it, so every FILE does
     return Marker(marker).evaluate()
 
 assert sys.version_info >= (3, 11)
@@ -50,7 +49,7 @@ for name, version in pins(pathlib.Path(sys.argv[1])):
 PYTHON
 }
 
-# check_settings NAME ... [-- SCRIPT.py arguments] ...: end with all that is wrong with these variables and arguments
+# check_settings NAME ... [-- HOW SCRIPT.py arguments] ...: exit if these variables or arguments have errors
 check_settings() {
     local settings=()
     while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -61,7 +60,7 @@ check_settings() {
         exit
 }
 
-# is_yes VALUE, of a setting that was checked
+# is_yes VALUE: VALUE has passed check_settings
 is_yes() {
     case "$1" in
         1 | [yY]* | [tT]*) ;;
@@ -69,7 +68,7 @@ is_yes() {
     esac
 }
 
-# launch SCRIPT [arguments]: run a Python script, in $PROCESSES processes if there are to be several
+# launch SCRIPT [arguments]: run a Python script in $PROCESSES processes
 launch() {
     if [ "${PROCESSES:-1}" = 1 ]; then
         "$PYTHON" "$@"
@@ -87,7 +86,7 @@ find_python() {
             return
         fi
     done
-    fail "Python 3.11 or newer is needed and was not found; install it, or set PYTHON=/path/to/python"
+    fail "cannot find Python 3.11 or newer; install it, or set PYTHON=/path/to/python"
 }
 
 use_python() {
@@ -105,9 +104,9 @@ use_python() {
     if ! { [ -x "$PYTHON" ] && satisfies "$PYTHON" "$requirements"; }; then
         echo "installing $1 into $ROOT/.venv (once) ..." >&2
         "$base" -m venv "$ROOT/.venv" ||
-            fail "$base cannot make a virtual environment (on Debian: apt-get install python3-venv); or activate an \
-environment that has $1, or set PYTHON to its interpreter"
+            fail "$base cannot create a virtual environment; install python3-venv (Debian), activate an environment with \
+the packages of $1, or set PYTHON to its interpreter"
         "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
-            fail "the packages of $1 could not be installed; run the command again, or see the lines above"
+            fail "the packages of $1 could not be installed; see the lines above, or run the command again"
     fi
 }

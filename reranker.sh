@@ -1,25 +1,24 @@
 #!/usr/bin/env bash
 # Re-rank and evaluate: bash reranker.sh [more arguments of reranker.py, such as --bf16]
 #
-# With nothing set this re-ranks the test queries of the embedded example with the student of `bash distill.sh`, with
-# the same student before distillation and with the teacher, and prints a table; files are in example_run/results,
-# table and picture in example_run/results/report.
-# For a model and data of your own:
+# Without variables, this re-ranks the test queries of the built-in example with the student of `bash distill.sh`, with
+# the same student before distillation and with the teacher, and prints a table. Files are in example_run/results, table
+# and figure in example_run/results/report. With your own model and data:
 #   MODEL_DIR=student FEATURES_FILE=test.pkl OUTPUT_DIR=results QRELS_FILE=qrels.txt bash reranker.sh --bf16
 #
 # Variables:
 #   MODEL_DIR         directory or hub id of the model (example: example_run/student-$DISTILL_MODEL)
 #   FEATURES_FILE     feature file of the pairs
-#   TEST_PAIRS        instead: query_id#passage_id <tab> query <tab> passage, to be tokenized
-#   MAX_SEQ_LENGTH    tokens, when tokenizing (default 256; example: 128)
-#   OUTPUT_DIR        receives scores.tsv and run.trec (default results)
+#   TEST_PAIRS        alternative, to be tokenized: query_id#passage_id <tab> query <tab> passage
+#   MAX_SEQ_LENGTH    tokens, for tokenizing (default 256; example: 128)
+#   OUTPUT_DIR        directory for scores.tsv and run.trec (default results)
 #   QRELS_FILE        judgements, to evaluate the run
-#   MEASURES          of ir_measures (default "nDCG@10 AP")
-#   COMPLETE          1, yes or true: average over all judged queries, those missing from the run as 0 (official for
-#                     MS MARCO); 0, no, false or nothing: over those in the run
+#   MEASURES          measures of ir_measures (default "nDCG@10 AP")
+#   COMPLETE          1, yes or true: average over all judged queries, missing ones count as 0 (official for MS MARCO);
+#                     0, no, false or nothing: average over the judged queries in the run
 #   AGGREGATION       MaxP (default), FirstP, SumP, AvgP, 2-Max_and_AvgP, ...
 #   DEVICE            auto (default), cpu, or a CUDA index
-#   PROCESSES         1 (default); more, by torchrun, to share the pairs: as many as GPUs
+#   PROCESSES         number of processes that share the pairs, such as the number of GPUs (default 1)
 #   DISTILL_MODEL, TEACHER_MODEL, EXAMPLE_DIR, PYTHON   as in distill.sh
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python_env.sh"
@@ -35,7 +34,7 @@ COMPLETE="${COMPLETE:-}"
 [ -n "${MODEL_DIR:-}" ] || [ -z "${FEATURES_FILE:-}${TEST_PAIRS:-}" ] ||
     fail "set MODEL_DIR to the directory or hub id of the model"
 
-# rerank MODEL FEATURES SCORES RUN [more arguments]: scores of passages, then the ranking of documents
+# rerank MODEL FEATURES SCORES RUN [more arguments]: score passages, then rank documents
 rerank() {
     launch "$ROOT/reranker.py" --device "$DEVICE" --model_dir="$1" --features_file="$2" --output_scores_file "$3" \
         --resume "${@:5}"
@@ -49,9 +48,9 @@ tokenize() {
         --bert_model_dir "$3" --max_seq_length "$4"
 }
 
-# check [NAME ...] -- [HOW SCRIPT arguments]: all settings, before hours are spent on scores
+# check [NAME ...] -- [HOW SCRIPT arguments]: check these and the common settings
 check() {
-    # shellcheck disable=SC2046                    # two names or none
+    # shellcheck disable=SC2046                    # the substitution yields two words or none
     check_settings PROCESSES DEVICE AGGREGATION COMPLETE ${MAX_SEQ_LENGTH:+MAX_SEQ_LENGTH} \
         $([ -z "${QRELS_FILE:-}" ] || echo QRELS_FILE MEASURES) "$@"
 }
@@ -60,7 +59,7 @@ use_python requirements.txt
 command=(-- check_settings reranker.py --features_file=- --output_scores_file=- --device="$DEVICE" --resume)
 if [ -n "${FEATURES_FILE:-}${TEST_PAIRS:-}" ]; then
     OUTPUT_DIR="${OUTPUT_DIR:-results}"
-    given=(FEATURES_FILE)                          # what is not made here
+    given=(FEATURES_FILE)
     if [ -n "${TEST_PAIRS:-}" ]; then
         given=(TEST_PAIRS)
         MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-256}"
@@ -73,7 +72,7 @@ if [ -n "${FEATURES_FILE:-}${TEST_PAIRS:-}" ]; then
     fi
     rerank "$MODEL_DIR" "$FEATURES_FILE" "$OUTPUT_DIR/scores.tsv" "$OUTPUT_DIR/run.trec" "$@"
     if [ -n "${QRELS_FILE:-}" ]; then
-        read -r -d "" -a measures <<< "$MEASURES" || true      # until the end, which read takes for a failure
+        read -r -d "" -a measures <<< "$MEASURES" || true      # read reports failure at the end of input
         complete=()
         if is_yes "$COMPLETE"; then complete=(--complete); fi
         "$PYTHON" "$ROOT/msmarco_mrr_eval.py" ${complete[@]+"${complete[@]}"} "$QRELS_FILE" "$OUTPUT_DIR/run.trec" \
@@ -87,7 +86,7 @@ MODEL_DIR="${MODEL_DIR:-$EXAMPLE_DIR/student-${DISTILL_MODEL:-simplified}}"
 MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-128}"
 if [ ! -f "$MODEL_DIR/model.safetensors" ]; then
     check
-    fail "$MODEL_DIR holds no student yet; make it first: bash distill.sh"
+    fail "$MODEL_DIR contains no student; create it first: bash distill.sh"
 fi
 check "${command[@]}" --model_dir="$MODEL_DIR" "$@"
 RESULTS="$EXAMPLE_DIR/results"

@@ -1,18 +1,17 @@
-"""Cut query-passage pairs into tokens, once, for any number of trainings and re-rankings.
+"""Tokenize query-passage pairs once, for any number of training and re-ranking runs.
 
     python tokenize_to_features.py --set_name train --raw_data_file examples.tsv --output_features_file train.pkl \\
         --bert_model_dir google-bert/bert-base-uncased --max_seq_length 256
     python tokenize_to_features.py --set_name test --raw_data_file pairs.tsv.gz --output_features_file test.pkl \\
         --bert_model_dir google-bert/bert-base-uncased --max_seq_length 256
 
-In, one pair a line, UTF-8, plain or gzip, columns separated by one tab:
+In, one pair per line, UTF-8, plain or gzip, columns separated by one tab:
     train      index <tab> query <tab> passage <tab> label        label 1: relevant, 0: not
     dev, test  query_id#passage_id <tab> query <tab> passage (<tab> label)
-Out, a pickled feature file (simplified_tinybert/data/features.py): [CLS] query [SEP] passage [SEP] of each pair, in
-input order, at most max_seq_length tokens; the longer of the two texts loses a token at a time, the passage at a tie.
-Tokens are those of the model directory's tokenizer, as transformers reads it. The whole input is checked before the
-first pair is tokenized; if lines are wrong, the first 20 are named and nothing is written. FILE.run.json tells what a
-feature file came from.
+Out, a feature file (simplified_tinybert/data/features.py): [CLS] query [SEP] passage [SEP] of each pair in input order,
+at most max_seq_length tokens. Truncation removes one token at a time from the longer text, from the passage at a tie.
+The tokenizer is that of the model directory, as transformers loads it. All lines are checked before the first pair is
+tokenized: the first 20 errors are printed, and then nothing is written. FILE.run.json records flags and inputs.
 """
 import argparse
 import re
@@ -26,7 +25,6 @@ from tqdm import tqdm
 from simplified_tinybert.common.duplicates import DuplicateFinder
 from simplified_tinybert.common.files import (
     Problems,
-    UserError,
     atomic_writer,
     check_input_file,
     check_output_file,
@@ -36,111 +34,109 @@ from simplified_tinybert.common.files import (
 )
 from simplified_tinybert.common.records import record_file
 from simplified_tinybert.common.text import lines_of, open_binary, read_blocks, read_lines
-from simplified_tinybert.common.workers import MOST_WORKERS, default_workers, map_in_order
+from simplified_tinybert.common.workers import MAX_WORKERS, default_workers, map_in_order
 from simplified_tinybert.data.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
 from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize, words_suffice
 from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.vocabulary import Vocabulary
 
-COLUMNS = {"train": "index, query, passage, label", "dev": "query_id#passage_id, query, passage (, label)",
-           "test": "query_id#passage_id, query, passage (, label)"}
+PAIR_COLUMNS = "query_id#passage_id, query, passage (, label)"
+COLUMNS = {"train": "index, query, passage, label", "dev": PAIR_COLUMNS, "test": PAIR_COLUMNS}
 TEXTS = r"\t[^\S\t]*\S[^\t]*\t[^\S\t]*\S"               # query and passage, each with more than white space
-BEGINNING = {"train": re.compile(r"([^\t]+)" + TEXTS), "dev": re.compile(r"([^\s#]+#\S+)" + TEXTS),
-             "test": re.compile(r"([^\s#]+#\S+)" + TEXTS)}
-PAIRS_FOR_A_PROCESS = 16_384
+TRAIN_START, PAIR_START = re.compile(r"([^\t]+)" + TEXTS), re.compile(r"([^\s#]+#\S+)" + TEXTS)
+PAIRS_PER_PROCESS = 16_384
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--set_name", choices=tuple(COLUMNS), required=True, help="decides which columns and ids are expected")
+    add("--set_name", choices=tuple(COLUMNS), required=True, help="determines the expected columns and ids")
     add("--raw_data_file", type=Path, required=True, help="tab-separated pairs, plain or .gz")
     add("--output_features_file", type=Path, required=True, help="feature file to write")
-    add("--bert_model_dir", required=True, help="directory or hub id of the model whose vocabulary is to be used")
-    add("--max_seq_length", type=int, default=256, help="tokens of a pair, special tokens included (default: 256)")
+    add("--bert_model_dir", required=True, help="directory or hub id of the model whose tokenizer is used")
+    add("--max_seq_length", type=int, default=256,
+        help="maximum number of tokens in a pair, special tokens included (default: 256)")
     add("--do_lower_case", action=argparse.BooleanOptionalAction, default=None,
-        help="lower-case texts (default: as transformers' AutoTokenizer does with this model)")
+        help="lower-case texts (default: as transformers' AutoTokenizer does for this model)")
     add("--num_workers", type=int, default=0,
-        help=f"processes that tokenize (default: one for each CPU core, at most {MOST_WORKERS})")
+        help=f"number of tokenizing processes (default: one per CPU core, at most {MAX_WORKERS})")
     return parser.parse_args()
 
 
 def check_line(text: str, set_name: str) -> list[str]:
-    """What is wrong with a line, each as 'found ...; expected ...'."""
+    """Return the errors of a line."""
     columns = text.split("\t")
     if len(columns) not in ((4,) if set_name == "train" else (3, 4)):
         hint = ("two files were joined without a line end between them: add one" if "\ufeff" in text else
-                "lines end in \\r alone, as on old Macs: replace it, for example by tr '\\r' '\\n'" if "\r" in text else
-                "if these are test pairs: --set_name test" if set_name == "train" and len(columns) == 3 else
-                "replace tabs inside texts by blanks" if len(columns) > 4 else "columns are separated by one tab each")
+                "lines end in \\r alone: convert them, for example with tr '\\r' '\\n'" if "\r" in text else
+                "use --set_name test if these are test pairs" if set_name == "train" and len(columns) == 3 else
+                "replace tabs inside texts by spaces" if len(columns) > 4 else "separate columns by one tab")
         return [f"found {len(columns)} tab-separated columns ({shorten(text)}); expected {COLUMNS[set_name]}; {hint}"]
-    complaints = []
+    errors = []
     for name, value in zip(("query", "passage"), columns[1:3]):
         if not value.strip():
-            complaints.append(f"the {name} is empty; give it a text or leave the line out")
+            errors.append(f"the {name} is empty; add a text or remove the line")
     if len(columns) == 4 and columns[3] not in ("0", "1"):
-        complaints.append(f"found label {shorten(columns[3])}; expected 0 or 1")
+        errors.append(f"found label {shorten(columns[3])}; expected 0 or 1")
     if not columns[0]:
-        complaints.append("the id is empty; expected " + COLUMNS[set_name].split(",")[0])
-    elif set_name != "train":
-        query_id, hash_sign, passage_id = columns[0].partition("#")
-        if not (query_id and hash_sign and passage_id) or columns[0].split() != [columns[0]]:
-            complaints.append(f"found id {shorten(columns[0])}; expected query_id#passage_id without white space"
-                              + ("; if these are training examples: --set_name train" if len(columns) == 4 else ""))
-    return complaints
+        errors.append("the id is empty; expected " + COLUMNS[set_name].split(",")[0])
+    elif set_name != "train" and not re.fullmatch(r"[^\s#]+#\S+", columns[0]):
+        errors.append(f"found id {shorten(columns[0])}; expected query_id#passage_id without white space"
+                      + ("; use --set_name train if these are training examples" if len(columns) == 4 else ""))
+    return errors
 
 
-def id_of_right_line(text: str, set_name: str) -> str | None:
-    """The id of a line on which `check_line` has nothing to say, found without cutting the line into columns."""
-    if beginning := BEGINNING[set_name].match(text):
-        tab = text.find("\t", beginning.end())                          # where the passage ends and the label begins
+def valid_line_id(text: str, set_name: str) -> str | None:
+    """Return the id of a line without errors, else None. Faster than `check_line`, as the line is not split."""
+    if start := (TRAIN_START if set_name == "train" else PAIR_START).match(text):
+        tab = text.find("\t", start.end())                              # the end of the passage
         if tab == -1 and set_name != "train" or tab == len(text) - 2 and text[-1] in "01":
-            return beginning[1]
+            return start[1]
     return None
 
 
 def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
-    """Check every line before anything expensive starts. Returns the number of pairs."""
+    """Check all lines. Returns the number of pairs."""
     ids, pairs, before = DuplicateFinder(), 0, problems.count
     for number, text in tqdm(read_lines(path, problems), desc="checking", unit=" lines", unit_scale=True):
         pairs += 1
-        if right := id_of_right_line(text, set_name):
-            ids.add(right)
+        if line_id := valid_line_id(text, set_name):
+            ids.add(line_id)
             continue
-        for complaint in check_line(text, set_name):
-            problems.add(f"{path}:{number}: {complaint}")
-        if text:                                        # a blank line is complained of above, not as a repeated id
+        for error in check_line(text, set_name):
+            problems.add(f"{path}:{number}: {error}")
+        if text:                                        # empty lines are not duplicates
             ids.add(text.partition("\t")[0])
     keys = ((number, text.partition("\t")[0]) for number, text in read_lines(path, Problems()) if text)
     ids.report(keys, path, "id", problems)
     if not pairs and problems.count == before:
-        problems.add(f"{path}: is empty; expected one pair a line: {COLUMNS[set_name]}")
+        problems.add(f"{path}: is empty; expected one pair per line: {COLUMNS[set_name]}")
     return pairs
 
 
 def texts_of(path: Path) -> Iterator[str]:
-    """Queries and passages of a checked file."""
+    """Yield the queries and passages of a checked file."""
     return chain.from_iterable(line.split("\t")[1:3] for _, line in read_lines(path, Problems()))
 
 
 def block_tokenizer(vocabulary: Vocabulary, max_seq_length: int, by_words: bool) -> Callable[[bytes], Examples]:
-    cutter = CachedTokenizer(vocabulary, max_seq_length, by_words)
-    return lambda block: tokenize(lines_of(block), cutter)
+    tokenizer = CachedTokenizer(vocabulary, max_seq_length, by_words)
+    return lambda block: tokenize(lines_of(block), tokenizer)
 
 
-def in_chunks(parts: Iterable[Examples]) -> Iterator[Examples]:
-    """The same examples, CHUNK_EXAMPLES at a time."""
-    held, count = [], 0
-    for part in parts:
-        held.append(part)
-        count += len(part)
+def in_chunks(blocks: Iterable[Examples]) -> Iterator[Examples]:
+    """Regroup examples into chunks of CHUNK_EXAMPLES."""
+    pending, count = [], 0
+    for block in blocks:
+        pending.append(block)
+        count += len(block)
         while count >= CHUNK_EXAMPLES:
-            first, rest = joined(held).split(CHUNK_EXAMPLES)
-            yield first
-            held, count = [rest], len(rest)
+            chunk, rest = joined(pending).split(CHUNK_EXAMPLES)
+            yield chunk
+            pending, count = [rest], len(rest)
     if count:
-        yield joined(held)
+        yield joined(pending)
 
 
 def main() -> None:
@@ -148,18 +144,16 @@ def main() -> None:
     if not 8 <= args.max_seq_length < 2 ** 16:
         problems.add(f"--max_seq_length {args.max_seq_length}: expected 8 to 65535 tokens")
     if args.num_workers < 0:
-        problems.add(f"--num_workers {args.num_workers}: expected 0 (one for each core) or more")
+        problems.add(f"--num_workers {args.num_workers}: expected 0 (one per core) or more")
     check_output_file(args.output_features_file, problems, inputs=[args.raw_data_file])
     readable = check_input_file(args.raw_data_file, problems, "pairs", read_twice=True)
-    try:
+    with problems.collect():
         vocabulary = load_vocabulary(find_model(args.bert_model_dir), args.do_lower_case)
-    except UserError as error:
-        problems.add(str(error))
     pairs = check_pairs(args.raw_data_file, args.set_name, problems) if readable else 0
     problems.raise_if_any()
 
-    workers, full = min(args.num_workers or default_workers(), 1 + pairs // PAIRS_FOR_A_PROCESS), 0
-    say(f"{pairs:,} pairs; vocabulary of {len(vocabulary.pieces):,} pieces, "
+    workers, full = min(args.num_workers or default_workers(), 1 + pairs // PAIRS_PER_PROCESS), 0
+    say(f"{pairs:,} pairs; vocabulary of {len(vocabulary.token_ids):,} tokens, "
         f"{'lower-cased' if vocabulary.lower_case else 'cased'}")
     by_words = words_suffice(vocabulary, texts_of(args.raw_data_file))
     with open_binary(args.raw_data_file) as source, atomic_writer(args.output_features_file, "wb") as handle:
@@ -177,7 +171,7 @@ def main() -> None:
     record_file(args.output_features_file, args, [args.raw_data_file], pairs=pairs,
                 vocabulary=vocabulary.checksum(), lower_case=vocabulary.lower_case)
     say(f"{args.output_features_file}: {pairs:,} pairs, {writer.tokens / pairs:.1f} tokens on average, "
-        f"{100 * full / pairs:.1f} % fill all {args.max_seq_length}")
+        f"{100 * full / pairs:.1f} % have {args.max_seq_length}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the benchmarks share: their flags, ways in turn, the machine's speed, their results. Not a command.
+"""Shared by the benchmarks: flags, interleaved timing, the machine's peak speed, result files. Not a command.
 
-Times are wall-clock seconds. Ways that are compared run in turn (A B C A B C ...), so that whatever else the machine
-does meets all of them; a ratio is the median over the rounds of the ratio within a round (smallest – largest).
+Times are wall-clock seconds. The compared implementations run in turn (A B C A B C ...), so that other load on the
+machine affects all of them. A ratio is taken within each round; its median is reported with (smallest – largest).
 """
 import argparse
 import ctypes
@@ -15,44 +15,48 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig
 
-from simplified_tinybert.common.device import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
+from simplified_tinybert.common.device import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory, select_device
 from simplified_tinybert.common.files import atomic_writer, say
 from simplified_tinybert.common.records import plain
 from simplified_tinybert.ranking.speed import seconds
 from simplified_tinybert.ranking.tables import number
 
 ROOT = Path(__file__).resolve().parent.parent
-M_MMAP_THRESHOLD = -3       # of glibc's malloc.h
-RATE_TOKENS = 2048          # rows of the products that measure the machine
-RATE_TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-RATE_SECONDS = {True: 0.01, False: 0.15}       # how long each of them is repeated, with and without --quick
+M_MMAP_THRESHOLD = -3       # from glibc's malloc.h
+RATE_TOKENS = 2048          # rows of the matrix products that measure the machine's peak
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, or a CUDA index (default: auto)")
-    add("--threads", type=int, help="CPU threads (default: as PyTorch chooses)")
+    add("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     add("--vocab_file", type=Path, default=ROOT / "tests/data/bert-base-uncased-vocab.txt",
-        help="tokens, one a line (default: BERT-Base's, uncased)")
-    add("--raw_data_file", type=Path, help="own pairs, as tokenize_to_features.py reads them (default: generated)")
+        help="vocabulary, one token per line (default: BERT-Base, uncased)")
+    add("--raw_data_file", type=Path, help="your own pairs, as for tokenize_to_features.py (default: generated)")
     add("--output_dir", type=Path, default=ROOT / "benchmarks/results", help="directory for the results")
-    add("--quick", action="store_true", help="tiny sizes, to see that the command works; the figures mean nothing")
+    add("--quick", action="store_true", help="tiny sizes, to check that the command works; the figures mean nothing")
+
+
+def set_up(args: argparse.Namespace) -> torch.device:
+    """Set the number of threads and return the device."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return select_device(args.device)
 
 
 def set_memory(way: str, device: torch.device) -> None:
-    """The C library's handling of freed memory as each way has it: ours keeps it, others leave everything as usual."""
+    """Set how malloc treats freed memory: our code keeps it for reuse, the others get glibc's behaviour."""
     if way.startswith("ours"):
         keep_freed_memory(device)
-    elif device.type == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        library = ctypes.CDLL(None)
-        # The limits at which glibc arrives by itself, which moves them up as large tensors are freed
+    elif device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc raises its limits to these by itself as large tensors are freed
         for parameter, value in ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 2 ** 25), (M_TRIM_THRESHOLD, 2 ** 26)):
-            library.mallopt(parameter, value)
-        library.malloc_trim(0)
+            libc.mallopt(parameter, value)
+        libc.malloc_trim(0)
 
 
 def interleave(ways: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each way in each round; the ways of a round run one after the other."""
+    """Return each implementation's seconds in each round."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds):
         for name, run in ways.items():
@@ -63,64 +67,61 @@ def interleave(ways: dict[str, Callable[[], object]], rounds: int, device: torch
 
 
 def ratio(slow: list[float], fast: list[float]) -> str:
-    """How many times faster, round by round: median (smallest – largest)."""
-    values = [one / other for one, other in zip(slow, fast)]
-    return spread(values, "× ")
+    """Return how many times faster: median (smallest – largest) of the ratios in each round."""
+    return spread([slower / faster for slower, faster in zip(slow, fast)], "× ")
 
 
 def spread(values: list[float], unit: str = "") -> str:
-    """Median and range, with three significant digits."""
-    low, high = (number(value) for value in (min(values), max(values)))
-    return f"{number(statistics.median(values))} {unit}({low} – {high})"
+    """Return median (smallest – largest), with three significant digits."""
+    return f"{number(statistics.median(values))} {unit}({number(min(values))} – {number(max(values))})"
 
 
 def why_not_packed(dtype: torch.dtype) -> str | None:
-    """Why oneDNN does not bring weights of this type into its own layout on this machine; None if it does."""
+    """Return why oneDNN cannot pack weights of this type on this machine, or None if it can."""
     try:
         values = torch.ones(16, 16, dtype=dtype)
         packed = torch.ops.mkldnn._reorder_linear_weight(values, len(values))
         torch.ops.mkldnn._linear_pointwise(values, packed, values[0], "none", [], "")
-    except (AttributeError, RuntimeError) as error:     # which types need which instructions, oneDNN alone knows
+    except (AttributeError, RuntimeError) as error:     # only oneDNN knows which types need which instructions
         return str(error).splitlines()[0]
     return None
 
 
 def packing(device: torch.device) -> dict[str, str]:
-    """A line for the machine's description: of which types oneDNN packs weights, and why not of the others."""
+    """Say for which types oneDNN packs weights, and why not for the others. Goes into the machine's description."""
     if device.type != "cpu":
         return {}
-    reasons = {kind: why_not_packed(dtype) for kind, dtype in RATE_TYPES.items()}
+    reasons = {"float32": why_not_packed(torch.float32), "bf16": why_not_packed(torch.bfloat16)}
     return {"weights packed by oneDNN": ", ".join(f"{kind}: {f'no ({why})' if why else 'yes'}"
                                                   for kind, why in reasons.items())}
 
 
-def matrix_rates(device: torch.device, dtype: torch.dtype, width: int, quick: bool) -> dict[str, float]:
-    """FLOP per second of the products of a transformer layer of this width, as PyTorch computes them.
+def matrix_rates(device: torch.device, dtype: torch.dtype, hidden_size: int, quick: bool) -> dict[str, float]:
+    """FLOP per second of the matrix products in a transformer layer, as PyTorch computes them.
 
-    On a CPU also by oneDNN with weights that were brought into its own layout beforehand, where it does that for this
-    type: what the hardware can do is the largest of these figures.
+    On a CPU also with weights packed by oneDNN, if it can pack this type. The largest figure is the machine's peak.
     """
-    rates = {}
+    rates, wide = {}, 4 * hidden_size
     packs = device.type == "cpu" and not why_not_packed(dtype)
     with torch.inference_mode():
-        for rows, columns in ((width, width), (width, 4 * width), (4 * width, width)):
+        for rows, columns in ((hidden_size, hidden_size), (hidden_size, wide), (wide, hidden_size)):
             inputs = torch.randn(RATE_TOKENS, rows, device=device, dtype=dtype)
             weight, bias = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((columns, rows), (columns,)))
-            work, shape = 2 * RATE_TOKENS * rows * columns, f"{RATE_TOKENS}×{rows}×{columns}"
-            rates[shape] = work / _repeat(lambda: F.linear(inputs, weight, bias), device, quick)  # noqa: B023
+            flops, shape = 2 * RATE_TOKENS * rows * columns, f"{RATE_TOKENS}×{rows}×{columns}"
+            rates[shape] = flops / _repeat(lambda: F.linear(inputs, weight, bias), device, quick)  # noqa: B023
             if packs:
                 packed = torch.ops.mkldnn._reorder_linear_weight(weight, RATE_TOKENS)
-                rates[f"{shape} packed"] = work / _repeat(lambda: torch.ops.mkldnn._linear_pointwise(
+                rates[f"{shape} packed"] = flops / _repeat(lambda: torch.ops.mkldnn._linear_pointwise(
                     inputs, packed, bias, "none", [], ""), device, quick)  # noqa: B023
     return rates
 
 
-def best_rates(device: torch.device, width: int, quick: bool) -> dict[str, float]:
-    """FLOP per second of the fastest product: float32 as PyTorch computes it, float32 at its best, bf16."""
-    single = matrix_rates(device, torch.float32, width, quick)
+def best_rates(device: torch.device, hidden_size: int, quick: bool) -> dict[str, float]:
+    """FLOP per second of the fastest matrix product, by type. For float32 also without packed weights."""
+    single = matrix_rates(device, torch.float32, hidden_size, quick)
     return {"float32": max(single.values()),
             "float32 without packed weights": max(rate for shape, rate in single.items() if "packed" not in shape),
-            "bf16": max(matrix_rates(device, torch.bfloat16, width, quick).values())}
+            "bf16": max(matrix_rates(device, torch.bfloat16, hidden_size, quick).values())}
 
 
 def describe_rates(rates: dict[str, float]) -> str:
@@ -128,44 +129,45 @@ def describe_rates(rates: dict[str, float]) -> str:
 
 
 def _repeat(run: Callable[[], object], device: torch.device, quick: bool) -> float:
-    """Median seconds of repeated runs."""
+    """Median seconds over repeated runs."""
     once = min(seconds(run, device) for _ in range(3))
-    return statistics.median(seconds(run, device) for _ in range(max(5, int(RATE_SECONDS[quick] / once))))
+    return statistics.median(seconds(run, device) for _ in range(max(5, int((0.01 if quick else 0.15) / once))))
 
 
 def forward_flops(config: BertConfig, lengths: Iterable[int], cls_only: bool = True) -> float:
-    """Floating-point operations of the matrix products that a forward pass over pairs of these lengths needs.
+    """Count the FLOP of the matrix products that a forward pass over pairs of these lengths needs.
 
-    With `cls_only`, for scores, the last layer's keys and values are needed for all positions, the rest for the first.
+    With `cls_only` (enough for scores), the last layer computes only keys and values for all positions.
     """
-    width, inner, total = config.hidden_size, config.intermediate_size, 0.0
+    hidden, inner, total = config.hidden_size, config.intermediate_size, 0.0
     for length in map(int, lengths):
-        layer = 2 * length * (4 * width * width + 2 * width * inner) + 4 * length * length * width
-        last = 4 * length * width * width + 4 * width * width + 4 * width * inner + 4 * length * width
-        head = 2 * width * width + 2 * width * config.num_labels
+        layer = 2 * length * (4 * hidden * hidden + 2 * hidden * inner) + 4 * length * length * hidden
+        last = 4 * length * hidden * hidden + 4 * hidden * hidden + 4 * hidden * inner + 4 * length * hidden
+        head = 2 * hidden * hidden + 2 * hidden * config.num_labels
         total += (config.num_hidden_layers - 1) * layer + (last if cls_only else layer) + head
     return total
 
 
 def step_flops(student: BertConfig, teacher: BertConfig, lengths: Iterable[int]) -> float:
-    """The same for a distillation step: teacher once, student and its projections three times (forward, backward)."""
+    """Count the FLOP of a distillation step: teacher once, student and projections three times (forward, backward)."""
     lengths = list(map(int, lengths))
     projections = 2 * (student.num_hidden_layers + 1) * student.hidden_size * teacher.hidden_size * sum(lengths)
     return (forward_flops(teacher, lengths, cls_only=False)
             + 3 * (forward_flops(student, lengths, cls_only=False) + projections))
 
 
-def write_results(directory: Path, name: str, title: str, facts: dict[str, str], sections: list[str],
-                  args: argparse.Namespace, raw: dict) -> None:
-    """<name>.md for people, <name>.json with every single time; the former also to stdout."""
-    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip()
-    machine_line = "; ".join(f"{key}: {value}" for key, value in facts.items())
-    text = "\n\n".join([f"# {title}", f"`{command}`", machine_line, *sections]) + "\n"
-    directory.mkdir(parents=True, exist_ok=True)
-    with atomic_writer(directory / f"{name}.md") as handle:
+def write_results(title: str, hardware: dict[str, str], sections: list[str], args: argparse.Namespace,
+                  raw: dict) -> None:
+    """Write NAME.md (tables, also to stdout) and NAME.json (all timings), where NAME is the running benchmark's."""
+    name = Path(sys.argv[0]).stem
+    command = f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip()
+    hardware_line = "; ".join(f"{key}: {value}" for key, value in hardware.items())
+    text = "\n\n".join([f"# {title}", f"`{command}`", hardware_line, *sections]) + "\n"
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with atomic_writer(args.output_dir / f"{name}.md") as handle:
         handle.write(text)
     arguments = {key: plain(value) for key, value in vars(args).items()}
-    with atomic_writer(directory / f"{name}.json") as handle:
-        json.dump({"machine": facts, "arguments": arguments, **raw}, handle, indent=1)
+    with atomic_writer(args.output_dir / f"{name}.json") as handle:
+        json.dump({"machine": hardware, "arguments": arguments, **raw}, handle, indent=1)
         handle.write("\n")
     print(text)

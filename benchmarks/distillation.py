@@ -1,23 +1,22 @@
-"""Time and memory of a step of distill.py's simplified objective beside the original's, with the same weights.
+"""Time and memory of a distillation step with the simplified objective: distill.py against the original, same weights.
 
     python -m benchmarks.distillation
     python -m benchmarks.distillation --students 6x768 --raw_data_file train.tsv --device 0
 
-In: nothing, or own labelled pairs (index <tab> query <tab> passage <tab> label); models have random weights.
-Out, in --output_dir: distillation.md (tables), distillation.json (every single time), distillation.png. Compared are
+In: nothing, or your own labelled pairs (index <tab> query <tab> passage <tab> label). Models have random weights.
+Out, in --output_dir: distillation.md (tables), distillation.json (all timings), distillation.png. These run in turn:
 
     original         eager attention in teacher and student, scores and hidden states of all layers kept, losses on the
-                     L×L score matrices, an optimizer that goes through the parameters one by one; padded to 256
+                     L×L score matrices, an optimizer that loops over the parameters; padded to 256
     ours             distill.py --padding reference: the same losses, padded to 256
     ours, masked     distill.py --padding masked: pairs of similar length share a batch; padded to the longest
     ours, bf16; ours, masked, bf16      with --bf16 (always on CUDA; on a CPU with --bf16)
 
-in turn. The cost of the padded ways does not depend on the texts; each round takes one batch for them and two for the
-masked ways, one as far above as the other is below the middle by length, of a pool of pairs that was cut into batches
-of similar length. Dropout is 0.1, as in the configurations of the published students; losses are compared without it.
-Batches should not be much smaller than those of a real training (64): on a CPU, score matrices of more than 32 MiB are
-got from the system anew each time, smaller ones are kept for re-use and cost less. Parts (--parts): steps, and memory
-(the most that one step adds to what was there before it, in a process of its own for each length).
+Pairs are cut into batches of similar length. Each round uses two batches for `masked`, equally far above and below the
+median length, and one of them for the others, whose cost does not depend on length. Dropout is 0.1, as in the published
+students; losses are compared without it. Batches should be about as large as in real training (64): on a CPU, malloc
+requests score matrices above 32 MiB from the system each time, while it reuses smaller ones, which is cheaper.
+--parts: steps (time) and memory (the most that one step adds, in a separate process for each length).
 """
 import argparse
 import json
@@ -35,7 +34,6 @@ import torch
 
 from benchmarks import common, ours, pictures, samples
 from benchmarks.original import OriginalAdam, OriginalBert, original_losses
-from simplified_tinybert.common.device import select_device
 from simplified_tinybert.common.files import run_main, say
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model.bert import Batch
@@ -45,24 +43,25 @@ from simplified_tinybert.ranking.speed import machine, seconds
 from simplified_tinybert.ranking.tables import markdown
 
 BATCH = {"cpu": {384: 32, 768: 16}, "cuda": {384: 64, 768: 64}}
-WIDTH, LENGTHS = 256, (128, 256, 512)
+PADDED_LENGTH, LENGTHS = 256, (128, 256, 512)
 ORIGINAL, OURS, MASKED, BF16 = "original", "ours", "ours, masked", ", bf16"
-RETURN_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}     # freed memory goes back at once
+RETURN_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.common_arguments(parser)
     add = parser.add_argument
-    add("--teacher", default="12x768", help="LAYERSxWIDTH (default: 12x768)")
-    add("--students", nargs="+", default=["3x384", "6x768"], help="LAYERSxWIDTH (default: 3x384 6x768)")
-    add("--batch_size", type=int, help="examples of a step (CPU: 32 at width 384, 16 above; CUDA: 64)")
-    add("--memory_pairs", type=int, default=8, help="examples of a step whose memory is measured (default: 8)")
-    add("--rounds", type=int, default=3, help="steps of each padded way, half of those of a masked one (default: 3)")
+    add("--teacher", default="12x768", help="LAYERSxHIDDEN (default: 12x768)")
+    add("--students", nargs="+", default=["3x384", "6x768"], help="LAYERSxHIDDEN (default: 3x384 6x768)")
+    add("--batch_size", type=int, help="examples per step (CPU: 32 at hidden size 384, 16 above; CUDA: 64)")
+    add("--memory_pairs", type=int, default=8, help="examples per step when memory is measured (default: 8)")
+    add("--rounds", type=int, default=3, help="rounds: one step each, with masked padding two (default: 3)")
     add("--pool", type=int, default=64, help="batches that are sorted by length together (default: 64, as distill.py)")
-    add("--dropout", type=float, default=0.1, help="of the student while training (default: 0.1)")
+    add("--dropout", type=float, default=0.1, help="dropout of the student in training (default: 0.1)")
     add("--bf16", action="store_true", help="measure bfloat16 on a CPU too")
-    add("--parts", nargs="+", choices=("steps", "memory"), default=["steps", "memory"], help="(default: both)")
+    add("--parts", nargs="+", choices=("steps", "memory"), default=["steps", "memory"],
+        help="what to measure (default: both)")
     args = parser.parse_args()
     if args.quick:
         args.teacher, args.students, args.batch_size, args.rounds, args.pool = "2x48", ["1x24"], 2, 1, 4
@@ -70,20 +69,16 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def batch_size(args: argparse.Namespace, student: str, device: torch.device) -> int:
-    return args.batch_size or BATCH[device.type].get(int(student.split("x")[1]), 16)
-
-
 def sample_rounds(args: argparse.Namespace, vocabulary: Path, size: int) -> tuple[Examples, list[list[np.ndarray]]]:
-    """Examples, and for each round two batches of similar length, as far above and below the pool's middle."""
+    """Return examples, and for each round two batches, equally far above and below the median length."""
     total = args.pool * size
     lines = samples.read_pairs(args.raw_data_file, total) if args.raw_data_file else \
         list(islice(samples.Texts().training_lines(), total))
-    examples = ours.tokenizer(vocabulary)(lines, WIDTH)
+    examples = ours.tokenizer(vocabulary)(lines, PADDED_LENGTH)
     batches = [batch for batch in ours.bucketed_batches(examples, size) if len(batch) == size]
     batches.sort(key=lambda batch: examples.lengths[batch].max())
-    places = ((np.arange(2 * args.rounds) + 0.5) / (2 * args.rounds) * len(batches)).astype(np.int64)
-    return examples, [[batches[places[number]], batches[places[-1 - number]]] for number in range(args.rounds)]
+    quantiles = ((np.arange(2 * args.rounds) + 0.5) / (2 * args.rounds) * len(batches)).astype(np.int64)
+    return examples, [[batches[quantiles[number]], batches[quantiles[-1 - number]]] for number in range(args.rounds)]
 
 
 def original_step(student: OriginalBert, teacher: OriginalBert) -> Callable[[Batch], None]:
@@ -97,12 +92,12 @@ def original_step(student: OriginalBert, teacher: OriginalBert) -> Callable[[Bat
 
 
 def make_steps(student: Path, teacher: Path, device: torch.device, bf16: bool) -> dict[str, Callable[[Batch], None]]:
-    """Each way as a function that takes one optimizer step; all have their own student."""
+    """Return for each implementation a function that runs one optimizer step. Each has its own student."""
     old_student, old_teacher = (OriginalBert(directory).to(device) for directory in (student, teacher))
     old_teacher.eval().requires_grad_(False)
     steps = {ORIGINAL: original_step(old_student.train(), old_teacher)}
     for suffix, dtype in (("", None), (BF16, torch.bfloat16))[:2 if bf16 else 1]:
-        new_teacher = ours.load_model(teacher, device)                      # which float32 packs
+        new_teacher = ours.load_model(teacher, device)                      # loaded again: float32 packs its weights
         for name, padding in ((OURS, "reference"), (MASKED, "masked")):
             steps[name + suffix] = ours.Step(ours.load_model(student, device).train(), new_teacher, padding, dtype)
     return steps
@@ -117,98 +112,96 @@ def loss_difference(student: Path, teacher: Path, batch: Batch, device: torch.de
 
 def measure_steps(args: argparse.Namespace, name: str, student: Path, teacher: Path, vocabulary: Path,
                   device: torch.device) -> dict:
-    size = batch_size(args, name, device)
+    size = args.batch_size or BATCH[device.type].get(int(name.split("x")[1]), 16)
     examples, rounds = sample_rounds(args, vocabulary, size)
-    few = examples.batch(rounds[0][0][:4], WIDTH).to(device)
-    difference = loss_difference(student, teacher, few, device)
+    small_batch = examples.batch(rounds[0][0][:4], PADDED_LENGTH).to(device)
+    difference = loss_difference(student, teacher, small_batch, device)
     steps = make_steps(student, teacher, device, args.bf16 or device.type == "cuda")
     times: dict[str, list[float]] = {way: [] for way in steps}
     say(f"{name}: batches of {size}")
-    for step in steps.values():                                             # warms up, makes the optimizer's state
-        step(few)
-    for pair in rounds:
-        fixed, snug = [examples.batch(pair[0], WIDTH).to(device)], [examples.batch(one).to(device) for one in pair]
+    for step in steps.values():                                             # warm-up; makes the optimizer's state
+        step(small_batch)
+    for indices in rounds:
+        padded = [examples.batch(indices[0], PADDED_LENGTH).to(device)]
+        masked = [examples.batch(chosen).to(device) for chosen in indices]
         for way, step in steps.items():
-            batches = snug if MASKED in way else fixed
+            batches = masked if MASKED in way else padded
             common.set_memory(way, device)
             spent = [seconds(lambda: step(batch), device) for batch in batches]  # noqa: B023
             times[way].append(statistics.mean(spent) / size)
-        say(f"  masked {' and '.join(str(batch.input_ids.shape[1]) for batch in snug)} positions, ms per example: "
+        say(f"  masked: length {' and '.join(str(batch.input_ids.shape[1]) for batch in masked)}; ms per example: "
             + ", ".join(f"{way} {1000 * spent[-1]:.0f}" for way, spent in times.items()))
     used, configs = np.concatenate(sum(rounds, [])), (read_config(student), read_config(teacher))
     return {"batch_size": size, "mean_length": float(examples.lengths[used].mean()), "times": times,
             "widths": sorted(int(examples.lengths[batch].max()) for pair in rounds for batch in pair),
             "loss_difference": difference, "rates": common.best_rates(device, configs[1].hidden_size, args.quick),
-            "flops": common.step_flops(*configs, [WIDTH]),
+            "flops": common.step_flops(*configs, [PADDED_LENGTH]),
             "masked_flops": common.step_flops(*configs, examples.lengths[used]) / len(used)}
 
 
-def steps_table(name: str, teacher: str, found: dict) -> str:
-    rows, base = [], found["times"][ORIGINAL]
-    for way, times in found["times"].items():
-        rate = found["masked_flops" if MASKED in way else "flops"] / statistics.median(times)
-        best = found["rates"]["bf16" if BF16 in way else "float32"]
-        rows.append([way, common.spread([1000 * spent for spent in times]), common.ratio(base, times),
+def steps_table(name: str, teacher: str, measured: dict) -> str:
+    rows, original_times = [], measured["times"][ORIGINAL]
+    for way, times in measured["times"].items():
+        rate = measured["masked_flops" if MASKED in way else "flops"] / statistics.median(times)
+        best = measured["rates"]["bf16" if BF16 in way else "float32"]
+        rows.append([way, common.spread([1000 * spent for spent in times]), common.ratio(original_times, times),
                      f"{rate / 1e9:,.0f}", f"{100 * rate / best:.0f} %"])
-    return (f"## Student {name}, teacher {teacher}\n\nBatches of {found['batch_size']} pairs, "
-            f"{found['mean_length']:.0f} tokens on average; masked batches are "
-            f"{', '.join(map(str, found['widths']))} positions wide, all others {WIDTH}. Relative difference "
-            f"of the losses (reference padding, no dropout): {found['loss_difference']:.1e}. Matrix products on this "
-            f"machine at the teacher's width: {common.describe_rates(found['rates'])}.\n\n"
+    return (f"## Student {name}, teacher {teacher}\n\nBatches of {measured['batch_size']} pairs, "
+            f"{measured['mean_length']:.0f} tokens on average; masked batches have a sequence length of "
+            f"{', '.join(map(str, measured['widths']))}, all others {PADDED_LENGTH}. Relative difference "
+            f"of the losses (reference padding, no dropout): {measured['loss_difference']:.1e}. Matrix products on "
+            f"this machine at the teacher's hidden size: {common.describe_rates(measured['rates'])}.\n\n"
             + markdown(["way", "ms per example", "× original", "GFLOP/s", "of the rate"], rows))
 
 
 def measure_memory(args: argparse.Namespace, student: Path, teacher: Path,
                    device: torch.device) -> dict[str, dict[int, float]]:
-    """MiB that a step adds: {way: {length: MiB}}."""
-    found: dict[str, dict[int, float]] = {}
+    """Return the MiB that a step adds: {way: {length: MiB}}."""
+    added: dict[str, dict[int, float]] = {}
     ways = [ORIGINAL, OURS, OURS + BF16] if device.type == "cuda" or args.bf16 else [ORIGINAL, OURS]
     for length in LENGTHS[:1] if args.quick else LENGTHS:
         for way in ways:
             command = [sys.executable, "-m", "benchmarks.step_memory", way, length, args.memory_pairs, student,
                        teacher, device]
-            done = subprocess.run(list(map(str, command)), cwd=common.ROOT, env=os.environ | RETURN_MEMORY,
+            done = subprocess.run(list(map(str, command)), cwd=common.ROOT, env=os.environ | RETURN_FREED_MEMORY,
                                   capture_output=True, text=True, check=True)
-            found.setdefault(way, {})[length] = json.loads(done.stdout) / 2 ** 20
-        say(f"  {length} positions: " + ", ".join(f"{way} {sizes[length]:,.0f} MiB" for way, sizes in found.items()))
-    return found
+            added.setdefault(way, {})[length] = json.loads(done.stdout) / 2 ** 20
+        say(f"  length {length}: " + ", ".join(f"{way} {sizes[length]:,.0f} MiB" for way, sizes in added.items()))
+    return added
 
 
-def memory_table(name: str, found: dict[str, dict[int, float]], size: int) -> str:
-    rows = [[f"{length}", *(f"{sizes[length]:,.0f}" for sizes in found.values()),
-             *(f"{100 * sizes[length] / found[ORIGINAL][length]:.0f} %" for way, sizes in found.items()
-               if way != ORIGINAL)] for length in found[ORIGINAL]]
-    return (f"## Most memory that a step adds, MiB: student {name}, {size} pairs\n\n"
-            "Weights and the optimizer's moments, there before the step, are not counted; gradients are.\n\n"
-            + markdown(["positions", *found, *(f"{way} / original" for way in found if way != ORIGINAL)], rows))
+def memory_table(name: str, added: dict[str, dict[int, float]], pairs: int) -> str:
+    others = [way for way in added if way != ORIGINAL]
+    rows = [[f"{length}", *(f"{sizes[length]:,.0f}" for sizes in added.values()),
+             *(f"{100 * added[way][length] / original:.0f} %" for way in others)]
+            for length, original in added[ORIGINAL].items()]
+    return (f"## Memory that a step adds, MiB: student {name}, {pairs} pairs\n\n"
+            "Gradients and activations are counted. Weights and optimizer moments are not: they exist before the "
+            "step.\n\n" + markdown(["sequence length", *added, *(f"{way} / original" for way in others)], rows))
 
 
 def draw(path: Path, measured: dict[str, dict], memory: dict[str, dict[int, float]], title: str) -> None:
     panels = []
     if measured:
-        bars = {f"student\n{name}": {way: 1000 * statistics.median(times)
-                                     for way, times in found["times"].items()} for name, found in measured.items()}
+        bars = {f"student\n{name}": {way: 1000 * statistics.median(times) for way, times in found["times"].items()}
+                for name, found in measured.items()}
         panels.append(pictures.Panel("Time of a distillation step", "ms per example", bars=bars))
     if memory:
-        panels.append(pictures.Panel(title, "MiB", "positions", lines=memory))
+        panels.append(pictures.Panel(title, "MiB", "sequence length", lines=memory))
     if panels:
         pictures.draw(path, panels)
 
 
 def main() -> None:
     args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = select_device(args.device)
+    device = common.set_up(args)
     warn_if_emulated(torch.bfloat16 if args.bf16 else None, device)
-    facts, sections, measured, memory = machine(device) | common.packing(device), [], {}, {}
+    hardware, sections, measured, memory = machine(device) | common.packing(device), [], {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = ours.vocabulary_directory(Path(scratch) / "vocabulary", args.vocab_file)
-        sizes = {name: list(map(int, name.split("x"))) for name in [args.teacher, *args.students]}
-        teacher = ours.make_model(Path(scratch) / "teacher", *sizes[args.teacher], vocabulary)
-        students = {name: ours.make_model(Path(scratch) / f"student-{name}", *sizes[name], vocabulary,
-                                          dropout=args.dropout, teacher_width=sizes[args.teacher][1])
-                    for name in args.students}
+        teacher = ours.make_model(Path(scratch) / "teacher", args.teacher, vocabulary)
+        students = {name: ours.make_model(Path(scratch) / f"student-{name}", name, vocabulary, dropout=args.dropout,
+                                          teacher_size=int(args.teacher.split("x")[1])) for name in args.students}
         if "steps" in args.parts:
             measured = {name: measure_steps(args, name, directory, teacher, vocabulary, device)
                         for name, directory in students.items()}
@@ -217,8 +210,7 @@ def main() -> None:
             first = args.students[0]
             memory = measure_memory(args, students[first], teacher, device)
             sections.append(memory_table(first, memory, args.memory_pairs))
-    common.write_results(args.output_dir, "distillation", "Distillation", facts, sections, args,
-                         {"steps": measured, "memory": memory})
+    common.write_results("Distillation", hardware, sections, args, {"steps": measured, "memory": memory})
     draw(args.output_dir / "distillation.png", measured, memory, f"Memory of a step, {args.students[0]}")
 
 

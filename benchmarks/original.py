@@ -1,13 +1,12 @@
-"""How the original implementation computes, written anew from its description: the baseline. Not a command.
+"""The baseline: computes as the original implementation does, rewritten from a description of it. Not a command.
 
-Weights are taken from a Hugging Face directory into Hugging Face's parameter containers; every step of the computation
-stands here, as the original has it: attention by matrix products over padded batches, an additive mask of -10000, the
-error function spelled out in GELU, all positions of all layers, attention scores and hidden states of every layer
-returned; losses on the L×L score matrices; an optimizer that goes through the parameters one by one. Where the original
-is slower than necessary by mistake (it converts masks and segments on every access, keeps dropout on in the teacher,
-asks the device for the loss at every step), this baseline is not.
+Hugging Face modules only hold the weights; every step of the computation is written out here as in the original:
+attention by matrix products over padded batches, an additive mask of -10000, GELU with an explicit error function, all
+positions of all layers, attention scores and hidden states of every layer, losses on the L×L score matrices, and an
+optimizer that loops over the parameters. The original's accidental costs are left out: it converts masks and segments
+at every access, leaves the teacher's dropout on, and synchronizes with the device at every step.
 
-Shapes: B examples, L positions, H heads, D hidden width.
+Shapes: B examples, L positions, H heads, D hidden size.
 """
 import math
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from transformers.utils.logging import disable_progress_bar
 from simplified_tinybert.model.bert import Batch
 from simplified_tinybert.model.hub import PROJECTION_FILE
 
-RERANK_BATCH, RERANK_WIDTH = 100, 256
+RERANK_BATCH, RERANK_LENGTH = 100, 256
 
 
 class OriginalBert(nn.Module):
-    """Logits (B, 2), attention scores of all layers (B, H, L, L) with the mask added, hidden states (B, L, D)."""
+    """Returns logits (B, 2), masked attention scores (B, H, L, L) and hidden states (B, L, D) of all layers."""
 
     def __init__(self, directory: Path):
         super().__init__()
@@ -40,12 +39,12 @@ class OriginalBert(nn.Module):
             self.fit_dense.load_state_dict({name.removeprefix("fit_dense."): value for name, value in weights.items()})
 
     def forward(self, batch: Batch) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        parts = self.model.bert.embeddings
-        mask = (1.0 - batch.attention_mask[:, None, None, :].to(parts.word_embeddings.weight.dtype)) * -10000.0
+        embeddings = self.model.bert.embeddings
+        mask = (1.0 - batch.attention_mask[:, None, None, :].to(embeddings.word_embeddings.weight.dtype)) * -10000.0
         positions = torch.arange(batch.input_ids.shape[1], device=mask.device).expand_as(batch.input_ids)
-        hidden = (parts.word_embeddings(batch.input_ids) + parts.position_embeddings(positions)
-                  + parts.token_type_embeddings(batch.token_type_ids))
-        hidden = parts.dropout(parts.LayerNorm(hidden))
+        hidden = (embeddings.word_embeddings(batch.input_ids) + embeddings.position_embeddings(positions)
+                  + embeddings.token_type_embeddings(batch.token_type_ids))
+        hidden = embeddings.dropout(embeddings.LayerNorm(hidden))
         all_scores, all_hidden = [], [hidden]
         for layer in self.model.bert.encoder.layer:
             hidden, scores = original_layer(layer, hidden, mask)
@@ -56,17 +55,17 @@ class OriginalBert(nn.Module):
 
 
 def original_layer(layer: BertLayer, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """One layer on all positions: its output and its attention scores before the softmax."""
-    parts = layer.attention.self
-    heads, width = parts.num_attention_heads, parts.attention_head_size
+    """Apply one layer to all positions. Returns its output and its attention scores before the softmax."""
+    attention = layer.attention.self
+    heads, head_size = attention.num_attention_heads, attention.attention_head_size
 
     def split(projected: Tensor) -> Tensor:
-        return projected.view(*projected.shape[:2], heads, width).permute(0, 2, 1, 3)
+        return projected.view(*projected.shape[:2], heads, head_size).permute(0, 2, 1, 3)
 
-    query, key, value = split(parts.query(hidden)), split(parts.key(hidden)), split(parts.value(hidden))
-    scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(width) + mask
-    context = torch.matmul(parts.dropout(nn.functional.softmax(scores, dim=-1)), value)
-    context = context.permute(0, 2, 1, 3).contiguous().view(*hidden.shape[:2], heads * width)
+    query, key, value = (split(project(hidden)) for project in (attention.query, attention.key, attention.value))
+    scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(head_size) + mask
+    context = torch.matmul(attention.dropout(nn.functional.softmax(scores, dim=-1)), value)
+    context = context.permute(0, 2, 1, 3).contiguous().view(*hidden.shape[:2], heads * head_size)
     output = layer.attention.output
     attended = output.LayerNorm(output.dropout(output.dense(context)) + hidden)
     inner = layer.intermediate.dense(attended)
@@ -75,27 +74,27 @@ def original_layer(layer: BertLayer, hidden: Tensor, mask: Tensor) -> tuple[Tens
 
 
 def original_scores(model: OriginalBert, batches: list[Batch]) -> Tensor:
-    """Probabilities of relevance (N): softmax in float32, class 1."""
+    """Return probabilities of relevance (N): softmax in float32, class 1."""
     with torch.no_grad():
         return torch.cat([nn.functional.softmax(model(batch)[0], dim=-1)[:, 1] for batch in batches]).cpu()
 
 
 def original_losses(student: OriginalBert, teacher: OriginalBert, batch: Batch, temperature: float = 1.0) \
         -> dict[str, Tensor]:
-    """The simplified objective, "loss", and its parts."""
+    """Return the simplified objective ("loss") and its terms."""
     logits, scores, hidden = student(batch)
     hidden = [student.fit_dense(states) for states in hidden]
     with torch.no_grad():
         teacher_logits, teacher_scores, teacher_hidden = teacher(batch)
     step = len(teacher_scores) // len(scores)
-    attention = sum(nn.functional.mse_loss(_zero_padding(own), _zero_padding(teacher_scores[step * place + step - 1]))
-                    for place, own in enumerate(scores))
-    states = sum(nn.functional.mse_loss(own, teacher_hidden[step * place]) for place, own in enumerate(hidden))
+    attention = sum(nn.functional.mse_loss(_zero_padding(own), _zero_padding(teacher_scores[step * layer + step - 1]))
+                    for layer, own in enumerate(scores))
+    representation = sum(nn.functional.mse_loss(own, teacher_hidden[step * layer]) for layer, own in enumerate(hidden))
     targets = nn.functional.softmax(teacher_logits / temperature, dim=-1)
     soft = (-targets * nn.functional.log_softmax(logits / temperature, dim=-1)).mean()
     hard = nn.functional.cross_entropy(logits, batch.labels)
-    return {"loss": attention + states + soft + hard, "att_loss": attention, "rep_loss": states, "soft_loss": soft,
-            "hard_loss": hard}
+    return {"loss": attention + representation + soft + hard, "att_loss": attention, "rep_loss": representation,
+            "soft_loss": soft, "hard_loss": hard}
 
 
 def _zero_padding(scores: Tensor) -> Tensor:
@@ -103,7 +102,7 @@ def _zero_padding(scores: Tensor) -> Tensor:
 
 
 class OriginalAdam:
-    """BertAdam in a loop over the parameters; each gradient is clipped to norm 1 by itself."""
+    """BertAdam in a loop over the parameters. Each gradient tensor is clipped to norm 1."""
 
     def __init__(self, model: nn.Module, rate: float, schedule: Callable[[int], float], decay: float = 0.01):
         self.rate, self.schedule, self.decay, self.steps, self.state = rate, schedule, decay, 0, {}

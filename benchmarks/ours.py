@@ -1,4 +1,4 @@
-"""The benchmarks' only way to the code they measure: change this file when that code changes. Not a command."""
+"""The only place where the benchmarks call the code they measure. Not a command."""
 import json
 import shutil
 import subprocess
@@ -25,8 +25,7 @@ from simplified_tinybert.training.loop import epoch_batches
 from simplified_tinybert.training.objective import ObjectiveSettings, objective, stage_weights, total_loss
 from simplified_tinybert.training.optimizer import BertAdam, decay_groups
 
-HEADS = 12
-PROBE = """
+TIMED_RERANKER = """
 import sys, time
 start = time.perf_counter()
 import reranker
@@ -38,7 +37,7 @@ def timed(name, function):
         spent[name] += time.perf_counter() - begin
         return result
     return call
-reranker.load_ranker = timed("model", reranker.load_ranker)
+reranker.scoring.load_scorer = timed("model", reranker.scoring.load_scorer)
 reranker.write_scores = timed("scoring", reranker.write_scores)
 reranker.main()
 import json
@@ -52,30 +51,32 @@ def vocabulary_directory(directory: Path, vocab_file: Path) -> Path:
     return directory
 
 
-def make_model(directory: Path, layers: int, width: int, vocabulary: Path, examples: Examples | None = None,
-               dropout: float = 0.1, teacher_width: int | None = None) -> Path:
-    """A model with random weights, of the size that trained ones have, as a Hugging Face directory.
+def make_model(directory: Path, shape: str, vocabulary: Path, examples: Examples | None = None, dropout: float = 0.1,
+               teacher_size: int | None = None) -> Path:
+    """Save a model with random weights as large as trained ones. `shape`: LAYERSxHIDDEN, such as 3x384.
 
-    With `examples` their logits have mean 0 and standard deviation 1, so that scores differ as they do in life.
+    With `examples`, logits on them have mean 0 and standard deviation 1, so that scores differ as a trained model's.
+    With `teacher_size`, projections to the teacher's hidden size are added.
     """
-    pieces = len(load_vocabulary(vocabulary).pieces)
-    model = CrossEncoder(BertConfig(vocab_size=pieces, hidden_size=width, num_hidden_layers=layers,
-                                    num_attention_heads=HEADS, intermediate_size=4 * width,
-                                    hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout))
-    generator = torch.Generator().manual_seed(layers * width)
+    layers, hidden_size = map(int, shape.split("x"))
+    model = CrossEncoder(BertConfig(
+        vocab_size=len(load_vocabulary(vocabulary).token_ids), hidden_size=hidden_size, num_hidden_layers=layers,
+        num_attention_heads=12, intermediate_size=4 * hidden_size, hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout))
+    generator = torch.Generator().manual_seed(layers * hidden_size)
     for name, parameter in model.named_parameters():
         if "LayerNorm" not in name:
             initialise(parameter, 0.04, generator)
     if examples:
-        spread_scores(model.eval(), examples.batch(np.arange(min(len(examples), 16))))
-    if teacher_width:
-        fit_projections(model, teacher_width, torch.Generator().manual_seed(0))
+        standardise_logits(model.eval(), examples.batch(np.arange(min(len(examples), 16))))
+    if teacher_size:
+        fit_projections(model, teacher_size, torch.Generator().manual_seed(0))
     save_cross_encoder(model, directory, vocabulary, lower_case=True)
     return directory
 
 
 @torch.no_grad()
-def spread_scores(model: CrossEncoder, batch: Batch) -> None:
+def standardise_logits(model: CrossEncoder, batch: Batch) -> None:
     logits = model(batch).logits
     model.classifier.weight /= logits.std(dim=0)[:, None]
     model.classifier.bias.copy_((model.classifier.bias - logits.mean(dim=0)) / logits.std(dim=0))
@@ -87,42 +88,42 @@ def load_model(directory: Path, device: torch.device) -> CrossEncoder:
 
 def load_scorer(directory: Path, device: torch.device, dtype: torch.dtype | None = None, int8: bool = False) \
         -> CrossEncoder:
-    """A model as reranker.py prepares it for scoring."""
+    """Load a model and prepare it for scoring as reranker.py does."""
     model = load_model(directory, device)
     scoring.prepare(model, dtype, int8)
     return model
 
 
 def tokenizer(directory: Path) -> Callable[[list[str], int], Examples]:
-    """A function (lines of pairs, max_seq_length) → examples, as tokenize_to_features.py does it."""
+    """Return a function (lines of pairs, max_seq_length) → examples that works like tokenize_to_features.py."""
     vocabulary = load_vocabulary(directory)
     return lambda lines, length: tokenize(lines, CachedTokenizer(vocabulary, length))
 
 
 def subset(examples: Examples, indices: np.ndarray) -> Examples:
-    parts = [examples.tokens[examples.offsets[i]:examples.offsets[i + 1]] for i in indices]
-    return Examples(np.concatenate(parts), examples.lengths[indices], examples.query_lengths[indices],
+    tokens = [examples.tokens[examples.offsets[i]:examples.offsets[i + 1]] for i in indices]
+    return Examples(np.concatenate(tokens), examples.lengths[indices], examples.query_lengths[indices],
                     examples.labels[indices], [examples.ids[i] for i in indices])
 
 
 def score(model: CrossEncoder, examples: Examples, device: torch.device) -> np.ndarray:
-    """Probabilities of relevance (N), as reranker.py computes them."""
+    """Return probabilities of relevance (N), as reranker.py computes them."""
     batches = scoring.token_batches(examples.lengths, scoring.BatchLimits.of(device))
     logits = scoring.score_chunk(model, examples, batches, device, tqdm(disable=True))
     return scoring.relevance(logits, "probability")
 
 
 def start_up(model_dir: Path, features_file: Path, scores_file: Path, device: torch.device) -> dict[str, float]:
-    """Seconds of a whole reranker.py in a process of its own, by parts."""
+    """Run reranker.py in a separate process. Return the seconds of each part."""
     flags = ["--model_dir", model_dir, "--features_file", features_file, "--output_scores_file", scores_file,
              "--device", str(device)]
-    done = subprocess.run([sys.executable, "-c", PROBE, *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
-                          check=True)
+    done = subprocess.run([sys.executable, "-c", TIMED_RERANKER, *map(str, flags)], cwd=ROOT, capture_output=True,
+                          text=True, check=True)
     return json.loads(done.stdout)
 
 
 class Step:
-    """Optimizer steps of distill.py's simplified objective."""
+    """Optimizer steps with distill.py's simplified objective."""
 
     def __init__(self, student: CrossEncoder, teacher: CrossEncoder, padding: str, dtype: torch.dtype | None = None,
                  rate: float = 5e-5):
@@ -144,12 +145,12 @@ class Step:
 
 
 def bucketed_batches(examples: Examples, batch_size: int) -> list[np.ndarray]:
-    """Batches of pairs of similar length, as distill.py --padding masked makes them."""
+    """Return batches of pairs of similar length, as in distill.py --padding masked."""
     settings = TrainingSettings(batch_size=batch_size, max_seq_length=0, seed=0, group_by_length=True)
     return epoch_batches(examples.lengths, settings, epoch=0)
 
 
 def tokenize_command(set_name: str, pairs: Path, output: Path, vocabulary: Path, max_seq_length: int) -> list[object]:
-    """Script and arguments of a run of tokenize_to_features.py."""
+    """Script and arguments of tokenize_to_features.py."""
     return [ROOT / "tokenize_to_features.py", "--set_name", set_name, "--raw_data_file", pairs,
             "--output_features_file", output, "--bert_model_dir", vocabulary, "--max_seq_length", max_seq_length]

@@ -1,8 +1,10 @@
-"""Pictures of the benchmarks: lines with their names beside them, or bars with their values. Not a command."""
+"""Pictures of the benchmarks: line charts and bar charts. Not a command."""
 from dataclasses import dataclass, field
+from math import exp, inf, log
 from pathlib import Path
 
 from simplified_tinybert.ranking.plots import FAINT, INK, new_figure, plain_ticks, save, style
+from simplified_tinybert.ranking.tables import number
 
 COLOURS = {"original": "#8c8c8c", "sentence-transformers": "#d9822b", "sentence-transformers, bf16": "#e8b27a",
            "ours": "#1f6fb4", "ours, int8": "#b4457a", "ours, from texts": "#6ba3d6", "ours, bf16": "#2a9d6f",
@@ -11,7 +13,7 @@ COLOURS = {"original": "#8c8c8c", "sentence-transformers": "#d9822b", "sentence-
 
 @dataclass
 class Panel:
-    """lines: {name: {x: y}}; or bars: {group: {name: y}} (then y_label names the values)."""
+    """`lines`: {name: {x: y}}, or `bars`: {group: {name: value}}. `y_label` names the values in both."""
     title: str
     y_label: str
     x_label: str = ""
@@ -20,7 +22,7 @@ class Panel:
 
 
 def draw(path: Path, panels: list[Panel]) -> None:
-    """Panels side by side as a PNG that is legible at the width of a README."""
+    """Save panels side by side as a PNG."""
     figure = new_figure(len(panels))
     for axes, panel in zip(figure.axes, panels):
         _bars(axes, panel) if panel.bars else _lines(axes, panel)
@@ -41,7 +43,7 @@ def _lines(axes: object, panel: Panel) -> None:
     low, high = min(ys) / 1.25, max(ys) * 1.25
     axes.set_yticks(*plain_ticks(low, high))
     axes.set_ylim(low, high)
-    axes.set_xlim(xs[0] * 0.88, xs[-1] * max(xs[-1] / xs[0], 2.0) ** 0.65)       # room for the names
+    axes.set_xlim(xs[0] * 0.88, xs[-1] * max(xs[-1] / xs[0], 2.0) ** 0.65)       # leaves room for the names
     _label_ends(axes, panel.lines)
     axes.set_xlabel(panel.x_label, fontsize=9.5, color=INK)
     axes.set_ylabel(panel.y_label, fontsize=9.5, color=INK)
@@ -49,16 +51,13 @@ def _lines(axes: object, panel: Panel) -> None:
 
 
 def _label_ends(axes: object, lines: dict[str, dict[float, float]]) -> None:
-    """Names at the ends of the lines, pushed apart where they would overlap."""
-    from math import log
-
+    """Write names at the ends of the lines, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    gap, last = 0.085 * log(high / low), -float("inf")
+    gap, last = 0.085 * log(high / low), -inf
     for name, points in sorted(lines.items(), key=lambda item: list(item[1].values())[-1]):
         x, y = list(points.items())[-1]
         last = max(log(y), last + gap)
-        axes.annotate(name, (x, y), xytext=(x * 1.1, 2.718281828 ** last), fontsize=9, va="center",
-                      color=COLOURS.get(name, INK))
+        axes.annotate(name, (x, y), xytext=(x * 1.1, exp(last)), fontsize=9, va="center", color=COLOURS.get(name, INK))
 
 
 def _bars(axes: object, panel: Panel) -> None:
@@ -68,11 +67,11 @@ def _bars(axes: object, panel: Panel) -> None:
         ticks.append((position + (len(values) - 1) / 2, group))
         for name, value in values.items():
             axes.barh(position, value, height=0.85, color=COLOURS.get(name, INK))
-            shown = f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-            axes.text(value + longest * 0.015, position, f"{shown}  {name}", va="center", fontsize=8.5, color=INK)
+            axes.text(value + longest * 0.015, position, f"{number(value)}  {name}", va="center", fontsize=8.5,
+                      color=INK)
             position += 1
         position += 0.7
-    axes.set_yticks([place for place, _ in ticks], [group for _, group in ticks])
+    axes.set_yticks(*zip(*ticks))
     axes.set_xlim(0, longest * 1.5)
     axes.invert_yaxis()
     axes.set_xlabel(panel.y_label, fontsize=9.5, color=INK)

@@ -1,9 +1,9 @@
-"""The most memory in bytes that one distillation step adds, printed; distillation.py runs this in processes of its own.
+"""Print the most memory that one distillation step adds, in bytes. distillation.py runs this in separate processes.
 
     python -m benchmarks.step_memory WAY LENGTH PAIRS STUDENT_DIR TEACHER_DIR DEVICE
 
-A short step before makes what does not depend on the length: the optimizer's moments, buffers of the libraries. On CUDA
-the allocator's own figure is taken, on a CPU the process's peak less what it occupied before the step.
+A short first step allocates what does not depend on the length: optimizer moments and library buffers. On CUDA the
+figure comes from the allocator, on a CPU it is the peak of the process minus its memory before the step.
 """
 import resource
 import sys
@@ -18,17 +18,17 @@ from simplified_tinybert.model.bert import Batch
 
 
 def random_batch(pairs: int, length: int, device: torch.device) -> Batch:
-    """Pairs that leave a few positions for padding."""
+    """Pairs with three positions of padding."""
     mask = (torch.arange(length) < length - 3).long().expand(pairs, length)
     ids = torch.randint(5, 1000, (pairs, length)) * mask
     return Batch(ids, torch.zeros_like(ids), mask, torch.arange(pairs) % 2).to(device)
 
 
-def occupied() -> int:
-    """Bytes of the process in memory now, from which on the peak counts; elsewhere than on Linux the peak so far."""
+def reset_peak() -> int:
+    """Reset the peak and return the memory in use. Systems other than Linux cannot reset it: return the peak so far."""
     if not Path("/proc/self/clear_refs").is_file():
         return peak()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")         # forget the peak of loading the models
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return status("VmRSS")
 
 
@@ -47,8 +47,8 @@ def main() -> None:
     way, length, pairs, student, teacher, device = sys.argv[1:]
     device = torch.device(device)
     if way == ORIGINAL:
-        old = OriginalBert(Path(teacher)).to(device).eval().requires_grad_(False)
-        step = original_step(OriginalBert(Path(student)).to(device).train(), old)
+        original_teacher = OriginalBert(Path(teacher)).to(device).eval().requires_grad_(False)
+        step = original_step(OriginalBert(Path(student)).to(device).train(), original_teacher)
     else:
         step = Step(load_model(Path(student), device).train(), load_model(Path(teacher), device), "reference",
                     torch.bfloat16 if way.endswith(BF16) else None)
@@ -60,7 +60,7 @@ def main() -> None:
         step(batch)
         print(torch.cuda.max_memory_allocated(device) - before)
     else:
-        before = occupied()
+        before = reset_peak()
         step(batch)
         print(peak() - before)
 

@@ -1,17 +1,18 @@
-"""Speed, memory and size of tokenize_to_features.py beside the original's pure-Python way; the same tokens.
+"""Speed, memory and output size of tokenize_to_features.py, compared with the original's pure Python. Same tokens.
 
     python -m benchmarks.tokenization
     python -m benchmarks.tokenization --pairs 1000000 --rounds 1
     python -m benchmarks.tokenization --raw_data_file pairs.tsv --set_name test
 
-In: nothing, or own pairs. Out, in --output_dir: tokenization.md (tables), tokenization.json (every single time),
-tokenization.png. Both run as commands, from start to end, in turn:
+In: nothing, or your own pairs.
+Out, in --output_dir: tokenization.md (tables), tokenization.json (all timings), tokenization.png. Both commands are
+timed from start to end, in turn:
 
     original    benchmarks/original_tokenizer.py on the first --sample pairs
     ours        tokenize_to_features.py on all --pairs
 
-Re-ranking pairs: each passage is a candidate of --repeats queries on average, 100 candidates to a query. Training
-pairs: every passage occurs once. Rates "without start" leave out what the command takes for 10 pairs.
+In re-ranking pairs, a query has 100 candidates, and a passage is a candidate for --repeats queries on average. In
+training pairs, every passage occurs once. Rates "without start" exclude the time that 10 pairs take.
 """
 import argparse
 import statistics
@@ -30,10 +31,10 @@ from simplified_tinybert.data.features import read_chunks
 from simplified_tinybert.ranking.speed import machine
 from simplified_tinybert.ranking.tables import markdown
 
-FEW = 10                # pairs of a run that is all start-up
+FEW_PAIRS = 10          # take hardly longer than the start-up
 WAYS = ("original", "ours")
 
-# A small process between the benchmark and the command: a process begins with its parent's peak on its account
+# Runs a command from a small process, because the peak memory of a process starts from that of its parent
 MEASURE = """
 import resource, subprocess, sys, time
 start = time.perf_counter()
@@ -48,9 +49,9 @@ def parse_args() -> argparse.Namespace:
     common.common_arguments(parser)
     add = parser.add_argument
     add("--pairs", type=int, default=100_000, help="pairs for tokenize_to_features.py (default: 100,000)")
-    add("--sample", type=int, default=3000, help="pairs for the original's way (default: 3,000)")
+    add("--sample", type=int, default=3000, help="pairs for the original's tokenizer (default: 3,000)")
     add("--repeats", type=float, default=4, help="queries that share a passage in re-ranking pairs (default: 4)")
-    add("--rounds", type=int, default=3, help="how often each command runs, in turn (default: 3)")
+    add("--rounds", type=int, default=3, help="how often each command runs (default: 3)")
     add("--max_seq_length", type=int, default=256, help="tokens of a pair (default: 256)")
     add("--kinds", nargs="+", choices=("re-ranking", "training"), default=["re-ranking", "training"],
         help="pairs to generate (default: both)")
@@ -62,7 +63,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def run(command: list[object]) -> tuple[float, float]:
-    """Seconds of a command, and peak memory in MiB of the largest of its processes."""
+    """Run a command. Return its seconds, and the peak memory in MiB of its largest process."""
     done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, command)], capture_output=True, text=True,
                           cwd=common.ROOT)
     if done.returncode:
@@ -72,7 +73,7 @@ def run(command: list[object]) -> tuple[float, float]:
 
 
 def write_pairs(args: argparse.Namespace, kind: str, path: Path, scratch: Path) -> tuple[int, Path, Path]:
-    """All pairs at `path`, the sample and a few of them beside it. Returns the number of pairs and these two."""
+    """Write all pairs to `path`. Return their number, a file with the sample and a file with a few pairs."""
     if args.raw_data_file:
         lines = samples.read_pairs(args.raw_data_file, args.pairs)
     else:
@@ -83,10 +84,10 @@ def write_pairs(args: argparse.Namespace, kind: str, path: Path, scratch: Path) 
     with open(path, encoding="utf-8", newline="\n") as handle:
         start = list(islice(handle, args.sample))
         total = len(start) + sum(1 for _ in handle)
-    parts = scratch / f"{kind}.sample.tsv", scratch / f"{kind}.few.tsv"
-    for part, size in zip(parts, (args.sample, FEW)):
-        samples.write_lines(part, (line.rstrip("\n") for line in start[:size]))
-    return total, *parts
+    sample, few = scratch / f"{kind}.sample.tsv", scratch / f"{kind}.few.tsv"
+    for file, size in ((sample, args.sample), (few, FEW_PAIRS)):
+        samples.write_lines(file, (line.rstrip("\n") for line in start[:size]))
+    return total, sample, few
 
 
 def measure(args: argparse.Namespace, kind: str, scratch: Path) -> dict:
@@ -101,22 +102,23 @@ def measure(args: argparse.Namespace, kind: str, scratch: Path) -> dict:
                     args.max_seq_length]
         return [sys.executable, *ours.tokenize_command(set_name, pairs, output, vocabulary, args.max_seq_length)]
 
-    found = {way: {"pairs": files[way][1], "seconds": [], "start": [], "MiB": []} for way in WAYS}
+    measured = {way: {"pairs": files[way][1], "seconds": [], "start": [], "MiB": []} for way in WAYS}
     for number in range(args.rounds):
-        for way, facts in found.items():
-            facts["start"].append(run(command(way, few, scratch / "few"))[0])
+        for way, result in measured.items():
+            result["start"].append(run(command(way, few, scratch / "few"))[0])
             spent, memory = run(command(way, files[way][0], scratch / f"{kind}.{way}"))
-            facts["seconds"].append(spent)
-            facts["MiB"].append(memory)
-            facts["bytes"] = (scratch / f"{kind}.{way}").stat().st_size / facts["pairs"]
-        say(f"  {kind}, round {number + 1}: " + ", ".join(f"{way} {facts['seconds'][-1]:.1f} s for "
-                                                        f"{facts['pairs']:,}" for way, facts in found.items()))
+            result["seconds"].append(spent)
+            result["MiB"].append(memory)
+            result["bytes"] = (scratch / f"{kind}.{way}").stat().st_size / result["pairs"]
+        say(f"  {kind}, round {number + 1}: " + ", ".join(
+            f"{way} {result['seconds'][-1]:.1f} s for {result['pairs']:,}" for way, result in measured.items()))
     different, mean = compare(scratch / f"{kind}.original", scratch / f"{kind}.ours")
-    return {"ways": found, "different": different, "mean_length": mean, "input_bytes": files["ours"][0].stat().st_size}
+    return {"ways": measured, "different": different, "mean_length": mean,
+            "input_bytes": files["ours"][0].stat().st_size}
 
 
 def compare(rows: Path, feature_file: Path) -> tuple[int, float]:
-    """How many pairs of the original's rows have other tokens or segments here; mean length of all pairs here."""
+    """Return how many of the original's rows differ in tokens or segments from our features, and our mean length."""
     different, tokens, examples = 0, 0, 0
     with open(rows, encoding="utf-8") as handle:
         for chunk in read_chunks(feature_file):
@@ -129,42 +131,40 @@ def compare(rows: Path, feature_file: Path) -> tuple[int, float]:
     return different, tokens / examples
 
 
-def rates(facts: dict) -> list[float]:
-    """Pairs per second of each round, start-up left out."""
-    start = statistics.median(facts["start"])
-    return [(facts["pairs"] - FEW) / (spent - start) for spent in facts["seconds"]]
+def rates(result: dict) -> list[float]:
+    """Pairs per second in each round, without the start-up."""
+    start = statistics.median(result["start"])
+    return [(result["pairs"] - FEW_PAIRS) / (spent - start) for spent in result["seconds"]]
 
 
-def kind_table(kind: str, found: dict, args: argparse.Namespace) -> str:
-    ways, rows = found["ways"], []
-    base = rates(ways["original"])
-    for way, facts in ways.items():
-        whole = [facts["pairs"] / spent for spent in facts["seconds"]]
-        times = [fast / slow for fast, slow in zip(rates(facts), base)]
-        rows.append([way, f"{facts['pairs']:,}", common.spread(whole), common.spread(rates(facts)),
-                     common.spread(times, "× "), common.spread(facts["start"]), f"{max(facts['MiB']):,.0f}",
-                     f"{facts['bytes']:,.0f}"])
+def kind_table(kind: str, measured: dict, args: argparse.Namespace) -> str:
+    ways, rows = measured["ways"], []
+    for way, result in ways.items():
+        whole = [result["pairs"] / spent for spent in result["seconds"]]
+        rows.append([way, f"{result['pairs']:,}", common.spread(whole), common.spread(rates(result)),
+                     common.ratio(rates(result), rates(ways["original"])), common.spread(result["start"]),
+                     f"{max(result['MiB']):,.0f}", f"{result['bytes']:,.0f}"])
     shared = f" Each passage occurs {args.repeats:g} times on average." if kind == "re-ranking" else ""
-    return (f"## {kind} pairs\n\n{found['mean_length']:.0f} tokens on average of at most {args.max_seq_length}; "
-            f"{found['input_bytes'] / ways['ours']['pairs']:,.0f} bytes of text each.{shared} Pairs of the original's "
-            f"sample with other tokens here: {found['different']}.\n\n"
+    return (f"## {kind} pairs\n\n{measured['mean_length']:.0f} tokens on average of at most {args.max_seq_length}; "
+            f"{measured['input_bytes'] / ways['ours']['pairs']:,.0f} bytes of text each.{shared} Pairs of the "
+            f"original's sample that have different tokens here: {measured['different']}.\n\n"
             + markdown(["way", "pairs", "pairs/s, whole command", "pairs/s without start", "× original",
-                            "start, s", "peak memory of a process, MiB", "bytes per pair"], rows))
+                        "start, s", "peak memory of a process, MiB", "bytes per pair"], rows))
 
 
 def main() -> None:
     args = parse_args()
-    facts = machine(select_device("cpu"))
+    hardware = machine(select_device("cpu"))
     kinds = [args.set_name] if args.raw_data_file else args.kinds
     with tempfile.TemporaryDirectory() as scratch:
         measured = {kind: measure(args, kind, Path(scratch)) for kind in kinds}
-    sections = [kind_table(kind, found, args) for kind, found in measured.items()]
-    common.write_results(args.output_dir, "tokenization", "Tokenization", facts, sections, args, measured)
-    speed = {f"{kind}\npairs": {way: statistics.median(rates(found["ways"][way])) for way in WAYS}
-             for kind, found in measured.items()}
-    size = {f"{kind}\npairs": {way: found["ways"][way]["bytes"] for way in WAYS} for kind, found in measured.items()}
+    sections = [kind_table(kind, result, args) for kind, result in measured.items()]
+    common.write_results("Tokenization", hardware, sections, args, measured)
+    speed = {f"{kind}\npairs": {way: statistics.median(rates(result["ways"][way])) for way in WAYS}
+             for kind, result in measured.items()}
+    size = {f"{kind}\npairs": {way: result["ways"][way]["bytes"] for way in WAYS} for kind, result in measured.items()}
     pictures.draw(args.output_dir / "tokenization.png",
-                  [pictures.Panel("Tokenization speed", "pairs per second, start-up left out", bars=speed),
+                  [pictures.Panel("Tokenization speed", "pairs per second, without start-up", bars=speed),
                    pictures.Panel("Size of the features", "bytes per pair", bars=size)])
 
 

@@ -1,4 +1,4 @@
-"""Ways to score the same pairs with the same weights: the original's, sentence-transformers', ours. Not a command."""
+"""Score the same pairs with the same weights: as the original, by sentence-transformers, by our code. Not a command."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +7,14 @@ import numpy as np
 import torch
 
 from benchmarks import ours, samples
-from benchmarks.original import RERANK_BATCH, RERANK_WIDTH, OriginalBert, original_scores
+from benchmarks.original import RERANK_BATCH, RERANK_LENGTH, OriginalBert, original_scores
 from simplified_tinybert.common.files import UserError, say
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.ranking.speed import seconds
 
 ORIGINAL, PEER, PEER_BF16 = "original", "sentence-transformers", "sentence-transformers, bf16"
 OURS, OURS_TEXTS, OURS_BF16, OURS_INT8 = "ours", "ours, from texts", "ours, bf16", "ours, int8"
+ALL = (ORIGINAL, PEER, PEER_BF16, OURS, OURS_TEXTS, OURS_BF16, OURS_INT8)
 
 
 @dataclass
@@ -21,31 +22,30 @@ class Sample:
     """The same pairs as lines of text and as features."""
     lines: list[str]
     examples: Examples
-    width: int
+    max_length: int
 
     def texts(self) -> list[tuple[str, str]]:
         return [tuple(line.split("\t")[1:3]) for line in self.lines]
 
     def part(self, size: int) -> "Sample":
-        """`size` of the pairs, as long as all of them are, in random order."""
+        """Return `size` pairs with the same distribution of lengths, in random order."""
         chosen = samples.evenly(self.examples.lengths, min(size, len(self.lines)))
-        return Sample([self.lines[index] for index in chosen], ours.subset(self.examples, chosen), self.width)
+        return Sample([self.lines[index] for index in chosen], ours.subset(self.examples, chosen), self.max_length)
 
 
 def real_sample(raw_data_file: Path | None, vocabulary: Path, size: int) -> Sample:
-    """`size` pairs that are as long as twenty times as many are."""
+    """Return `size` pairs with the distribution of lengths of twenty times as many."""
     lines = samples.read_pairs(raw_data_file, 20 * size) if raw_data_file else \
         list(samples.Texts().pair_lines(20 * size, repeats=1))
-    return Sample(lines, ours.tokenizer(vocabulary)(lines, RERANK_WIDTH), RERANK_WIDTH).part(size)
+    return Sample(lines, ours.tokenizer(vocabulary)(lines, RERANK_LENGTH), RERANK_LENGTH).part(size)
 
 
 def equal_sample(pairs: Sample, vocabulary: Path, length: int, size: int) -> Sample:
-    """`size` pairs that fill exactly `length` positions: their passages are several of `pairs`, joined."""
+    """Return `size` pairs of exactly `length` tokens. Each passage is several of `pairs`, joined."""
     texts = pairs.texts()
-    joined = 2 + length // 50
     lines = []
     for number in range(size):
-        passage = " ".join(texts[(number + step) % len(texts)][1] for step in range(joined))
+        passage = " ".join(texts[(number + step) % len(texts)][1] for step in range(2 + length // 50))
         lines.append(f"q0#D{number}_0\t{texts[number % len(texts)][0]}\t{passage}")
     examples = ours.tokenizer(vocabulary)(lines, length)
     full = np.flatnonzero(examples.lengths == length)
@@ -53,45 +53,46 @@ def equal_sample(pairs: Sample, vocabulary: Path, length: int, size: int) -> Sam
 
 
 def ways(directory: Path, sample: Sample, device: torch.device, batch_sizes: list[int],
-         wanted: tuple[str, ...]) -> dict[str, Callable[[], np.ndarray]]:
-    """The wanted ways as functions without arguments that return the scores of all pairs of the sample."""
-    original, width = OriginalBert(directory).eval().to(device), max(RERANK_WIDTH, sample.width)
-    batches = [sample.examples.batch(np.arange(start, min(start + RERANK_BATCH, len(sample.examples))), width)
+         names: tuple[str, ...]) -> dict[str, Callable[[], np.ndarray]]:
+    """Return for each of the named implementations a function that scores all pairs of the sample."""
+    original, length = OriginalBert(directory).eval().to(device), max(RERANK_LENGTH, sample.max_length)
+    batches = [sample.examples.batch(np.arange(start, min(start + RERANK_BATCH, len(sample.examples))), length)
                for start in range(0, len(sample.examples), RERANK_BATCH)]
     model, tokenize = ours.load_scorer(directory, device), ours.tokenizer(directory)
-    half = ours.load_scorer(directory, device, torch.bfloat16)
-    found = {ORIGINAL: lambda: original_scores(original, [batch.to(device) for batch in batches]).numpy(),
-             **peers(directory, sample, device, batch_sizes),
-             OURS: lambda: ours.score(model, sample.examples, device),
-             OURS_TEXTS: lambda: ours.score(model, tokenize(sample.lines, sample.width), device),
-             OURS_BF16: lambda: ours.score(half, sample.examples, device)}
+    bf16_model = ours.load_scorer(directory, device, torch.bfloat16)
+    scorers = {ORIGINAL: lambda: original_scores(original, [batch.to(device) for batch in batches]).numpy(),
+               **sentence_transformers(directory, sample, device, batch_sizes),
+               OURS: lambda: ours.score(model, sample.examples, device),
+               OURS_TEXTS: lambda: ours.score(model, tokenize(sample.lines, sample.max_length), device),
+               OURS_BF16: lambda: ours.score(bf16_model, sample.examples, device)}
     if device.type == "cpu":
         try:
-            rounded = ours.load_scorer(directory, device, int8=True)
-            found[OURS_INT8] = lambda: ours.score(rounded, sample.examples, device)
+            int8_model = ours.load_scorer(directory, device, int8=True)
+            scorers[OURS_INT8] = lambda: ours.score(int8_model, sample.examples, device)
         except UserError as error:
             say(f"{error}: left out")
-    return {way: run for way, run in found.items() if way in wanted}
+    return {name: scorer for name, scorer in scorers.items() if name in names}
 
 
-def peers(directory: Path, sample: Sample, device: torch.device,
-          batch_sizes: list[int]) -> dict[str, Callable[[], np.ndarray]]:
-    """sentence-transformers in float32 and with bfloat16 weights; nothing if it is not installed.
+def sentence_transformers(directory: Path, sample: Sample, device: torch.device,
+                          batch_sizes: list[int]) -> dict[str, Callable[[], np.ndarray]]:
+    """Return CrossEncoder.predict in float32 and bfloat16, or nothing if sentence-transformers is not installed.
 
-    Both use the batch size that is fastest in float32 on this sample; sizes beyond the sample are not tried.
+    Both use the batch size that is fastest in float32 on this sample, but none larger than the sample.
     """
     try:
         from sentence_transformers import CrossEncoder
     except ImportError:
         say("sentence-transformers is not installed: left out")
         return {}
-    settings = {"device": str(device), "max_length": sample.width}
-    models = {name: CrossEncoder(str(directory), **settings, model_kwargs={"dtype": dtype})
+    models = {name: CrossEncoder(str(directory), device=str(device), max_length=sample.max_length,
+                                 model_kwargs={"dtype": dtype})
               for name, dtype in ((PEER, torch.float32), (PEER_BF16, torch.bfloat16))}
     texts = sample.texts()
 
     def predict(name: str, size: int) -> np.ndarray:
         return models[name].predict(texts, batch_size=size, apply_softmax=True, show_progress_bar=False)[:, 1]
+
     sizes = [size for size in batch_sizes if size <= len(texts)] or batch_sizes[:1]
     times = {size: seconds(lambda: predict(PEER, size), device) for size in sizes}  # noqa: B023
     best = min(times, key=times.get)

@@ -1,23 +1,22 @@
-"""Turn the documentation of the running Python's standard library into a small document retrieval collection.
+"""Turn the documentation of Python's standard library into a small document retrieval collection.
 
     python -m examples.build_collection --output_dir example_data
 
-Documents are modules. A query is the first sentence of the documentation of one of their functions, held out of the
-document together with the function's name and parameters; the module is its relevant document. Candidates come from
-BM25. Nothing is downloaded, no module written in Python is imported, and one interpreter always gives the same bytes.
-Files as in MS MARCO, the *.tsv separated by tabs, the *.txt by blanks:
+Documents are modules. A query is the first sentence of a function's documentation. It is held out of the document, with
+the function's name and parameters. The function's module is the relevant document. BM25 selects the candidates; it may
+miss the relevant document. Nothing is downloaded, no module written in Python is imported, and the same interpreter
+always gives the same bytes. Files are as in MS MARCO, *.tsv separated by tabs and *.txt by blanks:
 
     docs.tsv                        docid, url (empty), title, body        docid is the module's name
     queries.{train,dev,test}.tsv    qid, text                              qid is the function's qualified name
     qrels.{train,dev,test}.txt      qid 0 docid 1
-    bm25.{train,dev,test}.txt       qid Q0 docid rank score bm25           --candidates documents for each query
+    bm25.{train,dev,test}.txt       qid Q0 docid rank score bm25           --candidates documents per query
     train.examples.tsv              index, query, passage, label           label 1: a passage of the relevant module
     {dev,test}.pairs.tsv            qid#docid_n, query, passage            n-th passage of a candidate document
-    corpus.txt                      one passage a line, for pre-training
+    corpus.txt                      one passage per line, for pre-training
 
-A passage is the module's name and --window words of its text. {dev,test}.pairs.tsv hold those --passages_per_document
-passages of each candidate document that BM25 likes best, so that re-ranking takes seconds. Where BM25 misses the
-relevant document, it is not added to the candidates.
+A passage is the module's name and --window words of its text. To make re-ranking fast, {dev,test}.pairs.tsv contain
+only the --passages_per_document passages of each candidate document that BM25 scores highest.
 """
 
 import argparse
@@ -36,11 +35,11 @@ from simplified_tinybert.common.files import UserError, atomic_writer, run_main
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and defaults."""
+    """Keeps the docstring's layout and shows defaults."""
 
 
 class Bm25:
-    """BM25 over a list of texts; identifiers are split at underscores, words are stemmed."""
+    """BM25 over a list of texts. Identifiers are split at underscores, words are stemmed."""
 
     def __init__(self, texts: list[str], k1: float, b: float):
         self.stem = Stemmer.Stemmer("english").stemWords
@@ -67,28 +66,28 @@ class Ranking:
         self.document_scores = best[self.documents]
 
     def passages(self, document: int) -> list[int]:
-        """Passages of a document, the best first."""
+        """Passages of a document, best first."""
         start, end = self.first[document:document + 2]
         return [int(start + index) for index in np.argsort(-self.scores[start:end], kind="stable")]
 
 
 def sample_examples(collection: Collection, query: Query, ranking: Ranking,
                     args: argparse.Namespace) -> list[tuple[int, int]]:
-    """(passage, label) of one training query.
+    """Return (passage, label) pairs for a training query.
 
-    Positive: the passage of the function itself, and the passage of the module that BM25 likes best, since that is what
-    will be re-ranked. A pseudo query stands in its own passage, so only another passage of its module is positive.
-    Negative: the best passages of other candidate documents, as in re-ranking, and --random_negatives from anywhere.
+    Positive are the passage about the function, and the module's best passage by BM25, as in re-ranking. A pseudo query
+    is part of its own passage, so only another passage of the module is positive. Negative are the best passages of
+    other candidates, as in re-ranking, and --random_negatives random passages.
     """
-    chance = random.Random(digest(query.text))
+    generator = random.Random(digest(query.text))
     others = [passage for passage in ranking.passages(query.document) if passage not in query.own]
     positives = others[:1] if query.pseudo else query.own[:1] + ranking.passages(query.document)[:2]
     positives = list(dict.fromkeys(positives))[:2]
     documents = [document for document in ranking.documents if document != query.document]
-    documents = chance.sample(documents, min(args.hard_negatives, len(documents)))
+    documents = generator.sample(documents, min(args.hard_negatives, len(documents)))
     negatives = [ranking.passages(document)[0] for document in documents]
     while len(negatives) < len(documents) + args.random_negatives:
-        if collection.document_of[passage := chance.randrange(len(collection.passages))] != query.document:
+        if collection.document_of[passage := generator.randrange(len(collection.passages))] != query.document:
             negatives.append(passage)
     return [(passage, 1) for passage in positives] + [(passage, 0) for passage in negatives if positives]
 
@@ -105,7 +104,7 @@ def write_examples(path: Path, collection: Collection, queries: list[Query], bm2
 
 
 def write_pairs(path: Path, collection: Collection, queries: list[Query], bm25: Bm25, args: argparse.Namespace) -> None:
-    """The number in the id is the passage's place in its document."""
+    """Write test pairs. A passage id ends with the passage's position in its document."""
     with atomic_writer(path) as handle:
         for query in queries:
             ranking = Ranking(collection, query, bm25, args.candidates)
@@ -116,7 +115,7 @@ def write_pairs(path: Path, collection: Collection, queries: list[Query], bm25: 
 
 
 def write_split(directory: Path, split: str, collection: Collection, bm25: Bm25, args: argparse.Namespace) -> None:
-    """Queries, judgements and BM25 run of a split."""
+    """Write queries, judgements and BM25 run of a split."""
     queries = collection.queries[split]
     with atomic_writer(directory / f"queries.{split}.tsv") as handle:
         handle.writelines(f"{query.qid}\t{query.text}\n" for query in queries)
@@ -132,20 +131,20 @@ def write_split(directory: Path, split: str, collection: Collection, bm25: Bm25,
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--output_dir", type=Path, required=True, help="directory for the collection; made if it is missing")
-    add("--window", type=int, default=36, help="length of a passage, words")
-    add("--stride", type=int, default=24, help="from the start of one passage to the start of the next, words")
-    add("--dev_queries", type=int, default=150, help="at most so many dev queries")
-    add("--test_queries", type=int, default=150, help="at most so many test queries")
-    add("--candidates", type=int, default=10, help="documents that BM25 hands to the re-ranker, per query")
-    add("--passages_per_document", type=int, default=4, help="passages re-ranked of each candidate document")
-    add("--train_queries", type=int, default=1600, help="at most so many training queries get examples")
+    add("--output_dir", type=Path, required=True, help="directory for the collection; created if missing")
+    add("--window", type=int, default=36, help="words of a passage")
+    add("--stride", type=int, default=24, help="words between the starts of consecutive passages")
+    add("--dev_queries", type=int, default=150, help="maximum number of dev queries")
+    add("--test_queries", type=int, default=150, help="maximum number of test queries")
+    add("--candidates", type=int, default=10, help="BM25 candidates per query")
+    add("--passages_per_document", type=int, default=4, help="passages to re-rank per candidate document")
+    add("--train_queries", type=int, default=1600, help="maximum number of training queries with examples")
     add("--pseudo_queries", type=int, default=1600,
-        help="so many sentences of the documents become training queries as well, for their own module")
-    add("--hard_negatives", type=int, default=3, help="negative examples from BM25's candidates, per query")
-    add("--random_negatives", type=int, default=1, help="negative examples from anywhere, per query")
-    add("--k1", type=float, default=0.9, help="BM25: saturation of the term frequency")
-    add("--b", type=float, default=0.4, help="BM25: strength of the length normalisation, 0 to 1")
+        help="sentences from the documents that also become training queries, for their own module")
+    add("--hard_negatives", type=int, default=3, help="negative examples per query from BM25's candidates")
+    add("--random_negatives", type=int, default=1, help="negative examples per query from the whole collection")
+    add("--k1", type=float, default=0.9, help="BM25: term frequency saturation")
+    add("--b", type=float, default=0.4, help="BM25: length normalisation, 0 to 1")
     return parser.parse_args()
 
 

@@ -1,10 +1,10 @@
-"""Make a document retrieval collection of the documentation that stdlib_docs.py reads: a module of build_collection.py.
+"""Make a document retrieval collection from the documentation that stdlib_docs.py reads. Used by build_collection.py.
 
     splits = choose_queries(modules, {"dev": 150, "test": 150})     # functions, by split
     collection = make_collection(modules, splits, window=36, stride=24)
 
-Documents are modules. A query is the first sentence of a function's documentation. Neither this sentence nor the
-function's name and parameters stand in the document; what else the documentation says about the function does.
+Documents are modules. A query is the first sentence of a function's documentation. The document contains the rest of
+this documentation, but neither the query nor the function's name and parameters.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import numpy as np
 
 from examples.stdlib_docs import Entry, Module
 
-BUCKETS = 16  # a sixteenth of the functions may serve as dev queries, a sixteenth as test queries
+BUCKETS = 16  # one bucket of functions is for dev queries, one for test queries
 QUERY_WORDS = range(5, 31)
 PSEUDO = "pseudo"
 
@@ -27,8 +27,8 @@ class Query:
     qid: str
     text: str
     document: int
-    own: list[int]  # passages with words of the entry the query is from, the one with most of them first
-    pseudo: bool = False  # a sentence of the document itself, for training only
+    own: list[int]  # passages that overlap with the entry the query comes from, largest overlap first
+    pseudo: bool = False  # a sentence from the document itself, for training only
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Collection:
     bodies: list[str]
     passages: list[str]
     document_of: np.ndarray  # document of each passage, ascending
-    queries: dict[str, list[Query]]  # by split, PSEUDO being one
+    queries: dict[str, list[Query]]  # by split; PSEUDO is one of the splits
 
 
 def digest(name: str) -> int:
@@ -49,10 +49,10 @@ def normal_form(text: str) -> str:
 
 
 def choose_queries(modules: list[Module], sizes: dict[str, int]) -> dict[str, list[Entry]]:
-    """Functions whose summary is a query, by split: summaries that occur once and are sentences, not signatures.
+    """Return the functions whose summaries become queries, by split. Repeated summaries and signatures are left out.
 
-    The split follows from the SHA-256 of the function's name: it is the same in every Python version. Dev and test take
-    public functions alone.
+    The SHA-256 of a function's name decides its split, so that it is the same in every Python version. Dev and test
+    only contain public functions.
     """
     functions = {entry.name: entry for module in modules for entry in module.entries if entry.is_function}
     seen = Counter(normal_form(entry.summary) for entry in functions.values())
@@ -69,7 +69,7 @@ def choose_queries(modules: list[Module], sizes: dict[str, int]) -> dict[str, li
 
 
 def segment(words: list[str], window: int, stride: int) -> list[tuple[int, int]]:
-    """(start, end) of the windows over a text.
+    """Return (start, end) of each window over a text.
 
     >>> segment(list("abcdefg"), window=4, stride=2)
     [(0, 4), (2, 6), (4, 7)]
@@ -84,13 +84,13 @@ def sentences(text: str) -> list[str]:
 
 
 def entry_texts(module: Module, split_of: dict[str, str]) -> Iterator[tuple[Entry, str]]:
-    """Each entry and what the document keeps of it."""
+    """Yield each entry and the text that the document keeps of it."""
     for entry in {entry.name: entry for entry in module.entries}.values():
         yield entry, entry.rest if entry.name in split_of else f"{entry.heading} {entry.summary} {entry.rest}"
 
 
 def entry_queries(entry: Entry, split: str | None, document: int, own: list[int]) -> Iterator[tuple[str, Query]]:
-    """(split, query): the held-out summary, and the other sentences as pseudo queries."""
+    """Yield (split, query): the held-out summary, and the other sentences as pseudo queries."""
     if split:
         yield split, Query(entry.name, entry.summary, document, own)
     for sentence in sentences(entry.rest if split else f"{entry.summary} {entry.rest}"):
@@ -98,7 +98,7 @@ def entry_queries(entry: Entry, split: str | None, document: int, own: list[int]
 
 
 def make_collection(modules: list[Module], splits: dict[str, list[Entry]], window: int, stride: int) -> Collection:
-    """Write the documents, cut them into passages, and find each query's own passages."""
+    """Assemble the documents, cut them into passages, and find each query's own passages."""
     split_of = {entry.name: split for split, entries in splits.items() for entry in entries}
     collection = Collection([], [], [], np.empty(0), {split: [] for split in [*splits, PSEUDO]})
     document_of: list[int] = []
@@ -109,9 +109,9 @@ def make_collection(modules: list[Module], splits: dict[str, list[Entry]], windo
             words += text.split()
         windows = segment(words, window, stride)
         for entry, start, end in spans:
-            shared = [min(end, last) - max(start, first) for first, last in windows]
-            near = sorted((index for index, count in enumerate(shared) if count > 0), key=lambda index: -shared[index])
-            own = [len(document_of) + index for index in near]
+            overlaps = [min(end, last) - max(start, first) for first, last in windows]
+            overlapping = [index for index, overlap in enumerate(overlaps) if overlap > 0]
+            own = [len(document_of) + index for index in sorted(overlapping, key=lambda index: -overlaps[index])]
             for split, query in entry_queries(entry, split_of.get(entry.name), document, own):
                 collection.queries[split].append(query)
         collection.names.append(module.name)
@@ -120,7 +120,7 @@ def make_collection(modules: list[Module], splits: dict[str, list[Entry]], windo
         document_of += [document] * len(windows)
     collection.document_of = np.array(document_of)
     everything = "\n".join(map(normal_form, collection.bodies))
-    for split in splits:          # some sentences stand in another function's documentation too: no queries to hold out
+    for split in splits:          # a sentence that another function's documentation contains cannot be held out
         collection.queries[split] = [query for query in collection.queries[split]
                                      if normal_form(query.text) not in everything]
     return collection

@@ -1,14 +1,11 @@
-"""Read the documentation strings of the Python standard library of the running interpreter.
-
-A module of build_collection.py, not a script of its own:
+"""Read the docstrings of the running interpreter's standard library. Used by build_collection.py.
 
     for module in read_library():          # Module(name, doc, entries), sorted by name
         for entry in module.entries:       # Entry(name, heading, summary, rest), in the order of the source
             ...
 
-Modules written in Python are parsed with `ast`, never imported: no code of them runs. Modules written in C (math, zlib,
-...) have no source to parse; the public ones are imported and read with `inspect`. Nothing outside the standard library
-is touched.
+Modules written in Python are parsed with `ast` and never imported, so none of their code runs. Modules written in C
+(math, zlib, ...) have no source to parse; the public ones are imported and read with `inspect`.
 """
 
 import ast
@@ -22,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Tests, demonstrations, and code that is not part of the library proper.
+# Tests, demonstrations, and code that does not belong to the library
 SKIPPED = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "site-packages", "dist-packages", "__pycache__",
            "ensurepip", "antigravity", "this", "__phello__", "__hello__", "_vendor", "config"}
 MIN_DOCSTRINGS = 1000
@@ -30,7 +27,7 @@ MIN_DOCSTRINGS = 1000
 
 @dataclass
 class Entry:
-    """One documented class, function or method. `summary` and `rest` are disjoint parts of its docstring."""
+    """A documented class, function or method. Its docstring is `summary` and `rest`."""
 
     name: str
     heading: str
@@ -47,14 +44,14 @@ class Module:
 
 
 def plain_text(text: str) -> str:
-    """Docstring as running text: no doctest lines, no markup rules, camelCase as separate words, single blanks."""
+    """Turn a docstring into plain text without doctests and markup. camelCase is split into words."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith((">>>", "..."))]
     text = re.sub(r"[-=*~_#]{3,}|``|\s+", lambda match: "" if match[0] == "``" else " ", "\n".join(lines))
     return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", text).strip()
 
 
 def split_summary(doc: str) -> tuple[str, str]:
-    """First sentence of the first paragraph, and everything after it.
+    """Return the first sentence of the first paragraph, and everything after it.
 
     >>> split_summary("Return a copy. Shallow.\\n\\nMore.")
     ('Return a copy.', 'Shallow. More.')
@@ -74,7 +71,7 @@ def make_entry(module: str, path: str, arguments: list[str], doc: str, is_functi
 
 
 def python_entries(module: str, body: list[ast.stmt], prefix: str = "") -> Iterator[Entry]:
-    """Entries of classes, functions and methods, functions inside functions left out."""
+    """Yield entries for classes, functions and methods, but not for functions inside functions."""
     for node in body:
         if isinstance(node, (ast.If, ast.Try)):
             yield from python_entries(module, node.body, prefix)
@@ -94,14 +91,14 @@ def read_python_modules(root: Path) -> Iterator[Module]:
             continue
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # templates and the like
+        except (SyntaxError, ValueError):  # for example templates
             continue
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         yield Module(name, ast.get_docstring(tree) or "", list(python_entries(name, tree.body)))
 
 
 def c_entries(module: str, owner: object, prefix: str = "") -> Iterator[Entry]:
-    """Entries of the callables of a C module or of one of its classes, by name."""
+    """Yield entries for the callables of a C module or of one of its classes, sorted by name."""
     for name, value in sorted(vars(owner).items()):
         doc = inspect.cleandoc(value.__doc__) if isinstance(getattr(value, "__doc__", None), str) else ""
         if name.startswith("__") or getattr(value, "__module__", module) not in (module, None):
@@ -120,24 +117,24 @@ def read_c_modules(known: set[str]) -> Iterator[Module]:
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # deprecated modules announce themselves
+                warnings.simplefilter("ignore")  # deprecated modules
                 module = importlib.import_module(name)
-        except Exception:  # not built on this system: winreg, nis, ...
+        except Exception:  # not available on this system: winreg, nis, ...
             continue
         if not getattr(module, "__file__", None) or not str(module.__file__).endswith(".py"):
             yield Module(name, inspect.cleandoc(module.__doc__ or ""), list(c_entries(name, module)))
 
 
 def read_library() -> list[Module]:
-    """All modules with documentation. A ValueError says why there are none."""
+    """Return all modules with documentation, sorted by name. Raises ValueError if there are none."""
     if sys.flags.optimize >= 2:
-        raise ValueError("this Python runs without documentation strings (-OO): drop -OO and unset PYTHONOPTIMIZE")
+        raise ValueError("this Python runs without docstrings (-OO): drop -OO and unset PYTHONOPTIMIZE")
     root = Path(sysconfig.get_path("stdlib"))
     modules = list(read_python_modules(root))
     modules += read_c_modules({module.name for module in modules})
     modules = [module for module in modules if module.doc or module.entries]
     found = sum(len(module.entries) for module in modules)
     if found < MIN_DOCSTRINGS:
-        raise ValueError(f"only {found} documentation strings in the standard library at {root}: its sources are "
+        raise ValueError(f"found only {found} docstrings in the standard library at {root}, because its sources are "
                          "missing or stripped; use a complete Python 3.11 or newer")
     return sorted(modules, key=lambda module: module.name)

@@ -1,4 +1,4 @@
-"""The commands of a study: what each makes, of what. Not a command itself."""
+"""The commands that a study runs: their inputs and outputs. Not a script itself."""
 import argparse
 import json
 import sys
@@ -16,25 +16,25 @@ from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = 20                       # of the log of a training; its checkpoints are as often
+LOG_ROWS = 20                   # rows in the log of a training run; as many checkpoints
 SPLITS = ("warm_up", "train", "dev", "test")
 
 
 class Commands:
-    """Makes the commands of a study from its arguments, its settings and the files of its collection."""
+    """Builds the commands of a study from its arguments, its settings and the files of its collection."""
 
     def __init__(self, args: argparse.Namespace, settings: Settings, files: dict[str, Path]):
         self.args, self.settings, self.files, self.out = args, settings, files, args.output_dir
-        self.vocabulary = args.teacher_model or args.bert_model         # directory of the tokenizer of all models
-        self.counts: dict[str, int] = {}                                # examples of a feature file
+        self.tokenizer_directory = args.teacher_model or args.bert_model        # all models share this tokenizer
+        self.counts: dict[str, int] = {}                                        # feature file → number of examples
 
-    def script(self, script: str, *arguments: object) -> list[str]:
-        """script: a file in the repository's root, or the module of a program below it."""
-        program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]
+    def script(self, name: str, *arguments: object) -> list[str]:
+        """`name`: a script in the repository's root (`distill.py`) or a module (`experiments.cropped_queries`)."""
+        program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
         return [sys.executable, *program, *map(str, arguments)]
 
     def texts(self) -> Command:
-        """Pairs of the warm-up; texts for general distillation."""
+        """Training pairs for the warm-up, and texts for general distillation."""
         data = self.out / "data"
         return Command("pairs-warm_up", data / "warm_up.tsv", self.script(
             "experiments.cropped_queries", "--docs", self.files["docs"], "--output", data / "warm_up.tsv",
@@ -43,14 +43,14 @@ class Commands:
     def pairs(self, split: str) -> Command:
         output, settings, files = self.out / "data" / f"{split}.tsv", self.settings, self.files
         if split == "train":
-            how = ["train", "--qrels", files["qrels.train"], *settings.sampling.split()]
-            if self.args.teacher_model:                 # which knows a relevant passage when it sees one
-                how += ["--filter_model", self.args.teacher_model, "--max_seq_length", settings.max_seq_length,
-                        "--device", self.args.device]
+            flags = ["train", "--qrels", files["qrels.train"], *settings.sampling.split()]
+            if self.args.teacher_model:                 # a fine-tuned teacher can choose the relevant passages
+                flags += ["--filter_model", self.args.teacher_model, "--max_seq_length", settings.max_seq_length,
+                          "--device", self.args.device]
         else:
-            how = ["test", "--depth", settings.dev_depth if split == "dev" else settings.test_depth]
+            flags = ["test", "--depth", settings.dev_depth if split == "dev" else settings.test_depth]
         return Command(f"pairs-{split}", output, self.script(
-            "prepare_examples.py", *how, "--docs", files["docs"], "--queries", files[f"queries.{split}"],
+            "prepare_examples.py", *flags, "--docs", files["docs"], "--queries", files[f"queries.{split}"],
             "--candidates", files[f"bm25.{split}"], "--output", output, "--cache_file_dir", self.out / "cache",
             *settings.passages.split()))
 
@@ -61,7 +61,7 @@ class Commands:
         return Command(f"tokenize-{name}", self.features(name), self.script(
             "tokenize_to_features.py", "--set_name", "train" if name == "warm_up" else name, "--raw_data_file",
             self.out / "data" / f"{name}.tsv", "--output_features_file", self.features(name), "--bert_model_dir",
-            self.vocabulary, "--max_seq_length", self.settings.max_seq_length))
+            self.tokenizer_directory, "--max_seq_length", self.settings.max_seq_length))
 
     def examples(self, name: str) -> int:
         if name not in self.counts:
@@ -69,38 +69,38 @@ class Commands:
         return self.counts[name]
 
     def train(self, output: Path, start: Path, features: str, training: Training, flags: list[str]) -> Command:
-        """distill.py with as many epochs as the budget allows; of two stages, each gets half of them.
+        """Return the distill.py command that trains as long as the budget allows. TinyBERT's stages share the budget.
 
-        training: with the one learning rate and the one seed to use.
+        `training` must have exactly one learning rate and one seed.
         """
         (rate,), (seed,) = training.learning_rates, training.seeds
         examples = self.examples(features)
-        in_an_epoch, stages = -(-examples // training.batch_size), 2 if "tinybert" in flags else 1
-        steps = max(stages, round(training.epochs(examples) * in_an_epoch))
-        last = steps - steps // 2 if stages == 2 else steps      # the only ones that are validated
-        half = ["--intermediate_epochs", (steps - last) / in_an_epoch] if stages == 2 else []
+        epoch_steps, stages = -(-examples // training.batch_size), 2 if "tinybert" in flags else 1
+        steps = max(stages, round(training.epochs(examples) * epoch_steps))
+        last = steps - steps // 2 if stages == 2 else steps      # steps of the last stage, the only one with validation
+        first_stage = ["--intermediate_epochs", (steps - last) / epoch_steps] if stages == 2 else []
         return Command(output.name, output / "model.safetensors", self.script(
             "distill.py", "--features_file", self.features(features), "--general_student_model", start,
             "--output_student_dir", output, "--dev_features_file", self.features("dev"), "--dev_qrels_file",
             self.files["qrels.dev"], "--cache_file_dir", self.out / "cache", "--device", self.args.device, "--resume",
-            "--num_train_epochs", last / in_an_epoch, *half,
+            "--num_train_epochs", last / epoch_steps, *first_stage,
             "--train_batch_size", training.batch_size, "--eval_step", -(-last // training.validations),
-            "--train_loss_step", -(-steps // ROWS), "--save_model_step", -(-steps // ROWS), "--keep_checkpoints", 1,
-            *training.flags.split(), "--seed", seed, "--learning_rate", rate, *flags), self.made_here(start))
+            "--train_loss_step", -(-steps // LOG_ROWS), "--save_model_step", -(-steps // LOG_ROWS),
+            "--keep_checkpoints", 1, *training.flags.split(), "--seed", seed, "--learning_rate", rate, *flags),
+            self.own_weights(start))
 
     def student_config(self, shape: Shape) -> BertConfig:
-        """The configuration of a student of this shape."""
         if shape.model:
             return read_config(find_model(shape.model))
-        config = read_config(self.vocabulary)
+        config = read_config(self.tokenizer_directory)
         layers = divisor_at_least(config.num_hidden_layers, shape.depth * config.num_hidden_layers)
-        width = round(shape.width * config.hidden_size / config.num_attention_heads) * config.num_attention_heads
+        hidden_size = round(shape.width * config.hidden_size / config.num_attention_heads) * config.num_attention_heads
         return BertConfig(**config.to_dict() | {
-            "num_hidden_layers": layers, "hidden_size": width,
-            "intermediate_size": config.intermediate_size * width // config.hidden_size})
+            "num_hidden_layers": layers, "hidden_size": hidden_size,
+            "intermediate_size": config.intermediate_size * hidden_size // config.hidden_size})
 
     def general_student(self, shape: Shape, teacher: Path, output: Path) -> Command:
-        """general_distill.py on the collection's texts, from a BERT that has not seen a training query."""
+        """Return the command that distills a general student on the collection's texts, from the pre-trained BERT."""
         training, texts = self.settings.general, self.out / "data" / "texts.txt"
         with atomic_writer(output.with_suffix(".json")) as handle:
             json.dump(self.student_config(shape).to_dict(), handle, indent=1)
@@ -111,26 +111,24 @@ class Commands:
             "--train_batch_size", training.batch_size, "--num_train_epochs",
             training.epochs(self.segments(texts)), "--max_seq_length", self.settings.max_seq_length,
             "--keep_checkpoints", 1, "--train_loss_step", 20, *training.flags.split(), *shape.flags.split()),
-            self.made_here(teacher))
+            self.own_weights(teacher))
 
-    def made_here(self, model: Path) -> list[Path]:
-        """What a command needs that reads this model: its weights, if the study makes them."""
+    def own_weights(self, model: Path) -> list[Path]:
+        """The model's weights if the study makes them; commands that read the model must wait for them."""
         return [model / "model.safetensors"] if model.is_relative_to(self.out) else []
 
     def segments(self, texts: Path) -> int:
-        """How many segments general_distill.py makes of the texts; it finds them in the cache then."""
-        return len(map_corpus([texts], "lines", load_vocabulary(self.vocabulary), self.settings.max_seq_length,
-                              check_corpus([texts], "lines", Problems()), self.out / "cache"))
+        """Number of segments in the texts. They are left in the cache, where general_distill.py finds them."""
+        vocabulary, checksum = load_vocabulary(self.tokenizer_directory), check_corpus([texts], "lines", Problems())
+        return len(map_corpus([texts], "lines", vocabulary, self.settings.max_seq_length, checksum, self.out / "cache"))
 
     def rerank(self, name: str, model: Path) -> Command:
-        """Scores of the test pairs."""
         output = self.out / "runs" / f"{name}.tsv"
         return Command(f"rerank-{name}", output, self.script(
             "reranker.py", "--model_dir", model, "--features_file", self.features("test"), "--output_scores_file",
             output, "--device", self.args.device, "--resume"))
 
     def convert(self, name: str) -> Command:
-        """The ranking by those scores."""
         scores, output = self.out / "runs" / f"{name}.tsv", self.out / "runs" / f"{name}.trec"
         return Command(f"convert-{name}", output, self.script(
             "convert_to_trec_results.py", "--scores_file", scores, "--output_results_file", output))

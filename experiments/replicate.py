@@ -1,29 +1,28 @@
-"""The whole study on a collection of your own: teacher, general students, every method, several seeds, the test.
+"""Run the whole study on a collection of your own: teacher, general students, all methods, several seeds, test.
 
     python -m experiments.replicate experiments/small.toml --collection DIR --output_dir OUT \\
         --bert_model google-bert/bert-base-uncased --device 0
 
-In: the settings (experiments/small.toml tells what each means), a collection as collection.sh takes it (docs.tsv,
-queries, qrels and bm25 of train, dev and test), and a pre-trained BERT (directory or hub id).
+In: the settings (experiments/small.toml explains them), a collection as for collection.sh (docs.tsv; queries, qrels and
+bm25 of train, dev and test), and a pre-trained BERT (directory or hub id).
 
-1. Passages, features. The teacher is trained first on queries cut out of the texts (warm_up, cropped_queries.py), then
-   on the training queries; of several learning rates, and of several validations, the best on the dev queries is kept.
-   With several seeds the first one teaches. The others only show how much the teacher depends on its seed.
-2. A general student of each shape, distilled from the BERT that the teacher was made of, on the collection's texts and
-   on the pairs of the warm-up: what the teacher knew before it saw a training query, its students get to know too.
-3. From it a student by each method and learning rate, with the first seed, on the whole budget or on a part of it
-   (tuning). The dev queries choose the learning rate and when to stop; a best rate at the edge extends the range. Then
-   all seeds with that learning rate.
-4. The test queries: BM25, teacher, all students. Nothing is chosen by them. --until dev ends before.
+1. Make passages and features. Train the teacher on queries cut out of the texts (warm_up, cropped_queries.py), then on
+   the training queries. The dev queries choose its learning rate and checkpoint. If the teacher has several seeds, the
+   students' teacher is the first one; the others only show how much a teacher varies.
+2. Distill a general student of each shape from the BERT that the teacher was made from, on the collection's texts and
+   on the pairs of the warm-up. So teacher and students start from the same knowledge.
+3. From the general student, train a student by each method and learning rate with the first seed, on the full budget or
+   a part of it (tuning). The dev queries choose the learning rate and checkpoint. If the best rate is at the edge of
+   the range, the range is extended. Then train with all seeds at the chosen learning rate.
+4. Evaluate BM25, teacher and all students on the test queries. Nothing is chosen by them. --until dev leaves this out.
 
-Steps 3 and 4 are done for each of the `steps` of the settings in turn; --steps N ends after N of them.
+Stages 3 and 4 are run for each of the `steps` in the settings in turn; --steps N stops after N of them.
 
-Out, in --output_dir: results.json with the figures of all that is finished, and tables and pictures of them
-(experiments/findings.py); what each command said, in logs/; features, models, runs; a record of each model, in records/
-or --records. The same command goes on where it was stopped, however it was, and does nothing twice. On another machine
-the records suffice: models that have one are trained again only where a missing student or the test queries need their
-weights. To train one anew, remove its output and its record. --jobs commands run side by side and share the CPU's
-threads.
+Out, in --output_dir: results.json with all finished results, tables and pictures (experiments/findings.py), logs/,
+features, models, runs; and a record of each model, in records/ or --records. After any interruption, the same command
+continues where it stopped. On another machine the records are enough: a recorded model is trained again only if a
+missing student or the test queries need its weights. To train a model anew, remove its output and its record. --jobs
+commands run in parallel and share the CPU threads.
 """
 import argparse
 from pathlib import Path
@@ -39,10 +38,8 @@ from simplified_tinybert.common.records import file_identity
 from simplified_tinybert.data.collection import by_query, read_rows
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.weights import weights_checksum
-from simplified_tinybert.ranking.measures import check_common_queries, first_ten
-from simplified_tinybert.ranking.trec import read_qrels
+from simplified_tinybert.ranking.trec import check_common_queries, first_ten, read_qrels
 
-DATA = ("max_seq_length", "passages", "sampling", "dev_depth", "test_depth")     # settings that all models share
 FILES = {"docs": "docs.tsv", **{f"{kind}.{split}": f"{kind}.{split}.{ending}" for split in ("train", "dev", "test")
                                 for kind, ending in (("queries", "tsv"), ("qrels", "txt"), ("bm25", "txt"))}}
 
@@ -52,21 +49,21 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("settings", type=Path, help="settings file (TOML)")
     add("--collection", type=Path, required=True, help="directory of the collection")
-    add("--output_dir", type=Path, required=True, help="directory for everything the study makes")
-    add("--bert_model", required=True, help="directory or hub id of the pre-trained BERT that the teacher is made of")
-    add("--teacher_model", help="directory or hub id of a teacher that is fine-tuned already")
-    add("--until", choices=("models", "dev", "test"), default="test", help="models: end with teacher and general "
-        "students; dev: leave the test queries alone (default: test)")
-    add("--steps", type=int, help="end after so many of the steps of the settings (default: all)")
-    add("--records", type=Path, help="directory for what is kept of each finished model, instead of records in "
-        "--output_dir; a model that has a record there is not trained again")
+    add("--output_dir", type=Path, required=True, help="directory for all outputs of the study")
+    add("--bert_model", required=True, help="directory or hub id of the pre-trained BERT that becomes the teacher")
+    add("--teacher_model", help="directory or hub id of a teacher that is already fine-tuned")
+    add("--until", choices=("models", "dev", "test"), default="test", help="models: stop after teacher and general "
+        "students; dev: do not use the test queries (default: test)")
+    add("--steps", type=int, help="stop after this many steps of the settings (default: all)")
+    add("--records", type=Path, help="directory for the records of finished models (default: records in --output_dir); "
+        "a model with a record there is not trained again")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
-    add("--jobs", type=int, default=2, help="commands that run side by side (default: 2)")
+    add("--jobs", type=int, default=2, help="commands to run in parallel (default: 2)")
     return parser.parse_args()
 
 
 def find_files(collection: Path, problems: Problems) -> dict[str, Path]:
-    """The files of the collection, plain or .gz; what is missing is added to `problems`."""
+    """Return the files of the collection, plain or .gz. Missing files are added to `problems`."""
     files = {}
     for name, file in FILES.items():
         packed = collection / f"{file}.gz"
@@ -76,49 +73,51 @@ def find_files(collection: Path, problems: Problems) -> dict[str, Path]:
 
 
 def check_judgements(files: dict[str, Path], problems: Problems) -> None:
-    """Complain about judgements that cannot be read, or judge none of the candidates' queries: now, not after hours."""
+    """Check that the qrels can be read and that dev and test have judged candidates, before hours are spent."""
     for split in ("train", "dev", "test"):
-        path = files[f"qrels.{split}"]
+        path, candidates = files[f"qrels.{split}"], files[f"bm25.{split}"]
         qrels = read_qrels(path, problems) if path.is_file() else {}
-        if split != "train" and files[f"bm25.{split}"].is_file():
-            ranked = {query_id: {} for query_id, _ in by_query(read_rows(files[f"bm25.{split}"], problems), "", 1,
-                                                               Problems())}
-            check_common_queries(path, qrels, {files[f"bm25.{split}"]: ranked}, problems)
+        if split != "train" and candidates.is_file():
+            ranked = {query_id: {} for query_id, _ in by_query(read_rows(candidates, problems), "", 1, Problems())}
+            check_common_queries(path, qrels, {candidates: ranked}, problems)
             if missing := [query_id for query_id in qrels if query_id not in ranked]:
                 say(f"{path}: {len(missing)} judged queries have no candidates and are left out for all systems: "
                     f"{first_ten(missing)}")
 
 
-def check_models(directories: dict[str, tuple[Path, BertConfig]], problems: Problems) -> None:
-    """Complain about models of different vocabularies, and general students that do not go with their teacher."""
-    directory, teacher = directories.get("teacher", directories["pre-trained BERT"])
+def check_models(models: dict[str, tuple[Path, BertConfig]], problems: Problems) -> None:
+    """Check that all models share a vocabulary, and that BERT and students fit the teacher."""
+    bert_directory, bert = models["pre-trained BERT"]
+    directory, teacher = models.get("teacher", models["pre-trained BERT"])
     vocabulary = load_vocabulary(directory).checksum()
-    for role, (other, config) in directories.items():
+    for role, (other, config) in models.items():
         if load_vocabulary(other).checksum() != vocabulary:
-            problems.add(f"{other}: the {role} has another vocabulary than {directory}; all read the same features")
+            problems.add(f"{other}: the {role} has another vocabulary than {directory}; all models read the same "
+                         f"features")
         if role.startswith("student"):
             check_pair(teacher, config, problems)
-    if (teacher.hidden_size, teacher.num_attention_heads) != (
-            directories["pre-trained BERT"][1].hidden_size, directories["pre-trained BERT"][1].num_attention_heads):
-        problems.add(f"{directory}: the teacher is not as wide as --bert_model {directories['pre-trained BERT'][0]}, of which "
-                     f"general students are made")
+    if (teacher.hidden_size, teacher.num_attention_heads) != (bert.hidden_size, bert.num_attention_heads):
+        problems.add(f"{directory}: the teacher's hidden size or heads differ from those of {bert_directory} "
+                     f"(--bert_model), from which the general students are made")
 
 
 def run(study: Study, steps: int | None) -> None:
-    """Step after step, each with its results, as far as --until and --steps go."""
-    until, finished = study.args.until, {}
-    study.make_models(list(study.shapes) if until == "models" else [], weights=until == "models")
-    if until == "test":
+    """Run the steps one after the other and write results after each, as far as --until and --steps allow."""
+    if study.args.until == "models":
+        study.make_models(list(study.shapes))
+        write_results(study, {})
+        return
+    study.make_models([], weights=False)
+    if study.args.until == "test":
         study.test_first()
-    for step in study.settings.steps[:steps] if until != "models" else ():
+    finished = {}
+    for step in study.settings.steps[:steps]:
         if step.teachers:
             study.make_other_teachers()
-        tried = study.tune([(study.sizes[name], method) for name in step.students for method in step.methods])
-        study.distill("students", [(pair, rates[0], seed) for pair, rates in tried.items()
+        tuned = study.tune([(study.sizes[name], method) for name in step.students for method in step.methods])
+        study.distill("students", [(pair, rates[0], seed) for pair, rates in tuned.items()
                                    for seed in study.settings.seeds])
-        finished |= tried
-        write_results(study, finished)
-    if until == "models":
+        finished |= tuned
         write_results(study, finished)
 
 
@@ -142,11 +141,12 @@ def main() -> None:
     for directory in (args.output_dir, args.records):
         directory.mkdir(parents=True, exist_ok=True)
     with locked(args.output_dir), locked(args.records):
-        facts = {name: file_identity(path) for name, path in files.items()} | {
+        inputs = {name: file_identity(path) for name, path in files.items()} | {
             role: weights_checksum(directory) for role, (directory, _) in models.items()} | {
-            name: getattr(settings, name) for name in DATA}
+            name: getattr(settings, name)
+            for name in ("max_seq_length", "passages", "sampling", "dev_depth", "test_depth")}
         for directory in (args.output_dir, args.records):
-            keep_inputs(directory / "inputs.json", facts)
+            keep_inputs(directory / "inputs.json", inputs)
         study = Study(args, settings, files)
         study.prepare()
         run(study, args.steps)

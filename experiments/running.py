@@ -1,4 +1,4 @@
-"""Commands that run side by side, are not repeated, and end with the study that started them. Not a command."""
+"""Run commands in parallel, each only once; they end with the study that started them. Not a command itself."""
 import ctypes
 import json
 import os
@@ -15,15 +15,12 @@ from tqdm import tqdm
 
 from simplified_tinybert.common.files import UserError, atomic_writer
 
-LAST_LINES = 12             # of the log of a command that failed
-PR_SET_PDEATHSIG = 1        # of prctl(2)
-
 
 @dataclass
 class Command:
-    """A command, done when it has ended and its `output` exists; started when whatever makes what it `needs` is done.
+    """A command that makes `output`. It starts once all files in `needs` are complete.
 
-    after: called when the output exists, also if it existed before.
+    `after` is called when the output is complete, even if it was complete before.
     """
     name: str
     output: Path
@@ -32,52 +29,62 @@ class Command:
     after: Callable[[], None] | None = None
 
     def is_done(self, logs: Path) -> bool:
-        """Whether the output exists. Raises UserError if another command made it, one of other settings, say."""
+        """Return whether the output exists. Raises UserError if a different command made it."""
         made_by = logs / f"{self.name}.command.json"
         if not self.output.exists():
             with atomic_writer(made_by) as handle:
                 json.dump(self.words, handle)
             return False
         before = json.loads(made_by.read_text(encoding="utf-8")) if made_by.is_file() else self.words
-        check_same(self.output, essence(before), essence(self.words))
+        check_same(self.output, comparable(before), comparable(self.words))
         return True
+
+    def start(self, logs: Path, environment: dict[str, str], preexec: Callable[[], None] | None) -> subprocess.Popen:
+        """Start the command in a new session, so that it does not get this process's Ctrl-C."""
+        with open(logs / f"{self.name}.log", "ab") as log:
+            return subprocess.Popen(self.words, stdout=log, stderr=log, env=environment, start_new_session=True,
+                                    preexec_fn=preexec)
+
+    def finish(self) -> None:
+        if self.after:
+            self.after()
 
 
 def check_same(path: Path, before: list[str], now: list[str]) -> None:
-    """Raise UserError if what is at `path` was made by another command."""
+    """Raise UserError if the command that made `path` differs from the present one."""
     if before != now:
-        raise UserError(f"{path}: was made by another command; remove it and what was made of it, or name another "
-                        f"--output_dir\nthen {shlex.join(before)}\nnow  {shlex.join(now)}")
+        raise UserError(f"{path}: was made by another command; remove it and everything made from it, or choose "
+                        f"another --output_dir\nthen {shlex.join(before)}\nnow  {shlex.join(now)}")
 
 
-def essence(words: list[str], places: dict[str, Path] | None = None) -> list[str]:
-    """A command without what changes nothing of its output: Python, the repository, the device, and the `places`.
+def comparable(words: list[str], named_paths: dict[str, Path] | None = None) -> list[str]:
+    """Return a command without what does not affect its output: interpreter, repository and device.
 
-    A path in one of the places begins with the name of the place instead.
+    Directories in `named_paths` are replaced by their names.
     """
-    kept = [Path(words[1]).name, *words[2:]]            # "-m" before the name of a module
+    kept = [Path(words[1]).name, *words[2:]]            # words[1]: a script, or "-m" before a module's name
     kept = [word for before, word in zip(["", *kept], kept) if before != "--device"]
-    for name, place in (places or {}).items():
-        kept = [name + word.removeprefix(str(place)) if word == str(place) or word.startswith(f"{place}{os.sep}")
+    for name, path in (named_paths or {}).items():
+        kept = [name + word.removeprefix(str(path)) if word == str(path) or word.startswith(f"{path}{os.sep}")
                 else word for word in kept]
     return kept
 
 
 def run_all(title: str, commands: list[Command], jobs: int, logs: Path) -> None:
-    """Run what is not done yet, `jobs` commands at a time; each writes what it says to a log of its own.
+    """Run the commands that are not done yet, up to `jobs` at a time, each with its own log and share of the threads.
 
-    CPU threads are shared out evenly. Raises UserError with the end of the log when a command fails; the others are
-    asked to end then, as they are when this process is: each saves what it has.
+    If a command fails, raises UserError with the end of its log. The other commands then get SIGTERM, as they do when
+    this process ends, and save their state.
     """
     waiting = []
     for command in commands:
         if command.is_done(logs):
-            finish(command)
+            command.finish()
         else:
             waiting.append(command)
     threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(waiting))))
     environment = {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "30", **os.environ}
-    end_with_parent = ending_with(os.getpid())
+    die_with_parent = make_die_with_parent()
     running: list[tuple[Command, subprocess.Popen]] = []
     with tqdm(total=len(commands), initial=len(commands) - len(waiting), desc=title, unit=" commands") as progress:
         try:
@@ -87,17 +94,14 @@ def run_all(title: str, commands: list[Command], jobs: int, logs: Path) -> None:
                          if all(path.exists() and path not in unfinished for path in command.needs)]
                 for command in ready[:jobs - len(running)]:
                     waiting.remove(command)
-                    with open(logs / f"{command.name}.log", "ab") as log:   # a session of its own: Ctrl-C is for us
-                        running.append((command, subprocess.Popen(
-                            command.words, stdout=log, stderr=log, env=environment, start_new_session=True,
-                            preexec_fn=end_with_parent)))
+                    running.append((command, command.start(logs, environment, die_with_parent)))
                 if not running:
-                    raise UserError(f"{waiting[0].name} waits for {waiting[0].needs}, which nothing makes")
+                    raise UserError(f"{waiting[0].name} needs {waiting[0].needs}, which no command makes")
                 for command, process in running[:]:
                     if process.poll() is not None:
                         running.remove((command, process))
-                        check(command, process.returncode, logs / f"{command.name}.log")
-                        finish(command)
+                        check_success(command, process.returncode, logs / f"{command.name}.log")
+                        command.finish()
                         progress.update()
                 time.sleep(0.1)
         finally:
@@ -107,32 +111,27 @@ def run_all(title: str, commands: list[Command], jobs: int, logs: Path) -> None:
                 process.wait()
 
 
-def finish(command: Command) -> None:
-    if command.after:
-        command.after()
+def make_die_with_parent() -> Callable[[], None] | None:
+    """Return a function for child processes: it has Linux kill them when this process dies. None on other systems.
 
-
-def ending_with(parent: int) -> Callable[[], None] | None:
-    """What a new process calls to be killed when its parent is: an orphan would write beside its successor. On Linux.
-
-    It goes on from its last checkpoint then, as after any other kill.
+    An orphan would write to the same files as the command that replaces it.
     """
     if sys.platform != "linux":
         return None
-    library = ctypes.CDLL(None)                         # loaded here: not between fork and exec
+    parent, libc = os.getpid(), ctypes.CDLL(None)       # nothing may be loaded between fork and exec
 
-    def call() -> None:
-        library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:                      # which was killed before that call
+    def die_with_parent() -> None:
+        libc.prctl(1, signal.SIGKILL)                   # 1: PR_SET_PDEATHSIG
+        if os.getppid() != parent:                      # the parent died before prctl was called
             os._exit(1)
-    return call
+    return die_with_parent
 
 
-def check(command: Command, code: int, log: Path) -> None:
-    """Raise UserError if a command failed."""
+def check_success(command: Command, code: int, log: Path) -> None:
+    """Raise UserError with the last lines of the log if a command failed."""
     if code or not command.output.exists():
         text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
-        said = [line for line in text.splitlines() if line.strip() and "/s]" not in line][-LAST_LINES:]
-        raise UserError("\n".join([f"{command.name} ended with exit code {code}: {shlex.join(command.words)}", *said,
-                                   f"the whole log is {log}; the same command continues from here once the cause is "
-                                   f"mended"]))
+        last_lines = [line for line in text.splitlines() if line.strip() and "/s]" not in line][-12:]
+        raise UserError("\n".join([
+            f"{command.name} ended with exit code {code}: {shlex.join(command.words)}", *last_lines,
+            f"full log: {log}; after fixing the cause, run the same study command to continue"]))

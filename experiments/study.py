@@ -1,7 +1,6 @@
-"""A study on its way: what is finished, what is missing, and in which order it is made. Not a command.
+"""The steps of a study: what is finished, what is missing, and in which order to make it. Not a command.
 
-Weights are made where a student that is still missing, or the test queries, need them; everything else is read from the
-records of what was made before.
+A model is trained only if it has no record, or if its weights are missing and needed by a student or the test queries.
 """
 import argparse
 import shutil
@@ -24,7 +23,7 @@ FINETUNE = ["--distill_model", "finetune"]
 
 
 class Study:
-    """Runs the commands, and keeps a record of each model."""
+    """Runs the commands and keeps a record of each model."""
 
     def __init__(self, args: argparse.Namespace, settings: Settings, files: dict[str, Path]):
         self.args, self.settings, self.files, self.out = args, settings, files, args.output_dir
@@ -32,12 +31,12 @@ class Study:
         self.records = Records(args.records, {"OUT": self.out, "COLLECTION": args.collection, "BERT": args.bert_model})
         configs = {name: self.commands.student_config(shape) for name, shape in settings.students.items()}
         self.sizes = {name: f"{config.num_hidden_layers}/{config.hidden_size}" for name, config in configs.items()}
-        teacher = read_config(self.commands.vocabulary)
+        teacher = read_config(self.commands.tokenizer_directory)
         self.teacher_shape = f"{teacher.num_hidden_layers}/{teacher.hidden_size}"
         self.shapes = {self.sizes[name]: shape for name, shape in settings.students.items()}
         if len(self.shapes) < len(self.sizes):
-            raise UserError(f"two of the settings' students have one shape for this teacher "
-                            f"({', '.join(self.sizes.values())}); leave one out")
+            raise UserError(f"{args.settings}: two students have the same shape for this teacher "
+                            f"({', '.join(self.sizes.values())}); remove one")
         for name in ("logs", "data", "runs", "students"):
             (self.out / name).mkdir(parents=True, exist_ok=True)
 
@@ -46,33 +45,33 @@ class Study:
             run_all(title, commands, self.args.jobs, self.out / "logs")
 
     def prepare(self) -> None:
-        """Pairs and features of all splits; texts for general distillation, and examples made of them."""
-        self.run("texts", [self.commands.texts(), self.commands.pairs("dev")])  # leaves an index of the documents
+        """Make pairs and features of all splits, and the texts for general distillation."""
+        self.run("texts", [self.commands.texts(), self.commands.pairs("dev")])  # also indexes the documents
         self.run("passages", [self.commands.pairs("train"), self.commands.pairs("test")])
         self.run("features", [self.commands.tokenize(name) for name in SPLITS])
 
     def recorded(self, command: Command, made_of: dict[str, Path] | None = None, clean: bool = False) -> Command:
-        """The command, which leaves a record of the model that it trains; with `clean` no checkpoints."""
+        """Make a command record the model that it trains; with `clean` also remove its checkpoints."""
         directory = command.output.parent
 
         def after() -> None:
             if self.records.keep(command.name, directory, command.words, made_of or {}):
                 for stale in (self.out / "runs").glob(f"{command.name}.t*"):        # rankings by other weights
                     stale.unlink()
-            for checkpoint in directory.glob("checkpoint-*") if clean else ():    # nothing continues from them
+            for checkpoint in directory.glob("checkpoint-*") if clean else ():
                 shutil.rmtree(checkpoint)
         return replace(command, after=after)
 
-    def is_there(self, command: Command, weights: bool) -> bool:
-        """Whether a model needs no training: it is recorded, and its weights exist if they are needed."""
-        recorded = self.records.read_of(command.name, command.words)
-        return recorded is not None and (not weights or command.output.exists())
+    def is_finished(self, command: Command, needs_weights: bool) -> bool:
+        """Whether a model needs no training: it has a record and, if needed, its weights exist."""
+        record = self.records.read_of(command.name, command.words)
+        return record is not None and (not needs_weights or command.output.exists())
 
     def warms_up(self) -> bool:
         return self.settings.warm_up.pairs > 0 and not self.args.teacher_model
 
     def pre_trained(self) -> Path:
-        """The BERT that has not seen a training query: of which the teacher is made, and the general students."""
+        """The BERT from which teacher and general students are made. It has not seen a training query."""
         return self.out / "warm_up" if self.warms_up() else self.args.bert_model
 
     def teacher_command(self, rate: float, seed: int) -> Command:
@@ -81,7 +80,7 @@ class Study:
             self.settings.teacher.of(rate, seed), FINETUNE))
 
     def teacher_names(self, seeds: list[int]) -> list[str]:
-        """Names of the teachers of these seeds, with the learning rate that did best on dev with the first one."""
+        """Names of the teachers with these seeds, at the learning rate that was best on dev with the first seed."""
         if self.args.teacher_model:
             return ["teacher"]
         return [f"teacher-{self.teacher_rate():g}-seed{seed}" for seed in seeds]
@@ -91,38 +90,41 @@ class Study:
         return max(rates, key=lambda rate: self.records.dev(f"teacher-{rate:g}-seed{first}"))
 
     def teacher(self) -> Path:
-        """The model that teaches."""
+        """Directory of the students' teacher."""
         return self.args.teacher_model or self.out / self.teacher_names(self.settings.teacher.seeds[:1])[0] / "best"
 
     def make_models(self, sizes: list[str], weights: bool = True) -> None:
-        """Teachers of all learning rates with the first seed; of the best, and of general students, the weights too."""
+        """Train teachers at all learning rates with the first seed; with `weights` also general students.
+
+        With `weights`, the best teacher is trained again if its weights are missing.
+        """
         first = self.settings.teacher.seeds[0]
         teachers = [] if self.args.teacher_model else [
             self.teacher_command(rate, first) for rate in self.settings.teacher.learning_rates]
-        missing = [command for command in teachers if not self.is_there(command, False)]
+        missing = [command for command in teachers if not self.is_finished(command, needs_weights=False)]
         general = [command for size in sizes for command in self.general_commands(size)] if weights else []
         self.run_from_pre_trained("teacher and general students", missing + general)
         if teachers and weights:
             best = self.teacher_command(self.teacher_rate(), first)
-            if not self.is_there(best, True):
+            if not self.is_finished(best, needs_weights=True):
                 self.run_from_pre_trained("the teacher again", [best])
 
     def make_other_teachers(self) -> None:
-        """Those of the other seeds, which teach nobody."""
+        """Train the teachers of the other seeds. They have no students."""
         commands = [] if self.args.teacher_model else [
             self.teacher_command(self.teacher_rate(), seed) for seed in self.settings.teacher.seeds[1:]]
         self.run_from_pre_trained("other teachers", self.missing(commands))
 
     def missing(self, commands: list[Command], test: bool = True) -> list[Command]:
-        """Those of the trainings that are not finished; with `test` each is followed by its ranking of the test."""
-        found = []
+        """Return the unfinished training commands; with `test`, each is followed by re-ranking the test queries."""
+        missing = []
         for command in commands:
             rankings = self.testing(command.name, command.output.parent / "best", [command.output]) if test else []
-            found += [*([] if self.is_there(command, bool(rankings)) else [command]), *rankings]
-        return found
+            missing += [*([] if self.is_finished(command, bool(rankings)) else [command]), *rankings]
+        return missing
 
     def run_from_pre_trained(self, title: str, commands: list[Command]) -> None:
-        """Run commands that may begin from the BERT after its warm-up."""
+        """Run commands that start from the pre-trained BERT, after its warm-up."""
         warm_up = self.settings.warm_up
         if self.warms_up() and not all(command.output.exists() for command in commands):
             commands = [self.recorded(self.commands.train(
@@ -131,7 +133,7 @@ class Study:
         self.run(title, commands)
 
     def general_commands(self, size: str) -> list[Command]:
-        """The commands that make a general student."""
+        """The commands that make a general student; none if the settings name an existing one."""
         shape, warm_up, directory = self.shapes[size], self.settings.student_warm_up, self.out / f"general-{slug(size)}"
         if shape.model:
             return []
@@ -144,7 +146,7 @@ class Study:
         return commands
 
     def general_student(self, size: str) -> Path:
-        """The model that the students of a shape begin as."""
+        """Directory of the model from which the students of a shape start."""
         shape, directory = self.shapes[size], self.out / f"general-{slug(size)}"
         if shape.model:
             return find_model(shape.model)
@@ -152,51 +154,53 @@ class Study:
         return directory.with_name(f"{directory.name}-warm") if warm else directory
 
     def student(self, pair: Pair, rate: float, seed: int, tuning: bool = False) -> Command:
-        """The command that trains a student; with `tuning` on a part of the budget, to try a learning rate."""
+        """The command that trains a student; with `tuning`, on the budget of a trial."""
         budget, flags = self.settings.distillation, self.settings.methods[pair[1]].split()
         if tuning := tuning and self.settings.tuning.epochs > 0:
             budget = replace(budget, most_epochs=min(budget.most_epochs, self.settings.tuning.epochs), validations=1)
-        taught = [] if "finetune" in flags else ["--teacher_model", self.teacher()]
+        made_of = {"general student": self.general_student(pair[0])}
+        if "finetune" not in flags:
+            made_of["teacher"] = self.teacher()
+            flags += ["--teacher_model", made_of["teacher"]]
         directory = self.out / "students" / (run_name(*pair, rate, seed) + "-tuning" * tuning)
-        start = self.general_student(pair[0])
-        return self.recorded(
-            self.commands.train(directory, start, "train", budget.of(rate, seed), [*flags, *taught, "--log_gradients"]),
-            {"general student": start} | ({"teacher": self.teacher()} if taught else {}), clean=True)
+        command = self.commands.train(directory, made_of["general student"], "train", budget.of(rate, seed),
+                                      [*flags, "--log_gradients"])
+        return self.recorded(command, made_of, clean=True)
 
-    def distill(self, title: str, wanted: list[tuple[Pair, float, int]], tuning: bool = False) -> None:
-        """Train the students that are not finished, after the models that they need; they rank the test at once.
+    def distill(self, title: str, students: list[tuple[Pair, float, int]], tuning: bool = False) -> None:
+        """Train the unfinished students (pair, learning rate, seed), and before them the models they need.
 
-        So that a session that is cut off leaves finished records; nothing is chosen by them.
+        Each student re-ranks the test queries at once, so that an interrupted study leaves complete records. Nothing is
+        chosen by the test queries.
         """
-        missing = {(pair, rate, seed): self.missing([self.student(pair, rate, seed, tuning)], not tuning)
-                   for pair, rate, seed in wanted}
+        missing = {student: self.missing([self.student(*student, tuning)], not tuning) for student in students}
         if sizes := list(dict.fromkeys(pair[0] for (pair, _, _), commands in missing.items() if commands)):
             self.make_models(sizes)
         self.run(title, [command for commands in missing.values() for command in commands])
 
     def tune(self, pairs: list[Pair]) -> dict[Pair, list[float]]:
-        """{pair: the learning rates tried, the one that did best on dev with the first seed first}."""
+        """Return the learning rates tried for each pair, first the one that was best on dev with the first seed."""
         seed, rates = self.settings.seeds[0], {pair: sorted(self.shapes[pair[0]].learning_rates) for pair in pairs}
         while True:
             self.distill("tuning", [(pair, rate, seed) for pair in pairs for rate in rates[pair]], tuning=True)
-            best = {pair: max(rates[pair], key=partial(self.tuned, pair)) for pair in pairs}
+            best = {pair: max(rates[pair], key=partial(self.dev_result, pair)) for pair in pairs}
             more = {pair: extension(rates[pair], best[pair], self.shapes[pair[0]].learning_rates,
                                     self.settings.tuning.extensions) for pair in pairs}
             if not any(more.values()):
                 return {pair: sorted(rates[pair], key=lambda rate: rate != best[pair]) for pair in pairs}  # noqa: B023
-            rates = {pair: sorted(rates[pair] + [rate for rate in [more[pair]] if rate]) for pair in pairs}
+            rates = {pair: sorted(filter(None, [*rates[pair], more[pair]])) for pair in pairs}
 
-    def tuned(self, pair: Pair, rate: float) -> float:
-        """What a learning rate reached on dev in its trial."""
+    def dev_result(self, pair: Pair, rate: float) -> float:
+        """Return what a learning rate reached on dev in its trial."""
         return self.records.dev(self.student(pair, rate, self.settings.seeds[0], tuning=True).name)
 
     def needs_test(self, name: str) -> bool:
-        """Whether the test queries are looked at, and this model has not ranked them yet."""
+        """Whether a model still has to re-rank the test queries."""
         record = self.records.read(name) or {}
         return self.args.until == "test" and not set(self.settings.measures) <= set(record.get("test", {}))
 
     def testing(self, name: str, model: Path, needs: list[Path]) -> list[Command]:
-        """The commands by which a model ranks the test queries, if it has to; its values go into its record."""
+        """The commands that re-rank the test queries and record the result; none if that is done or not asked for."""
         if not self.needs_test(name):
             return []
         rerank, convert = self.commands.rerank(name, model), self.commands.convert(name)
@@ -209,7 +213,7 @@ class Study:
         self.records.add_test(name, values_of(qrels, [run], self.settings.measures)[1])
 
     def test_first(self) -> None:
-        """BM25 and the model that teaches rank the test queries."""
+        """Evaluate BM25 and the students' teacher on the test queries."""
         if self.needs_test("BM25"):
             self.keep_test("BM25", self.out / "data" / "test.tsv")
         name, = self.teacher_names(self.settings.teacher.seeds[:1])
@@ -217,10 +221,13 @@ class Study:
         self.run("the teacher's ranking", self.testing(name, self.teacher(), []))
 
 
-def extension(rates: list[float], best: float, given: list[float], most: int) -> float | None:
-    """The next learning rate to try if the best of the sorted `rates` is at an edge; `most` beyond `given` a side."""
-    if len(rates) > 1 and best == rates[0] and sum(rate < min(given) for rate in rates) < most:
+def extension(rates: list[float], best: float, given: list[float], limit: int) -> float | None:
+    """Return the next learning rate to try if the best of the sorted `rates` is at an edge, or None.
+
+    At most `limit` rates are tried below the `given` ones, and as many above them.
+    """
+    if len(rates) > 1 and best == rates[0] and sum(rate < min(given) for rate in rates) < limit:
         return float(f"{rates[0] ** 2 / rates[1]:.3g}")
-    if len(rates) > 1 and best == rates[-1] and sum(rate > max(given) for rate in rates) < most:
+    if len(rates) > 1 and best == rates[-1] and sum(rate > max(given) for rate in rates) < limit:
         return float(f"{rates[-1] ** 2 / rates[-2]:.3g}")
     return None

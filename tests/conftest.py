@@ -1,4 +1,4 @@
-"""Golden figures of the original implementation and tiny models, as every test file needs them."""
+"""Golden values of the original implementation, tiny models and features, shared by the test files."""
 import json
 import locale
 import os
@@ -16,9 +16,10 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
-from simplified_tinybert.common.processes import WHOLE
+from simplified_tinybert.common.processes import FULL_BATCH
 from simplified_tinybert.data import features
 from simplified_tinybert.data.features import Examples, FeatureWriter
+from simplified_tinybert.model.bert import Batch
 from simplified_tinybert.model.vocabulary import Vocabulary, bert_vocabulary
 from simplified_tinybert.training.loop import Trainer
 from simplified_tinybert.training.objective import ObjectiveSettings, mean_over, objective, total_loss
@@ -27,33 +28,33 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"
 MODELS = ("teacher", "student_2x24", "student_4x48")
 
-os.environ["HF_HUB_OFFLINE"] = "1"                     # no test may reach out
+os.environ["HF_HUB_OFFLINE"] = "1"                      # tests use no network
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
-os.environ["OMP_NUM_THREADS"] = "1"                     # tiny models: more threads would only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"                     # with tiny models, more threads are slower
 torch.set_num_threads(1)
 if locale.getencoding().lower() not in ("utf-8", "utf8"):
-    os.environ["PYTHONIOENCODING"] = "utf-8"            # what tests read is UTF-8, whatever the machine's locale is
+    os.environ["PYTHONIOENCODING"] = "utf-8"            # scripts print UTF-8 to the tests, in any locale
 for name in ("C.UTF-8", "en_US.UTF-8", "UTF-8"):
     with suppress(locale.Error):
         locale.setlocale(locale.LC_CTYPE, name)
         break
-settings.register_profile("patient", deadline=None)     # on a busy machine any example may take long
-settings.load_profile("patient")
+settings.register_profile("no deadline", deadline=None)     # any example may take long on a busy machine
+settings.load_profile("no deadline")
+pytest.register_assert_rewrite("helpers.training")
 
-
-FIGURES = Counter()
+TRIALS = Counter()
 
 
 @pytest.fixture
-def figures() -> Counter:
-    """What was tried and how often, for the summary at the end."""
-    return FIGURES
+def trial_counts() -> Counter:
+    """Number of trials of each kind, for the summary at the end."""
+    return TRIALS
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if FIGURES:
-        terminalreporter.section("reliability: what was tried")
-        for what, count in FIGURES.items():
+    if TRIALS:
+        terminalreporter.section("reliability: trials")
+        for what, count in TRIALS.items():
             terminalreporter.write_line(f"{count:6,}  {what}")
 
 
@@ -64,7 +65,7 @@ def golden() -> dict:
 
 @pytest.fixture(scope="session")
 def golden_models(tmp_path_factory) -> dict[str, Path]:
-    """The three golden models as Hugging Face directories with a vocabulary of 200 made-up pieces: w7 is id 7."""
+    """The three golden models as Hugging Face directories with a vocabulary of 200 tokens: w7 has id 7."""
     directories = {}
     for name in MODELS:
         directory = directories[name] = tmp_path_factory.mktemp("models") / name
@@ -75,8 +76,25 @@ def golden_models(tmp_path_factory) -> dict[str, Path]:
     return directories
 
 
+@pytest.fixture
+def golden_features(golden, tmp_path):
+    """The golden batch of six examples as a feature file."""
+    fields = golden["batch"]
+    lengths = np.sum(fields["attention_mask"], axis=1)
+    columns = zip(fields["input_ids"], lengths, fields["token_type_ids"], fields["labels"])
+    rows = [(str(number), np.array(ids[:length]), length - sum(segments), label)
+            for number, (ids, length, segments, label) in enumerate(columns)]
+    return write_features(tmp_path / "golden.pkl", rows)
+
+
+@pytest.fixture
+def batch(golden):
+    fields = golden["batch"]
+    return Batch(*(torch.tensor(fields[name]) for name in ("input_ids", "token_type_ids", "attention_mask", "labels")))
+
+
 def single_logit(source: Path, target: Path, **settings: object) -> Path:
-    """The model with the one logit z = the difference of its two, as most cross-encoders on the hub have it."""
+    """Copy a model and give it one logit, the difference of its two, like most cross-encoders on the hub."""
     shutil.copytree(source, target)
     weights = load_file(target / "model.safetensors")
     for name in ("classifier.weight", "classifier.bias"):
@@ -86,21 +104,20 @@ def single_logit(source: Path, target: Path, **settings: object) -> Path:
 
 
 def change_config(directory: Path, **changes: object) -> Path:
-    """The directory, with other settings in its config.json."""
+    """Change settings in a model's config.json. Returns the directory."""
     config = json.loads((directory / "config.json").read_text()) | changes
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 
 def tiny_vocabulary() -> list[str]:
-    pieces = [f"w{number}" for number in range(200)]
-    for number, piece in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]):
-        pieces[number] = piece
-    return pieces
+    tokens = [f"w{number}" for number in range(200)]
+    tokens[:5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    return tokens
 
 
 def words(ids: list[int]) -> str:
-    """A text that tokenizes to these ids of the tiny vocabulary."""
+    """Return a text that tokenizes to these ids of the tiny vocabulary."""
     return " ".join(f"w{number}" for number in ids)
 
 
@@ -116,7 +133,7 @@ def program(name: str) -> list[str]:
 
 
 def write_features(path: Path, rows: list[tuple], max_seq_length: int = 32, set_name: str = "train") -> Path:
-    """A feature file of (id, token ids, length of the query segment, label) rows in the tiny vocabulary."""
+    """Write a feature file from rows of (id, token ids, length of the query segment, label)."""
     with open(path, "wb") as handle:
         writer = FeatureWriter(handle, set_name, max_seq_length, vocabulary())
         for start in range(0, len(rows), features.CHUNK_EXAMPLES):
@@ -129,11 +146,11 @@ def write_features(path: Path, rows: list[tuple], max_seq_length: int = 32, set_
 
 
 def vocabulary() -> Vocabulary:
-    return bert_vocabulary({piece: number for number, piece in enumerate(tiny_vocabulary())}, lower_case=True)
+    return bert_vocabulary({token: number for number, token in enumerate(tiny_vocabulary())}, lower_case=True)
 
 
 def random_rows(count: int, max_seq_length: int = 32, seed: int = 0) -> list[tuple]:
-    """Pairs of random words; ids have the form query_id#passage_id, labels alternate."""
+    """Return pairs of random words, with ids of the form query_id#passage_id and alternating labels."""
     random, rows = np.random.default_rng(seed), []
     for number in range(count):
         length = int(random.integers(5, max_seq_length + 1))
@@ -144,17 +161,17 @@ def random_rows(count: int, max_seq_length: int = 32, seed: int = 0) -> list[tup
     return rows
 
 
-def loss_terms(student, teacher, batch, weights, share=WHOLE, **settings) -> dict[str, torch.Tensor]:
-    """The loss of a batch and its parts, as the training loop adds them up."""
+def loss_terms(student, teacher, batch, weights, share=FULL_BATCH, **settings) -> dict[str, torch.Tensor]:
+    """Compute the loss of a batch and its parts, as the training loop does."""
     chosen = ObjectiveSettings(weights=weights, **settings)
-    terms = {name: value * share.of(mean_over(name, chosen.padding))
+    terms = {name: value * share[mean_over(name, chosen.padding)]
              for name, value in objective(student, teacher, batch, chosen).items()}
     return total_loss(terms, weights)
 
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """Context in which a training is interrupted, as by Ctrl-C, after some steps."""
+    """Context in which Ctrl-C interrupts the training after a number of steps."""
     @contextmanager
     def context(stop_after: int) -> Iterator[None]:
         steps, real_step = [], Trainer._step
@@ -172,8 +189,8 @@ def interrupted(monkeypatch):
 
 
 @pytest.fixture
-def run_main(monkeypatch, capsys):
-    """Run a script's main in this process; returns its stderr. A UserError comes through as an exception."""
+def run_here(monkeypatch, capsys):
+    """Run a script's main in this process and return its stderr. A UserError is raised as it is."""
     def run(script, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
         script.main()

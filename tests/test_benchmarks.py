@@ -1,4 +1,4 @@
-"""The benchmarks' baselines compute what the original computes, and each command runs and writes its files."""
+"""The benchmarks: the baselines compute what the original computes, and each command writes its files."""
 import json
 import subprocess
 import sys
@@ -7,8 +7,8 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, random_rows, write_features
-from test_golden import batch, golden_name  # noqa: F401
+from conftest import DATA, random_rows, run_script, write_features
+from helpers.golden import golden_name
 
 from benchmarks import common, original, original_tokenizer, ours, samples
 from simplified_tinybert.data.features import read_chunks
@@ -16,12 +16,12 @@ from simplified_tinybert.model.pretrained import load_cross_encoder, read_config
 from simplified_tinybert.training.optimizer import linear_warmup_decay
 
 VOCABULARY = DATA / "bert-base-uncased-vocab.txt"
-SIMPLIFIED = (2, 3, 6, 7)          # cases with classifier(pooled), the head of the baseline
+SIMPLIFIED = (2, 3, 6, 7)          # cases whose head is classifier(pooled), like the baseline's
 
 
 @pytest.fixture(scope="module")
 def directories(golden_models, tmp_path_factory):
-    """The golden models as this repository writes them, the projection in a file of its own."""
+    """The golden models as this repository writes them, with the projection in a separate file."""
     saved = {}
     for name, directory in golden_models.items():
         saved[name] = tmp_path_factory.mktemp("saved") / name
@@ -30,20 +30,20 @@ def directories(golden_models, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["teacher", "student_2x24", "student_4x48"])
-def test_the_original_way_scores_as_the_original_and_as_reranker_py(golden, directories, batch, tmp_path, name):  # noqa: F811
+def test_the_baseline_scores_like_the_original_and_reranker_py(golden, directories, batch, tmp_path, name):
     model = original.OriginalBert(directories[name]).eval()
     expected = golden["rerank"][name]["relevance_probability"]
     assert original.original_scores(model, [batch]).tolist() == pytest.approx(expected, abs=1e-6)
     chunk, = read_chunks(write_features(tmp_path / "test.pkl", random_rows(50), set_name="test"))
     padded = [chunk.batch(np.arange(start, start + 25), 32) for start in (0, 25)]
-    mine = ours.score(ours.load_scorer(directories[name], torch.device("cpu")), chunk, torch.device("cpu"))
-    np.testing.assert_allclose(original.original_scores(model, padded), mine, rtol=0, atol=1e-6)
-    assert mine.std() > 1e-3
+    scores = ours.score(ours.load_scorer(directories[name], torch.device("cpu")), chunk, torch.device("cpu"))
+    np.testing.assert_allclose(original.original_scores(model, padded), scores, rtol=0, atol=1e-6)
+    assert scores.std() > 1e-3
 
 
 @pytest.mark.parametrize("number", SIMPLIFIED)
-def test_the_original_step_is_the_originals(golden, directories, batch, number):  # noqa: F811
-    """Losses, gradients and six steps, in double precision, against the original's figures."""
+def test_the_baseline_trains_like_the_original(golden, directories, batch, number):
+    """Losses, gradients and six steps in double precision equal the original's recorded figures."""
     case = golden["cases"][number]
     assert case["head"] == "bert"
     student = original.OriginalBert(directories[case["student"]]).double()
@@ -56,11 +56,11 @@ def test_the_original_step_is_the_originals(golden, directories, batch, number):
         losses.append(terms["loss"].item())
         terms["loss"].backward()
         if step == 0:
-            found = {name.removeprefix("model."): parameter for name, parameter in student.named_parameters()}
+            parameters = {name.removeprefix("model."): parameter for name, parameter in student.named_parameters()}
             assert terms["att_loss"].item() == pytest.approx(case["losses"]["attention"], rel=1e-6)
             assert terms["rep_loss"].item() == pytest.approx(case["losses"]["hidden"], rel=1e-6)
             for name, norm in case["grad_norm"].items():
-                assert found[name].grad.norm().item() == pytest.approx(norm, rel=1e-6, abs=1e-12), name
+                assert parameters[name].grad.norm().item() == pytest.approx(norm, rel=1e-6, abs=1e-12), name
         optimizer.step()
         optimizer.zero_grad()
     assert losses == pytest.approx(training["total_loss_per_step"], rel=1e-6)
@@ -69,7 +69,7 @@ def test_the_original_step_is_the_originals(golden, directories, batch, number):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_our_step_takes_the_student_where_the_originals_does(directories, batch):  # noqa: F811
+def test_our_steps_change_the_student_like_the_baselines(directories, batch):
     old, teacher = (original.OriginalBert(directories[name]).double() for name in ("student_2x24", "teacher"))
     step = original.OriginalAdam(old, 1e-3, lambda step: 1.0)
     student, new_teacher = (ours.load_model(directories[name], torch.device("cpu")).double()
@@ -85,18 +85,18 @@ def test_our_step_takes_the_student_where_the_originals_does(directories, batch)
         torch.testing.assert_close(parameter, expected[golden_name(name)], rtol=1e-6, atol=1e-9)
 
 
-def test_the_pure_python_tokenizer_cuts_as_the_original():
-    pieces = {piece: number for number, piece in enumerate(VOCABULARY.read_text(encoding="utf-8").split("\n")) if piece}
+def test_the_baseline_tokenizes_like_the_original():
+    tokens = {token: number for number, token in enumerate(VOCABULARY.read_text(encoding="utf-8").split("\n")) if token}
     for case in json.loads((DATA / "tokenization.json").read_text(encoding="utf-8")):
         length = case["max_seq_length"]
-        ids, mask, segments = original_tokenizer.features(case["query"], case["passage"], pieces, length)
+        ids, mask, segments = original_tokenizer.features(case["query"], case["passage"], tokens, length)
         padding = [0] * (length - case["length"])
         assert (ids, segments) == (case["input_ids"] + padding, case["token_type_ids"] + padding), case["query"]
         assert mask == [1] * case["length"] + padding
 
 
 def test_operations_of_a_forward_pass(directories):
-    """Against PyTorch's own count of the matrix products of a pass over one pair, padding none."""
+    """The count equals PyTorch's for the matrix products of one pair without padding."""
     from torch.utils.flop_counter import FlopCounterMode
     config, length = read_config(directories["student_4x48"]), 20
     tokens = torch.randint(5, 100, (1, length))
@@ -112,7 +112,7 @@ def texts():
     return samples.Texts()
 
 
-def test_pairs_repeat_passages_as_often_as_asked(texts):
+def test_pairs_repeat_passages_as_often_as_requested(texts):
     rows = [line.split("\t") for line in texts.pair_lines(1000, repeats=4)]
     assert len({row[0] for row in rows}) == 1000 and len({row[1] for row in rows}) == 10
     assert 200 < len({row[2] for row in rows}) <= 250
@@ -120,8 +120,19 @@ def test_pairs_repeat_passages_as_often_as_asked(texts):
     assert len(set(passages)) > 990
 
 
-def test_spread():
+def test_ratio():
     assert common.ratio([4.0, 6.0, 9.0], [2.0, 2.0, 2.0]) == "3.00 × (2.00 – 4.50)"
+
+
+def test_tokenization_runs_and_writes_its_files(texts, tmp_path):
+    samples.write_lines(tmp_path / "pairs.tsv", texts.pair_lines(400, repeats=1))
+    done = run_script("benchmarks.tokenization", "--quick", "--raw_data_file", tmp_path / "pairs.tsv", "--output_dir",
+                      tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tokenization.md").read_text(encoding="utf-8") == done.stdout[:-1]
+    measured = json.loads((tmp_path / "tokenization.json").read_text())
+    assert measured["test"]["different"] == 0 and measured["test"]["ways"]["ours"]["pairs"] == 300
+    assert (tmp_path / "tokenization.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -136,21 +147,21 @@ def test_each_command_runs_and_writes_its_files(texts, tmp_path):
          *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for name, more in flags.items()}
     for name, process in running.items():
         try:
-            output, told = process.communicate(timeout=900)
+            output, errors = process.communicate(timeout=900)
         except subprocess.TimeoutExpired:
             for other in running.values():
                 other.kill()
             raise
-        assert process.returncode == 0, told[-3000:]
+        assert process.returncode == 0, errors[-3000:]
         assert (tmp_path / f"{name}.md").read_text(encoding="utf-8") == output[:-1] and "CPU: " in output
-        if name != "tokenization":                      # whose products oneDNN has no kernels for is said, and why
+        if name != "tokenization":
             packs = common.why_not_packed(torch.bfloat16) is None
             assert f"bf16: {'yes' if packs else 'no ('}" in output and "weights packed by oneDNN: " in output
         assert json.loads((tmp_path / f"{name}.json").read_text())["arguments"]["quick"]
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     differences = json.loads((tmp_path / "reranking.json").read_text())["ways"]["1x48"]["difference"]
     exact = [value for way, value in differences.items() if not way.endswith(("bf16", "int8"))]
-    assert max(exact) < 1e-4                            # of random weights, whose scores are spread by force
+    assert max(exact) < 1e-4                            # random weights, whose logits are scaled up
     steps = json.loads((tmp_path / "distillation.json").read_text())["steps"]["1x24"]
     assert steps["loss_difference"] < 1e-5
     assert json.loads((tmp_path / "tokenization.json").read_text())["re-ranking"]["different"] == 0

@@ -1,4 +1,4 @@
-"""--bf16 where bfloat16 is emulated: known by the instruction set, or found out, and said before the work starts."""
+"""Warnings of --bf16 on devices that emulate bfloat16, according to their instruction set or to measurements."""
 import importlib
 import time
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_rows, write_features
-from test_distributed import torchrun
+from helpers.training import torchrun
 
 from simplified_tinybert.model import precision
 from simplified_tinybert.model.precision import has_bf16, is_emulated, slowdown, warn_if_emulated
@@ -30,23 +30,23 @@ X86 = {"architecture": "x86_64", "avx2": True}
     (X86 | {"avx512_f": True, "avx512_vnni": True}, True, False),
     (X86 | {"avx512_bf16": True}, False, True),
     (X86 | {"amx_bf16": True}, False, True),
-    (X86 | {"avx512_bf16": True}, True, None),          # what is left of it must be tried
+    (X86 | {"avx512_bf16": True}, True, None),          # needs a measurement
     ({"architecture": "aarch64", "bf16": True}, False, None),
     ({"architecture": "aarch64", "bf16": False}, False, None),
-    ({}, False, None)])                                 # a PyTorch that does not tell
-def test_what_the_instruction_set_says_about_bf16(capabilities, limited, native):
+    ({}, False, None)])                                 # other versions of PyTorch
+def test_bf16_support_of_instruction_sets(capabilities, limited, native):
     assert has_bf16(capabilities, limited) is native
 
 
 @pytest.mark.parametrize("native, factor, emulated", [
     (False, 6.4, True), (False, 1.1, True), (False, 0.7, False), (None, 6.4, True), (None, 1.2, False),
     (None, 0.5, False), (True, 0.6, False), (True, 3.0, False)])
-def test_what_counts_as_emulated(native, factor, emulated):
+def test_is_emulated(native, factor, emulated):
     assert is_emulated(native, factor) is emulated
 
 
-def test_the_factor_is_that_of_a_larger_product(capsys):
-    """On this machine, whatever it is: what the short trial says is what an encoder's layer meets, roughly."""
+def test_slowdown_is_that_of_a_larger_product(capsys):
+    """The quick measurement roughly agrees with a layer of an encoder, on any machine."""
     device = torch.device("cpu")
 
     def spent(dtype):
@@ -66,12 +66,12 @@ def test_the_factor_is_that_of_a_larger_product(capsys):
     found = slowdown(torch.bfloat16, device)
     assert torch.get_num_threads() == threads
     assert 1 / 3 < found / real < 3
-    warn_if_emulated(torch.bfloat16, device, "go home")
-    told = capsys.readouterr().err
+    warn_if_emulated(torch.bfloat16, device, "use float32")
+    output = capsys.readouterr().err
     if has_bf16(torch.cpu.get_capabilities(), False) is False and real > 3:
-        assert told.count("emulated") == told.count("\n") == 1 and told.endswith("; go home\n")
+        assert output.count("emulated") == output.count("\n") == 1 and output.endswith("; use float32\n")
     if real < 0.5:
-        assert not told
+        assert not output
     warn_if_emulated(None, device)
     assert not capsys.readouterr().err
     assert slowdown(torch.float32, device) < 1.5
@@ -79,13 +79,13 @@ def test_the_factor_is_that_of_a_larger_product(capsys):
 
 @pytest.fixture
 def slow_bf16(monkeypatch):
-    """A processor of which is known that it emulates, so that these tests say the same on all."""
+    """Simulate a CPU that emulates bfloat16."""
     monkeypatch.setattr(precision, "has_bf16", lambda capabilities, limited: False)
     monkeypatch.setattr(precision, "slowdown", lambda dtype, device: 6.43)
 
 
 def commands(models, directory, features) -> dict:
-    """Arguments of a short run of each script that takes --bf16."""
+    """Arguments of a short run of each script that has --bf16."""
     (directory / "texts.txt").write_text("w7 w8 w9\n" * 20)
     (directory / "docs.tsv").write_text("D1\tu\tt\tw7 w8 w9\nD2\tu\tt\tw10 w11 w12\n")
     (directory / "queries.tsv").write_text("q0\tw7 w8\n")
@@ -99,36 +99,36 @@ def commands(models, directory, features) -> dict:
                      directory / "scores.tsv", *cpu],
         "distill": ["--features_file", train, "--teacher_model", models["teacher"], "--general_student_model",
                     models["student_2x24"], "--num_train_epochs", 1, *cache, *cpu],
-        "general_distill": ["--corpus", directory / "texts.txt", "--teacher_model", models["teacher"], "--student_layers",
-                            2, "--max_seq_length", 16, "--num_train_epochs", 1, *cache, *cpu],
+        "general_distill": ["--corpus", directory / "texts.txt", "--teacher_model", models["teacher"],
+                            "--student_layers", 2, "--max_seq_length", 16, "--num_train_epochs", 1, *cache, *cpu],
         "report": ["--qrels", directory / "qrels.txt", "--system", "one", directory / "run.trec", models["teacher"],
                    "--features_file", features, "--speed_rounds", 1, "--output_dir", directory / "report", *cpu],
-        "prepare_examples": ["train", "--docs", directory / "docs.tsv", "--queries", directory / "queries.tsv", "--qrels",
-                             directory / "qrels.txt", "--candidates", directory / "run.trec", "--output", directory / "out.tsv",
-                             "--cache_file_dir", directory / "cache", "--filter_model", models["teacher"],
-                             "--max_seq_length", 32, "--window", 2, "--stride", 1, *cpu]}
+        "prepare_examples": ["train", "--docs", directory / "docs.tsv", "--queries", directory / "queries.tsv",
+                             "--qrels", directory / "qrels.txt", "--candidates", directory / "run.trec",
+                             "--output", directory / "out.tsv", "--cache_file_dir", directory / "cache",
+                             "--filter_model", models["teacher"], "--max_seq_length", 32,
+                             "--window", 2, "--stride", 1, *cpu]}
 
 
 @pytest.mark.parametrize("script", ["reranker", "distill", "general_distill", "report", "prepare_examples"])
-def test_every_script_says_that_bf16_is_emulated(golden_models, features, tmp_path, run_main, slow_bf16, script):
+def test_every_script_warns_of_emulation(golden_models, features, tmp_path, run_here, slow_bf16, script):
     call = commands(golden_models, tmp_path, features)[script]
-    told = run_main(importlib.import_module(script), *call).splitlines()
-    lines = [number for number, line in enumerate(told) if "emulated" in line]
+    output = run_here(importlib.import_module(script), *call).splitlines()
+    lines = [number for number, line in enumerate(output) if "emulated" in line]
     assert len(lines) == 1
-    line = told[lines[0]]
+    line = output[lines[0]]
     assert "--bf16" in line and "6.4 times" in line and "leave the flag out" in line
     assert ("--int8" in line) == (script in ("reranker", "report"))
-    work = [number for number, line in enumerate(told)
+    work = [number for number, line in enumerate(output)
             if any(word in line for word in ("model   ", "student   ", "round 1", "filter   "))]
     assert work and lines[0] < work[0]
-    without = [part for part in call if part != "--bf16"]
-    without = [part.with_name("again") if part in (tmp_path / "student", tmp_path / "report") else part
-               for part in without]
-    assert "emulated" not in run_main(importlib.import_module(script), *without)
+    outputs = (tmp_path / "student", tmp_path / "report")
+    call = [part.with_name("again") if part in outputs else part for part in call if part != "--bf16"]
+    assert "emulated" not in run_here(importlib.import_module(script), *call)
 
 
-def test_it_is_said_once_for_all_processes(golden_models, features, tmp_path):
-    """And not at all where it is not so: what this processor is, the function that is tested above tells."""
+def test_one_process_warns_for_all(golden_models, features, tmp_path):
+    """There is no warning if this CPU has bfloat16 instructions."""
     call = commands(golden_models, tmp_path, features)["reranker"]
     done = torchrun(2, "reranker.py", *call)
     assert done.returncode == 0, done.stderr

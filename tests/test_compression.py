@@ -1,4 +1,4 @@
-"""compression.py: exact where nothing is cut, least squares where something is, nearer with more width and depth."""
+"""compression.py: exact at full size, least squares below it, and closer to the teacher for larger students."""
 import numpy as np
 import pytest
 import torch
@@ -25,15 +25,15 @@ def batches(count=4):
     return [examples.batch(np.arange(start, start + 16)) for start in range(0, len(rows), 16)]
 
 
-def model(spread=0.2, seed=0, **changes):
-    """Weights large enough that attention is not even, norms and biases away from ones and zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    built = new_cross_encoder(BertConfig(**SIZES | {"initializer_range": spread} | changes), generator)
+def random_teacher():
+    """A model with uneven attention, and with layer norms and biases that differ from one and zero."""
+    generator = torch.Generator().manual_seed(0)
+    model = new_cross_encoder(BertConfig(**SIZES, initializer_range=0.2), generator)
     with torch.no_grad():
-        for name, parameter in built.named_parameters():
+        for name, parameter in model.named_parameters():
             if "LayerNorm" in name or name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return built
+    return model
 
 
 def distance(student, teacher, batch):
@@ -49,39 +49,38 @@ def compressed(teacher, seen, **changes):
     return student
 
 
-def test_where_nothing_is_cut_the_student_is_the_teacher():
-    teacher, seen = model(), batches()
-    new = batches(5)[-1]                                    # which it was not fitted to
-    student, nothing = compressed(teacher, seen), new_cross_encoder(teacher.config, torch.Generator())
-    fit_projections(nothing, SIZES["hidden_size"], torch.Generator())
-    nothing = distance(nothing, teacher, new)
-    assert distance(student, teacher, new)["att_loss"] < 1e-9 * nothing["att_loss"]
+def test_a_student_of_full_size_equals_the_teacher():
+    teacher, seen = random_teacher(), batches()
+    new = batches(5)[-1]                                    # not used for fitting
+    student, untrained = compressed(teacher, seen), new_cross_encoder(teacher.config, torch.Generator())
+    fit_projections(untrained, SIZES["hidden_size"], torch.Generator())
+    assert distance(student, teacher, new)["att_loss"] < 1e-9 * distance(untrained, teacher, new)["att_loss"]
     assert distance(student, teacher, new)["rep_loss"] < 1e-9
     assert student.training is False and all(torch.isfinite(parameter).all() for parameter in student.parameters())
 
 
-def test_the_more_is_kept_the_nearer():
-    teacher, seen = model(), batches()
+def test_larger_students_are_closer_to_the_teacher():
+    teacher, seen = random_teacher(), batches()
     new = batches(5)[-1]
-    for several in (({}, {"hidden_size": 40, "intermediate_size": 80}, {"hidden_size": 24, "intermediate_size": 48}),
+    for sizes in (({}, {"hidden_size": 40, "intermediate_size": 80}, {"hidden_size": 24, "intermediate_size": 48}),
                     ({}, {"num_hidden_layers": 2}), ({}, {"intermediate_size": 80}, {"intermediate_size": 40})):
-        found = [sum(distance(compressed(teacher, seen, **changes), teacher, new).values()) for changes in several]
-        assert found == sorted(found), several
+        found = [sum(distance(compressed(teacher, seen, **changes), teacher, new).values()) for changes in sizes]
+        assert found == sorted(found), sizes
 
 
-def test_words_that_were_not_seen_are_in_the_same_basis():
-    """Every row of the tables is mapped alike, and the projection leads back."""
-    teacher, seen = model(), batches()
+def test_all_embeddings_are_projected():
+    """This includes tokens that did not occur. The student's projection is the inverse."""
+    teacher, seen = random_teacher(), batches()
     student = compressed(teacher, seen, hidden_size=24, intermediate_size=48)
     basis = student.projections[0].weight.double()                                                       # (48, 24)
     assert torch.allclose(basis.T @ basis, torch.eye(24, dtype=torch.float64), atol=1e-5)
     scale = teacher.bert.embeddings.LayerNorm.weight.double()
     for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
-        mine, theirs = (getattr(each.bert.embeddings, name).weight.double() for each in (student, teacher))
-        assert torch.allclose(mine, (theirs * scale) @ basis, atol=1e-5), name
+        embeddings, expected = (getattr(each.bert.embeddings, name).weight.double() for each in (student, teacher))
+        assert torch.allclose(embeddings, (expected * scale) @ basis, atol=1e-5), name
 
 
-def test_principal_directions_keep_the_most():
+def test_principal_directions_maximize_the_variance():
     states = [torch.randn(500, 12, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.arange(1.0, 13.0))]
     basis = compression.principal_directions(states, 4)
     covariance = torch.cov(states[0].double().T)
@@ -91,7 +90,7 @@ def test_principal_directions_keep_the_most():
 
 @settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2 ** 32 - 1))
-def test_least_squares_and_low_rank_are_the_best_there_is(rows, columns, seed):
+def test_least_squares_and_low_rank_are_optimal(rows, columns, seed):
     generator = torch.Generator().manual_seed(seed)
     inputs, goal = (torch.randn(40, size, generator=generator, dtype=torch.float64) for size in (rows, columns))
     square = inputs.T @ inputs / 40
@@ -104,11 +103,11 @@ def test_least_squares_and_low_rank_are_the_best_there_is(rows, columns, seed):
     for rank in range(1, min(rows, columns) + 1):
         left, right = compression.low_rank(matrix, rank)
         assert left.shape == (rows, rank) and right.shape == (columns, rank)
-        lost = torch.linalg.svdvals(matrix)[rank:].square().sum()
-        assert (matrix - left @ right.T).square().sum().item() == pytest.approx(lost.item(), abs=1e-9)
+        residual = torch.linalg.svdvals(matrix)[rank:].square().sum()
+        assert (matrix - left @ right.T).square().sum().item() == pytest.approx(residual.item(), abs=1e-9)
 
 
-def test_layer_norms_are_fitted():
+def test_fit_norm_recovers_a_layer_norm():
     inputs = torch.randn(300, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     norm, fitted = nn.LayerNorm(8), nn.LayerNorm(8)
     with torch.no_grad():

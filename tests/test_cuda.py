@@ -1,4 +1,4 @@
-"""The same on an NVIDIA GPU: golden figures, mixed precision, memory. Skipped where there is none."""
+"""Tests that need an NVIDIA GPU: golden values, mixed precision, memory. Skipped without one."""
 import json
 import subprocess
 import sys
@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, loss_terms, random_rows, write_features
-from test_distill import arguments, golden_features, log_of  # noqa: F401
-from test_distributed import assert_same_student
-from test_golden import CASES, TERMS, batch, load_case  # noqa: F401
-from test_reranker import arguments as rerank_arguments
-from test_reranker import read_scores
+from helpers.golden import CASES, TERMS, load_case
+from helpers.reranking import arguments as rerank_arguments
+from helpers.reranking import read_scores
+from helpers.training import arguments, assert_same_student, log_of
 from transformers import BertConfig
 
 import distill
@@ -25,10 +24,10 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 
 @pytest.mark.parametrize("number", CASES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_golden_losses_and_gradients(golden, golden_models, batch, number, dtype, tolerance):  # noqa: F811
+def test_golden_losses_and_gradients(golden, golden_models, batch, number, dtype, tolerance):
     case, student, teacher, settings = load_case(golden, golden_models, number, dtype)
     terms = loss_terms(student.cuda(), teacher.cuda(), batch.to(torch.device("cuda")), **settings)
-    expected = {mine: case["losses"][theirs] for mine, theirs in TERMS.items() if theirs in case["losses"]}
+    expected = {column: case["losses"][name] for column, name in TERMS.items() if name in case["losses"]}
     assert {name: terms[name].item() for name in expected} == pytest.approx(expected, rel=tolerance)
     terms["loss"].backward()
     for name, parameter in student.named_parameters():
@@ -40,10 +39,10 @@ def test_golden_losses_and_gradients(golden, golden_models, batch, number, dtype
 
 @pytest.mark.parametrize("more, tolerance", [([], 1e-4), (["--bf16"], 0.03), (["--fp16"], 0.03)])
 @pytest.mark.parametrize("number", [2, 6, 12])
-def test_golden_training_from_the_command_line(golden, golden_models, golden_features, tmp_path, run_main,  # noqa: F811
+def test_golden_training_from_the_command_line(golden, golden_models, golden_features, tmp_path, run_here,
                                                number, more, tolerance):
     case = golden["cases"][number]
-    run_main(distill, *arguments(
+    run_here(distill, *arguments(
         golden_features, golden_models, tmp_path / "out", "--distill_model", case["distill_model"], "--temperature",
         case["temperature"], "--alpha", case["alpha"], "--train_batch_size", 6, "--num_train_epochs", 10,
         "--learning_rate", 2e-3, "--warmup_proportion", 0.2, "--train_loss_step", 1, "--device", "0", *more,
@@ -54,18 +53,18 @@ def test_golden_training_from_the_command_line(golden, golden_models, golden_fea
 
 
 @pytest.mark.parametrize("more, tolerance", [([], 1e-5), (["--bf16"], 0.05), (["--fp16"], 0.01)])
-def test_scores_equal_those_of_the_cpu(golden_models, tmp_path, run_main, more, tolerance):
+def test_scores_equal_those_of_the_cpu(golden_models, tmp_path, run_here, more, tolerance):
     file = write_features(tmp_path / "test.pkl", random_rows(300), set_name="test")
     scores = []
     for device, flags in (("cpu", []), ("0", more)):
-        run_main(reranker, *rerank_arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"), "--device",
+        run_here(reranker, *rerank_arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"), "--device",
                  device, *flags)
         scores.append([score for *_, score in read_scores(tmp_path / "scores.tsv")])
     np.testing.assert_allclose(scores[1], scores[0], rtol=0, atol=tolerance)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
-def test_two_gpus_give_the_student_and_the_scores_of_one(golden_models, tmp_path, run_main):
+def test_two_gpus_give_the_same_student_and_scores_as_one(golden_models, tmp_path, run_here):
     def on_two(script, *flags):
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                         str(ROOT / script), *map(str, flags)], check=True, timeout=900)
@@ -75,33 +74,33 @@ def test_two_gpus_give_the_student_and_the_scores_of_one(golden_models, tmp_path
                           "--train_loss_step", 1, "--learning_rate", 1e-3, "--gradient_accumulation_steps", 2, *more)
         on_two("distill.py", *flags)
         assert json.loads((tmp_path / name / "run.json").read_text())["device"] == "cuda:0"
-        run_main(distill, *[tmp_path / f"{name}-of-one" if flag == tmp_path / name else flag for flag in flags])
+        run_here(distill, *[tmp_path / f"{name}-of-one" if flag == tmp_path / name else flag for flag in flags])
         assert_same_student(tmp_path / f"{name}-of-one", tmp_path / name)
     pairs = write_features(tmp_path / "test.pkl", random_rows(300), set_name="test")
     for more in ([], ["--bf16"]):
         flags = rerank_arguments(golden_models["teacher"], pairs, tmp_path / "scores.tsv", "--device", "cuda",
                                  "--batch_tokens", 500, *more)
-        run_main(reranker, *flags)
+        run_here(reranker, *flags)
         whole = (tmp_path / "scores.tsv").read_bytes()
         on_two("reranker.py", *flags)
         assert (tmp_path / "scores.tsv").read_bytes() == whole
 
 
-def bert(layers, width, dropout):
-    return CrossEncoder(BertConfig(hidden_size=width, num_hidden_layers=layers, num_attention_heads=12,
-                                   intermediate_size=4 * width, hidden_dropout_prob=dropout,
+def bert(layers, hidden_size, dropout):
+    return CrossEncoder(BertConfig(hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=12,
+                                   intermediate_size=4 * hidden_size, hidden_dropout_prob=dropout,
                                    attention_probs_dropout_prob=dropout)).cuda()
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layers, width", [(3, 384), (6, 768)])
-def test_peak_memory_of_a_training_step_is_linear_in_the_length(precision, layers, width):
-    """BERT-Base teacher, dropout 0.1, batches of 32 padded pairs; what the models themselves take is subtracted."""
-    student, teacher = bert(layers, width, 0.1).train(), bert(12, 768, 0.1).eval().requires_grad_(False)
+@pytest.mark.parametrize("layers, hidden_size", [(3, 384), (6, 768)])
+def test_peak_memory_of_a_training_step_is_linear_in_the_length(precision, layers, hidden_size):
+    """With a BERT-Base teacher, dropout 0.1 and batches of 32 padded pairs; without the memory of the models."""
+    student, teacher = bert(layers, hidden_size, 0.1).train(), bert(12, 768, 0.1).eval().requires_grad_(False)
     fit_projections(student, 768, torch.Generator().manual_seed(0))
     student.cuda()
     peaks = []
-    for length in (64, 128, 256, 512):                   # the first one warms up
+    for length in (64, 128, 256, 512):                   # the first is a warm-up
         mask = (torch.arange(length) < torch.randint(length // 2, length, (32, 1))).long()
         data = Batch(torch.randint(30522, (32, length)), torch.zeros(32, length, dtype=torch.long), mask,
                      torch.randint(2, (32,))).to(torch.device("cuda"))
@@ -114,6 +113,6 @@ def test_peak_memory_of_a_training_step_is_linear_in_the_length(precision, layer
         loss.backward()
         peaks.append((torch.cuda.max_memory_allocated() - before) / 2 ** 20)
         del loss, data
-    print(f"{layers}/{width} {precision}: peak of a step at 128, 256, 512 positions: "
+    print(f"{layers}/{hidden_size} {precision}: peak of a step at lengths 128, 256, 512: "
           + ", ".join(f"{peak:,.0f} MiB" for peak in peaks[1:]))
     assert peaks[2] < 2.2 * peaks[1] and peaks[3] < 2.2 * peaks[2]

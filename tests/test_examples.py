@@ -1,4 +1,4 @@
-"""The embedded example: its collection, its committed models."""
+"""The embedded example: its collection and its committed models."""
 import json
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def table(path: Path) -> list[list[str]]:
     return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_collection_is_the_same_each_time(collection, tmp_path):
+def test_the_collection_is_reproducible(collection, tmp_path):
     run_script("examples.build_collection", "--output_dir", tmp_path, "--train_queries", 50, "--pseudo_queries", 50)
     names = sorted(path.name for path in collection.iterdir())
     assert names == sorted(path.name for path in tmp_path.iterdir())
@@ -40,7 +40,7 @@ def test_the_collection_is_the_same_each_time(collection, tmp_path):
 
 
 def test_queries_are_held_out_of_the_documents(collection):
-    """No document holds the sentence of a query, and no training example the one of a test query."""
+    """No relevant document contains its query, and no training text contains a dev or test query."""
     documents = {docid: body for docid, _, _, body in table(collection / "docs.tsv")}
     examples = (collection / "train.examples.tsv").read_text(encoding="utf-8")
     corpus = (collection / "corpus.txt").read_text(encoding="utf-8")
@@ -69,7 +69,7 @@ def test_pairs_and_examples_pass_the_tokenizers_checks(collection):
     assert problems.count == 0, problems.messages
 
 
-def test_the_pairs_are_passages_of_bm25s_candidates(collection):
+def test_the_pairs_are_passages_of_bm25_candidates(collection):
     problems = Problems()
     run = read_run(collection / "bm25.test.txt", problems)
     documents = {docid: body for docid, _, _, body in table(collection / "docs.tsv")}
@@ -81,14 +81,14 @@ def test_the_pairs_are_passages_of_bm25s_candidates(collection):
     assert problems.count == 0 and all(len(scores) <= 10 for scores in run.values())
 
 
-def test_a_python_without_documentation_is_called_out(tmp_path):
+def test_a_python_without_docstrings_is_refused(tmp_path):
     done = subprocess.run([sys.executable, "-OO", "-m", "examples.build_collection", "--output_dir", tmp_path / "out"],
                           capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "-OO" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name, layers, has_head", [("teacher", 4, True), ("general_student", 2, False)])
-def test_committed_models_are_whole_and_small(name, layers, has_head):
+def test_committed_models_are_complete_and_small(name, layers, has_head):
     directory = EXAMPLES / name
     config = read_config(directory)
     assert (config.num_hidden_layers, config.num_attention_heads) == (layers, 4)
@@ -105,7 +105,7 @@ def test_teacher_and_student_share_a_vocabulary():
 
 
 def test_the_teacher_ranks_better_than_chance(collection, tmp_path):
-    """On 30 queries the best passage of the relevant document scores above most other passages."""
+    """On 30 queries, the best passage of the relevant document scores higher than most other passages."""
     qrels = read_qrels(collection / "qrels.dev.txt", Problems())
     rows = [row for row in table(collection / "dev.pairs.tsv") if row[0].partition("#")[0] in list(qrels)[:30]]
     (tmp_path / "pairs.tsv").write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
@@ -126,8 +126,8 @@ def test_pretraining_learns_and_writes_a_general_student(collection, tmp_path):
     lines = (collection / "corpus.txt").read_text(encoding="utf-8").splitlines()[:400]
     (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
     done = run_script("examples.maintenance.pretrain", "--corpus", tmp_path / "corpus.txt", "--output_dir",
-                      tmp_path / "model", "--num_hidden_layers", 2, "--hidden_size", 32, "--vocab_size", 500, "--num_train_epochs", 2,
-                      "--device", "cpu")
+                      tmp_path / "model", "--num_hidden_layers", 2, "--hidden_size", 32, "--vocab_size", 500,
+                      "--num_train_epochs", 2, "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "classifier.weight" not in load_file(tmp_path / "model" / "model.safetensors")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Problems, whole-file writing, reading lines, repeated keys, exit codes."""
+"""Problems, atomic writing, reading lines, duplicates, exit codes."""
 import errno
 import gzip
 import os
@@ -61,7 +61,7 @@ def test_problems_beyond_the_limit_are_counted(count, last):
 
 
 @pytest.mark.parametrize(("mode", "content"), [("w", "a\nλ\n"), ("wb", b"a\n\x00\xff")])
-def test_atomic_writer_replaces_the_file_when_all_is_written(tmp_path, mode, content):
+def test_atomic_writer_replaces_the_file_at_the_end(tmp_path, mode, content):
     path = tmp_path / "file"
     path.write_text("old")
     with atomic_writer(path, mode) as handle:
@@ -75,7 +75,7 @@ def test_atomic_writer_replaces_the_file_when_all_is_written(tmp_path, mode, con
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, OSError, SystemExit])
 @pytest.mark.parametrize("old", [None, b"old"])
 @pytest.mark.parametrize("mode", ["w", "wb"])
-def test_atomic_writer_leaves_nothing_of_a_failure(tmp_path, mode, old, failure):
+def test_atomic_writer_leaves_nothing_after_a_failure(tmp_path, mode, old, failure):
     path = tmp_path / "file"
     if old:
         path.write_bytes(old)
@@ -86,7 +86,7 @@ def test_atomic_writer_leaves_nothing_of_a_failure(tmp_path, mode, old, failure)
     assert not old or path.read_bytes() == old
 
 
-def test_atomic_writer_takes_a_string_and_needs_the_directory(tmp_path):
+def test_atomic_writer_accepts_a_string_and_requires_the_directory(tmp_path):
     with atomic_writer(str(tmp_path / "file")) as handle:
         handle.write("x")
     assert (tmp_path / "file").read_text() == "x"
@@ -94,14 +94,14 @@ def test_atomic_writer_takes_a_string_and_needs_the_directory(tmp_path):
         pass
 
 
-def test_atomic_writer_gives_the_usual_permissions(tmp_path):
+def test_atomic_writer_sets_the_usual_permissions(tmp_path):
     (tmp_path / "usual").touch()
     with atomic_writer(tmp_path / "file"):
         pass
     assert (tmp_path / "file").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_output_can_be_checked_beforehand(tmp_path):
+def test_check_output_file(tmp_path):
     problems = Problems()
     check_output_file(tmp_path / "new", problems)
     assert not problems.count
@@ -111,19 +111,19 @@ def test_output_can_be_checked_beforehand(tmp_path):
         assert problems.count == 1 and str(path) in problems.messages[0] and expected in problems.messages[0]
 
 
-def test_input_can_be_checked_beforehand(tmp_path):
+def test_check_input_file(tmp_path):
     problems = Problems()
-    (tmp_path / "there").touch()
-    assert check_input_file(tmp_path / "there", problems, "pairs") and not problems.count
+    (tmp_path / "file").touch()
+    assert check_input_file(tmp_path / "file", problems, "pairs") and not problems.count
     assert not check_input_file(tmp_path / "absent", problems, "pairs")
     assert not check_input_file(tmp_path, problems, "pairs")
     assert "absent: cannot read the pairs" in problems.messages[0] and "directory" in problems.messages[1]
 
 
 @given(st.lists(line_texts, max_size=6), st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.booleans(), st.booleans())
-def test_read_lines_gives_back_what_was_written(texts, end, closed, mark, packed):
+def test_read_lines_returns_the_written_lines(texts, end, closed, mark, packed):
     texts = [text.lstrip("\ufeff") for text in texts]
-    closed = closed or (bool(texts) and not texts[-1])              # "" without an end is no line at all
+    closed = closed or (bool(texts) and not texts[-1])              # "" without a line end is not a line
     content = end.join(text.encode() for text in texts) + (end if texts and closed else b"")
     content = b"\xef\xbb\xbf" * (mark and bool(texts)) + content
     lines, problems = read(gzip.compress(content) if packed else content)
@@ -135,7 +135,7 @@ def test_only_line_feeds_end_lines():
     assert read(f"{text}\nnext".encode())[0] == [(1, text), (2, "next")]
 
 
-def test_lines_that_are_not_utf8_are_named_and_left_out():
+def test_lines_that_are_not_utf8_are_reported_and_skipped():
     lines, problems = read(b"one\nna\xefve\nthree\n\xff\xfe")
     assert lines == [(1, "one"), (3, "three")]
     assert [message.split(" ")[0] for message in problems] == [":2:", ":4:"]
@@ -148,28 +148,28 @@ def test_surrogates_and_overlong_forms_are_not_utf8(encoded):
     assert not lines and len(problems) == 1
 
 
-def test_a_gzip_file_cut_anywhere_is_noticed():
+def test_truncated_gzip_files_are_detected():
     packed = gzip.compress(b"".join(b"line %d of the file\n" % number for number in range(200)))
     for length in range(2, len(packed)):
         lines, problems = read(packed[:length])
-        assert len(problems) == 1 and re.match(r":\d+: the gzip file is damaged or cut off", problems[0]), length
+        assert len(problems) == 1 and re.match(r":\d+: the gzip file is damaged", problems[0]), length
 
 
-def test_damage_inside_a_gzip_file_is_noticed():
+def test_damaged_gzip_files_are_detected():
     content = bytes(range(100)) + b"\n"
     packed, intact = gzip.compress(content, mtime=0), read(content)
-    for position in range(10, len(packed)):                         # the ten bytes before hold no content
+    for position in range(10, len(packed)):                         # after the header of ten bytes
         damaged = bytearray(packed)
         damaged[position] ^= 0x10
         lines, problems = read(bytes(damaged))
-        assert problems or (lines, problems) == intact, position    # a few bits between blocks mean nothing
+        assert problems or (lines, problems) == intact, position    # some bits between blocks are unused
 
 
-def test_gzip_members_are_read_one_after_the_other():
+def test_all_gzip_members_are_read():
     assert read(gzip.compress(b"a\nb") + gzip.compress(b"c\n"))[0] == [(1, "a"), (2, "bc")]
 
 
-def test_gzip_with_something_behind_is_damaged():
+def test_gzip_with_trailing_data_is_damaged():
     lines, problems = read(gzip.compress(b"a\n") + b"tail")
     assert lines == [(1, "a")] and len(problems) == 1
 
@@ -183,7 +183,7 @@ def test_duplicates_as_a_dictionary_finds_them(values):
             expected.append((number, seen[value]))
         seen.setdefault(value, number)
     finder.report(iter(enumerate(values, start=1)), Path("f"), "id", problems)
-    found = [re.match(r"f:(\d+): id .* stands already in line (\d+);", message, re.DOTALL).groups()
+    found = [re.match(r"f:(\d+): id .* duplicate of line (\d+);", message, re.DOTALL).groups()
              for message in problems.messages]
     assert [(int(number), int(first)) for number, first in found] == expected
 
@@ -197,38 +197,38 @@ def test_keys_of_equal_hash_are_not_duplicates():
     values = [Key("a"), Key("b"), Key("c"), Key("b")]
     for value in values:
         finder.add(value)
-    assert finder.suspects() == {7}
+    assert finder.repeated_hashes() == {7}
     finder.report(iter(enumerate(values, start=1)), Path("f"), "id", problems)
     assert [message.split(" ")[0] for message in problems.messages] == ["f:4:"]
 
 
-def test_keys_are_not_read_again_without_suspicion():
+def test_keys_are_not_read_again_without_repeated_hashes():
     finder = DuplicateFinder()
     finder.add("a")
 
-    def untouched():
+    def never_read():
         raise AssertionError
         yield
 
-    finder.report(untouched(), Path("f"), "id", Problems())
+    finder.report(never_read(), Path("f"), "id", Problems())
 
 
 def fail(error):
     raise error
 
 
-@pytest.mark.parametrize(("error", "code", "told"), [
+@pytest.mark.parametrize(("error", "code", "stderr"), [
     (UserError("one\ntwo"), 2, "error: one\nerror: two\n"),
     (FileNotFoundError(errno.ENOENT, "No such file", "name"), 2, "error: name: No such file\n"),
     (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device\n"),
     (OSError("odd"), 2, "error: odd\n"),
     (KeyboardInterrupt(), 130, "interrupted\n"),
 ])
-def test_exit_codes(capsys, error, code, told):
+def test_exit_codes(capsys, error, code, stderr):
     with pytest.raises(SystemExit) as exit_:
         run_main(lambda: fail(error))
     assert exit_.value.code == code
-    assert capsys.readouterr() == ("", told)
+    assert capsys.readouterr() == ("", stderr)
 
 
 def test_success_does_not_exit(capsys):
@@ -242,13 +242,13 @@ def test_a_bug_is_not_hidden():
 
 
 @given(st.text(), st.integers(8, 80))
-def test_shortened_values_are_one_short_line(text, width):
+def test_shortened_values_fit_on_one_line(text, width):
     shown = shorten(text, width)
     assert len(shown) <= width and len(shown.splitlines()) == 1
     assert len(repr(text)) > width or shown == repr(text)
 
 
-def test_devices_and_pipes_are_no_output_files(tmp_path):
+def test_devices_and_pipes_are_rejected_as_output_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/null")):
         problems = Problems()
@@ -256,7 +256,7 @@ def test_devices_and_pipes_are_no_output_files(tmp_path):
         assert "is a device or a pipe" in problems.messages[0]
 
 
-def test_checking_a_pipe_neither_waits_nor_disturbs_its_writer(tmp_path):
+def test_checking_a_pipe_neither_blocks_nor_disturbs_its_writer(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     problems = Problems()
@@ -267,7 +267,7 @@ def test_checking_a_pipe_neither_waits_nor_disturbs_its_writer(tmp_path):
     done = subprocess.run([*check, str(pipe)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout == "True []\n"
     assert not check_input_file(pipe, problems, "pairs", read_twice=True)
-    assert "is not a plain file, but the pairs have to be read twice" in problems.messages[0]
+    assert "pipe: is not a regular file" in problems.messages[0]
 
 
 def test_atomic_writer_follows_a_link(tmp_path):
@@ -278,11 +278,11 @@ def test_atomic_writer_follows_a_link(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
 
 
-@pytest.mark.parametrize(("write", "told"), [
+@pytest.mark.parametrize(("write", "reason"), [
     ("handle.write(b'x' * 5000)", "File too large"),
     ("numpy.save(handle, numpy.zeros(5000))", "requested and"),
 ])
-def test_a_full_disk_is_told_with_its_file(tmp_path, write, told):
+def test_a_full_disk_is_reported_with_the_file(tmp_path, write, reason):
     script = ("import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
               "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
               "import numpy\nfrom simplified_tinybert.common.files import atomic_writer, run_main\n"
@@ -290,5 +290,5 @@ def test_a_full_disk_is_told_with_its_file(tmp_path, write, told):
               "run_main(main)")
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "big.txt")], cwd=ROOT, capture_output=True,
                           text=True)
-    assert done.returncode == 2 and re.search(f"{tmp_path}/big.txt: .*{told}", done.stderr)
+    assert done.returncode == 2 and re.search(f"{tmp_path}/big.txt: .*{reason}", done.stderr)
     assert not list(tmp_path.iterdir())

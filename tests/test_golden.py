@@ -1,40 +1,17 @@
-"""The original implementation's figures: losses, gradients, six optimizer steps, re-ranking probabilities."""
+"""Values of the original implementation: losses, gradients, six optimizer steps, re-ranking probabilities."""
 import numpy as np
 import pytest
 import torch
 from conftest import loss_terms
+from helpers.golden import CASES, TERMS, golden_name, load_case
 
-from simplified_tinybert.model.bert import Batch, uniform_layer_map
+from simplified_tinybert.model.bert import uniform_layer_map
 from simplified_tinybert.model.pretrained import load_cross_encoder
 from simplified_tinybert.ranking.scoring import relevance
 from simplified_tinybert.training.losses import attention_loss, hidden_loss
-from simplified_tinybert.training.objective import stage_weights
 from simplified_tinybert.training.optimizer import BertAdam, decay_groups, linear_warmup_decay
 
-CASES = range(16)
-TERMS = {"soft_loss": "soft", "hard_loss": "hard", "loss": "total", "att_loss": "attention", "rep_loss": "hidden",
-         "cls_loss": "classification"}
-NEGLIGIBLE = 1e-14     # gradients of key biases are zero but for rounding: softmax does not see a constant shift
-
-
-@pytest.fixture
-def batch(golden):
-    fields = golden["batch"]
-    return Batch(*(torch.tensor(fields[name]) for name in ("input_ids", "token_type_ids", "attention_mask", "labels")))
-
-
-def load_case(golden, golden_models, number, dtype=torch.float64):
-    case = golden["cases"][number]
-    student, _ = load_cross_encoder(golden_models[case["student"]], dtype=dtype)
-    teacher, _ = load_cross_encoder(golden_models["teacher"], dtype=dtype)
-    for model in (student, teacher):
-        model.config.pooled_relu = case["head"] == "tinybert"
-    weights, = stage_weights(case["distill_model"], case["alpha"])
-    return case, student, teacher, {"weights": weights, "temperature": case["temperature"], "padding": "reference"}
-
-
-def golden_name(name):
-    return name.replace("projections.0", "fit_dense")
+NEGLIGIBLE = 1e-14     # gradients of key biases are rounding errors: softmax ignores a constant shift
 
 
 @pytest.mark.parametrize("number", CASES)
@@ -42,7 +19,7 @@ def golden_name(name):
 def test_losses(golden, golden_models, batch, number, dtype, tolerance):
     case, student, teacher, settings = load_case(golden, golden_models, number, dtype)
     terms = loss_terms(student, teacher, batch, **settings)
-    expected = {mine: case["losses"][theirs] for mine, theirs in TERMS.items() if theirs in case["losses"]}
+    expected = {column: case["losses"][name] for column, name in TERMS.items() if name in case["losses"]}
     assert {name: terms[name].item() for name in expected} == pytest.approx(expected, rel=tolerance)
     assert terms["loss"].item() == pytest.approx(
         sum(terms[name].item() for name in ("cls_loss", "att_loss", "rep_loss") if name in terms), rel=tolerance)
@@ -53,10 +30,11 @@ def test_losses_of_each_layer(golden, golden_models, batch, number):
     case, student, teacher, _ = load_case(golden, golden_models, number)
     assert case["distill_model"] == "simplified"
     layers = uniform_layer_map(student.config.num_hidden_layers, 4)
-    learnt, taught = student(batch, list(range(1, len(layers) + 1))), teacher(batch, layers)
-    attention = [attention_loss(learnt.queries[j], learnt.keys[j], taught.queries[k], taught.keys[k],
-                                batch.attention_mask).item() for j, k in enumerate(layers, start=1)]
-    hidden = [hidden_loss(student.project(j, learnt.hidden_states[j]), taught.hidden_states[k],
+    student_out, teacher_out = student(batch, list(range(1, len(layers) + 1))), teacher(batch, layers)
+    attention = [attention_loss(student_out.queries[j], student_out.keys[j], teacher_out.queries[k],
+                                teacher_out.keys[k], batch.attention_mask).item()
+                 for j, k in enumerate(layers, start=1)]
+    hidden = [hidden_loss(student.project(j, student_out.hidden_states[j]), teacher_out.hidden_states[k],
                           batch.attention_mask).item() for j, k in enumerate([0, *layers])]
     assert attention == pytest.approx(case["losses"]["attention_per_layer"], rel=1e-9)
     assert hidden == pytest.approx(case["losses"]["hidden_per_layer"], rel=1e-9)

@@ -1,4 +1,4 @@
-"""The fast forms of the losses against their definitions, on random shapes, masks and widths."""
+"""The losses against their definitions, on random shapes and masks, and by hand."""
 import math
 
 import pytest
@@ -11,43 +11,44 @@ from simplified_tinybert.model.bert import uniform_layer_map
 from simplified_tinybert.training.losses import attention_loss, direct_attention_loss, hard_loss, hidden_loss, soft_loss
 
 shapes = st.fixed_dictionaries({
-    "batch": st.integers(1, 4), "heads": st.integers(1, 4), "length": st.integers(1, 40), "width": st.integers(1, 9),
-    "teacher_width": st.integers(1, 12), "seed": st.integers(0, 2 ** 31), "dtype": st.just(torch.float64)})
+    "batch": st.integers(1, 4), "heads": st.integers(1, 4), "length": st.integers(1, 40),
+    "head_size": st.integers(1, 9), "teacher_head_size": st.integers(1, 12), "seed": st.integers(0, 2 ** 31),
+    "dtype": st.just(torch.float64)})
 
 
 def draw(shape):
-    """Student and teacher queries and keys, and a mask with at least one token in each row."""
+    """Return random queries and keys of student and teacher, and a mask with at least one token per row."""
     generator = torch.Generator().manual_seed(shape["seed"])
-    widths = [shape["width"]] * 2 + [shape["teacher_width"]] * 2
-    tensors = [torch.randn(shape["batch"], shape["heads"], shape["length"], width, generator=generator,
-                           dtype=torch.float64).to(shape["dtype"]) for width in widths]
+    head_sizes = [shape["head_size"]] * 2 + [shape["teacher_head_size"]] * 2
+    tensors = [torch.randn(shape["batch"], shape["heads"], shape["length"], size, generator=generator,
+                           dtype=torch.float64).to(shape["dtype"]) for size in head_sizes]
     lengths = torch.randint(1, shape["length"] + 1, (shape["batch"],), generator=generator)
     return tensors, (torch.arange(shape["length"]) < lengths[:, None]).long()
 
 
 @settings(max_examples=150, deadline=None)
 @given(shapes, st.sampled_from(["reference", "masked"]))
-def test_gram_form_equals_direct_form_with_gradients(shape, padding):
+def test_attention_loss_equals_its_definition_with_gradients(shape, padding):
     tensors, mask = draw(shape)
     for tensor in tensors[:2]:
         tensor.requires_grad_()
-    fast = attention_loss(*tensors, mask, padding)
-    slow = direct_attention_loss(*tensors, mask, padding)
-    assert fast.item() == pytest.approx(slow.item(), rel=1e-10, abs=1e-10)
-    for one, other in zip(torch.autograd.grad(fast, tensors[:2]), torch.autograd.grad(slow, tensors[:2])):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    found = attention_loss(*tensors, mask, padding)
+    expected = direct_attention_loss(*tensors, mask, padding)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-10, abs=1e-10)
+    for gradients in zip(torch.autograd.grad(found, tensors[:2]), torch.autograd.grad(expected, tensors[:2])):
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
 @settings(max_examples=50, deadline=None)
 @given(shapes.map(lambda shape: shape | {"dtype": torch.float32}), st.sampled_from(["reference", "masked"]))
-def test_gram_form_in_float32(shape, padding):
+def test_attention_loss_in_float32(shape, padding):
     tensors, mask = draw(shape)
     exact = direct_attention_loss(*(tensor.double() for tensor in tensors), mask, padding)
     assert attention_loss(*tensors, mask, padding).item() == pytest.approx(exact.item(), rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 1e-4])
-def test_gram_form_in_float32_keeps_its_digits_near_the_teacher(distance):
+def test_attention_loss_in_float32_is_accurate_near_the_teacher(distance):
     generator = torch.Generator().manual_seed(0)
     queries, keys, more_queries, more_keys = (torch.randn(2, 4, 256, 64, generator=generator) for _ in range(4))
     student = queries + distance * more_queries, keys + distance * more_keys
@@ -59,7 +60,7 @@ def test_gram_form_in_float32_keeps_its_digits_near_the_teacher(distance):
 
 @settings(max_examples=50, deadline=None)
 @given(shapes, st.integers(0, 20))
-def test_masked_losses_do_not_see_how_far_a_batch_is_padded(shape, more):
+def test_masked_losses_do_not_depend_on_padding(shape, more):
     tensors, mask = draw(shape)
     padded = [F.pad(tensor, (0, 0, 0, more), value=7.0) for tensor in tensors]
     longer = F.pad(mask, (0, more))
@@ -71,7 +72,7 @@ def test_masked_losses_do_not_see_how_far_a_batch_is_padded(shape, more):
 
 
 def test_reference_attention_loss_counts_padded_queries_but_not_padded_keys():
-    """One head, width 1, two positions, the second padded: scores are products of numbers one can check by hand."""
+    """By hand: one head of size 1, two positions, the second of them padding."""
     queries, keys = torch.tensor([[[[1.0], [2.0]]]]), torch.tensor([[[[3.0], [5.0]]]])
     teacher_queries, teacher_keys = torch.zeros_like(queries), torch.zeros_like(keys)
     mask = torch.tensor([[1, 0]])
@@ -89,7 +90,7 @@ def test_reference_hidden_loss_counts_padding():
 
 def test_soft_loss_is_half_the_cross_entropy_of_softened_classes():
     student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[4.0, 4.0 + 2 * math.log(3)]])
-    # at temperature 2 the teacher says 1/4 and 3/4, the student 1/2 and 1/2: cross-entropy log 2, over two classes
+    # At temperature 2, the teacher predicts 1/4 and 3/4, the student 1/2 and 1/2: cross-entropy log 2, over two classes
     assert soft_loss(student, teacher, temperature=2.0).item() == pytest.approx(math.log(2) / 2)
 
 
@@ -106,6 +107,6 @@ def test_layer_map(student, teacher, expected):
     assert uniform_layer_map(student, teacher) == expected
 
 
-def test_layer_map_of_depths_that_do_not_divide():
+def test_no_layer_map_if_the_depths_do_not_divide():
     with pytest.raises(ValueError, match="12 teacher layers"):
         uniform_layer_map(5, 12)

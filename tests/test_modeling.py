@@ -1,4 +1,4 @@
-"""The model's own parts: activations and attention as the libraries have them, dropout as it is defined."""
+"""Parts of the model: activations and attention equal those of the libraries; dropout has the right statistics."""
 import platform
 import subprocess
 import sys
@@ -18,7 +18,7 @@ from simplified_tinybert.model.bert import ACTIVATIONS, Batch, CrossEncoder, Dro
 
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, "gelu_fast", "quick_gelu", "mish", "linear"])
-def test_every_activation_is_the_librarys(activation):
+def test_activations_are_those_of_transformers(activation):
     torch.manual_seed(0)
     config = BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96,
                         max_position_embeddings=16, hidden_act=activation, num_labels=2, initializer_range=0.5)
@@ -35,15 +35,15 @@ def test_every_activation_is_the_librarys(activation):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 150), st.integers(1, 9), st.booleans(),
        st.integers(0, 2 ** 31 - 1))
-def test_blocks_of_queries_with_next_to_no_dropout_are_the_fused_attention(batch, heads, length, width, padded, seed):
+def test_attention_in_blocks_equals_fused_attention(batch, heads, length, size, padded, seed):
     torch.manual_seed(seed)
-    query, key, value = torch.randn(3, batch, heads, length, width, dtype=torch.float64).requires_grad_().unbind()
+    query, key, value = torch.randn(3, batch, heads, length, size, dtype=torch.float64).requires_grad_().unbind()
     mask = None
     if padded:
         lengths = torch.randint(1, length + 1, (batch, 1, 1, 1))
         mask = torch.arange(length) < lengths                                                # (B, 1, 1, L)
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    found = attend(query, key, value, mask, dropout=2.0 ** -20)         # rounds to no dropout, but takes its path
+    found = attend(query, key, value, mask, dropout=2.0 ** -20)         # rounds to no dropout, on the dropout path
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     weight = torch.randn_like(expected)
     for one, other in zip(torch.autograd.grad((found * weight).sum(), (query, key, value)),
@@ -52,19 +52,19 @@ def test_blocks_of_queries_with_next_to_no_dropout_are_the_fused_attention(batch
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
-def test_dropout_drops_its_share_and_keeps_the_mean(probability):
+def test_dropout_rate_and_mean(probability):
     torch.manual_seed(0)
-    numbers = 1_000_003                                                 # no multiple of the four in 64 bits
-    dropped = drop(torch.ones(numbers), probability)
-    error = 5 * (probability * (1 - probability) / numbers) ** 0.5      # five standard errors
+    count = 1_000_003                                                   # not a multiple of four: 64 bits serve four
+    dropped = drop(torch.ones(count), probability)
+    error = 5 * (probability * (1 - probability) / count) ** 0.5        # five standard errors
     assert abs(float((dropped == 0).double().mean()) - probability) < error + 2 ** -17
     kept = dropped[dropped != 0]
     assert kept.unique().numel() == 1 and abs(float(kept[0]) * (1 - probability) - 1) < 2e-4
     neighbours = np.corrcoef((dropped[:-1] == 0).numpy(), (dropped[1:] == 0).numpy())[0, 1]
-    assert abs(neighbours) < 5 / numbers ** 0.5
+    assert abs(neighbours) < 5 / count ** 0.5
 
 
-def test_dropout_lets_gradients_through_where_it_let_numbers_through():
+def test_gradients_of_dropout():
     inputs = torch.randn(7, 5, 13, requires_grad=True)
     outputs = drop(inputs, 0.3)
     outputs.sum().backward()
@@ -73,12 +73,12 @@ def test_dropout_lets_gradients_through_where_it_let_numbers_through():
 
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
-def test_dropout_of_nothing_and_of_all(probability):
+def test_dropout_of_nothing_and_of_everything(probability):
     inputs = torch.randn(9, dtype=torch.bfloat16)
     assert torch.equal(drop(inputs, probability), inputs * (1 - probability))
 
 
-def test_dropout_follows_the_seed_and_rests_in_evaluation():
+def test_dropout_follows_the_seed_and_is_off_in_evaluation():
     layer, inputs, found = Dropout(0.5), torch.randn(64), []
     for _ in range(2):
         torch.manual_seed(7)
@@ -87,7 +87,7 @@ def test_dropout_follows_the_seed_and_rests_in_evaluation():
     assert layer.eval()(inputs) is inputs
 
 
-def test_reading_ahead_changes_nothing_and_passes_errors_on():
+def test_read_ahead_preserves_items_and_errors():
     def broken():
         yield 1
         raise ValueError("the second item")
@@ -103,7 +103,7 @@ def test_reading_ahead_changes_nothing_and_passes_errors_on():
     wait_until = time.monotonic() + 300
     while fetched != [0, 1] and time.monotonic() < wait_until:
         time.sleep(0.01)
-    assert fetched == [0, 1]                            # the second item is there while the first is being worked on
+    assert fetched == [0, 1]                            # the second item is fetched while the first is used
     assert list(items) == [1, 2] and list(read_ahead(iter([]))) == []
     ahead = read_ahead(broken())
     assert next(ahead) == 1
@@ -111,10 +111,10 @@ def test_reading_ahead_changes_nothing_and_passes_errors_on():
         next(ahead)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 @pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("cuda", False)])
 def test_freed_memory_is_kept_on_cpus(device, kept):
-    """Page faults of large tensors that are made and freed again and again, in a process of its own."""
+    """Count page faults while large tensors are allocated and freed, in a new process."""
     code = f"""
 import resource, torch
 from simplified_tinybert.common.device import keep_freed_memory

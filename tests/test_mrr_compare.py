@@ -1,4 +1,4 @@
-"""msmarco_mrr_eval.py --compare: which queries are compared, what is printed, what is refused."""
+"""msmarco_mrr_eval.py --compare: compared queries, output and errors."""
 import subprocess
 import sys
 from pathlib import Path
@@ -17,14 +17,14 @@ QRELS = "".join(f"q{number} 0 good 1\n" for number in range(1, 6))
 
 
 def run_with(*ranks: int | None) -> str:
-    """A run in which the relevant document of q1, q2, ... has these ranks; None: the query is missing."""
+    """Return a run that ranks the relevant document of q1, q2, ... at these ranks; None: the query is missing."""
     return "".join(f"q{query} Q0 {'good' if place == rank else f'bad{place}'} {place} {-place} t\n"
                    for query, rank in enumerate(ranks, start=1) if rank for place in range(1, rank + 1))
 
 
 @pytest.fixture
 def compared(tmp_path, monkeypatch, capsys):
-    """Call main() in a directory with these files; returns (rows of the table as cells, all of stdout, stderr)."""
+    """Return a function that calls main() in a directory with these files: (cells of the table, stdout, stderr)."""
     def call(files, *options):
         for name, content in files.items():
             (tmp_path / name).write_text(content)
@@ -43,15 +43,15 @@ def test_by_hand(compared):
     rows, out, err = compared(files, "run", "--measures", "RR", "--compare", "other")
     assert [row[0] for row in rows] == ["MRR", "MRR@10", "MRR@100", "RR"]
     t = stats.ttest_rel([1, 1 / 2, 1, 1 / 4, 1 / 2], [1 / 2, 1 / 2, 1 / 2, 1 / 2, 1 / 4]).pvalue
-    # Of the 16 sums of ±2 ±2 ±1 ±1 (quarters) as far from zero as 4: ±6, and ±4 twice each.
+    # Of the 16 sums ±2 ±2 ±1 ±1 (quarters), 6 are at least 4 from zero: ±6, and ±4 twice each.
     assert rows[0][1:] == ["other", "5", "0.6500", "0.4500", "+0.2000", "3/1/1", f"{t:.4f}", f"{t:.4f}", "0.3750",
                            "0.3750"]
     assert all(row[1:] == rows[0][1:] for row in rows)
-    assert "Holm: one other run, nothing to correct" in out and "exact up to 16 differing queries" in out
-    assert "other: compared on 5 queries; left out: 0 of run alone, 0 of the other alone" in err
+    assert "nothing to correct" in out and "exact for up to 16 queries" in out
+    assert "other: compared on 5 queries; left out: 0 only in run, 0 only in the other" in err
 
 
-def test_what_was_printed_before_is_printed_still(compared):
+def test_comparing_keeps_the_output_of_evaluating(compared):
     files = {"qrels.txt": QRELS, "run": run_with(1, 2, 1, 4, 2), "other": run_with(2, 2, 2, 2, 4)}
     _, alone, _ = compared(files, "run", "--measures", "AP")
     _, more, _ = compared(files, "run", "--measures", "AP", "--compare", "other")
@@ -59,12 +59,12 @@ def test_what_was_printed_before_is_printed_still(compared):
 
 
 def test_common_queries_only_or_all_with_complete(compared):
-    """q1 is in the one alone, q5 in the other alone: MRR over q2 and q3 is 3/4 and 1/2."""
+    """q1 is only in one run, q5 only in the other. MRR over q2 and q3 is 3/4 and 1/2."""
     files = {"qrels.txt": QRELS, "run": run_with(4, 1, 2, None, None), "other": run_with(None, 2, 2, None, 4)}
     rows, out, err = compared(files, "run", "--compare", "other")
     assert rows[0][2:7] == ["2", "0.7500", "0.5000", "+0.2500", "1/1/0"]
     assert "query_num: 3" in out
-    assert "other: compared on 2 queries; left out: 1 of run alone, 1 of the other alone" in err
+    assert "other: compared on 2 queries; left out: 1 only in run, 1 only in the other" in err
     rows, _, err = compared(files, "run", "--compare", "other", "--complete")
     assert rows[0][2:7] == ["5", f"{1.75 / 5:.4f}", f"{1.25 / 5:.4f}", "+0.1000", "2/2/1"]
     assert "other: 2 judged queries are missing from the run, counted as 0: q1, q4" in err
@@ -102,7 +102,7 @@ def test_equal_differences(compared):
 
 
 def test_queries_for_which_a_measure_is_not_defined(compared):
-    """ir_measures' Accuracy needs a relevant document among those of the run: q1 has none at all."""
+    """Accuracy needs a relevant document in the run; q1 has none."""
     qrels = "q1 0 good 0\nq2 0 good 1\nq2 0 bad1 0\nq3 0 good 1\nq3 0 bad1 0\n"
     files = {"qrels.txt": qrels, "run": run_with(1, 2, 1) + "q3 Q0 bad1 9 -9 t\n", "other": run_with(1, 2, 2),
              "none": run_with(1, None, None)}
@@ -110,7 +110,7 @@ def test_queries_for_which_a_measure_is_not_defined(compared):
     accuracy = [row for row in rows if row[0] == "Accuracy"]
     assert accuracy[0][2:7] == ["2", "0.5000", "0.0000", "+0.5000", "1/1/0"]
     assert accuracy[1][2:] == ["0", *["-"] * 8]
-    assert "run: Accuracy is defined for 2 of the queries only" in err
+    assert "run: Accuracy is defined for only 2 queries" in err
 
 
 def test_per_query_names_the_run(compared):
@@ -125,21 +125,20 @@ def test_lines_in_another_order_change_nothing(compared):
     qrels = "".join(f"q{number} 0 good 1\n" for number in range(1, 31))
     run, other = run_with(*[1, 2, 5] * 10), run_with(*[2, 1, 3, 1, 2] * 6)
     found = compared({"qrels.txt": qrels, "run": run, "other": other}, "run", "--compare", "other")[0]
-    turned = "".join(f"{line}\n" for line in reversed(run.splitlines()))
-    assert compared({"qrels.txt": qrels, "run": turned, "other": other}, "run", "--compare", "other")[0] == found
+    reordered = "".join(f"{line}\n" for line in reversed(run.splitlines()))
+    assert compared({"qrels.txt": qrels, "run": reordered, "other": other}, "run", "--compare", "other")[0] == found
     again = compared({"run": run}, "run", "--compare", "other", "--seed", "7", "--permutations", "50")
-    assert again[0] != found and "50 random assignments of signs, seed 7" in again[1]
+    assert again[0] != found and "50 random sign assignments, seed 7" in again[1]
 
 
 @pytest.mark.parametrize(("files", "options", "message"), [
-    ({"other": run_with(None, None, 1, 1)}, [], "other: none of its judged queries (q3, q4) is in run (q1, q2); "
-                                                "compare runs of the same queries, or with --complete"),
+    ({"other": run_with(None, None, 1, 1)}, [], "other: none of its judged queries (q3, q4) is in run (q1, q2)"),
     ({"other": "x Q0 good 1 1 t\n"}, ["--complete"], "other: none of its queries (x) is judged in qrels.txt"),
-    ({"other": ""}, [], "other: is empty; there is nothing to evaluate"),
+    ({"other": ""}, [], "other: is empty"),
     ({"other": "q1 Q0\n"}, [], "other:1: found 2 columns"),
     ({}, [], "other: cannot read the run: No such file"),
-    ({"other": run_with(1, 1)}, ["--permutations", "0"], "--permutations 0 --seed 42: expected 1 or more"),
-    ({"other": run_with(1, 1)}, ["--seed", "-1"], "--permutations 100000 --seed -1: expected 1 or more, and 0 or more"),
+    ({"other": run_with(1, 1)}, ["--permutations", "0"], "--permutations 0: expected 1 or more"),
+    ({"other": run_with(1, 1)}, ["--seed", "-1"], "--seed -1: expected 0 or more"),
 ])
 def test_refusals(compared, capsys, files, options, message):
     with pytest.raises(UserError) as caught:
@@ -148,7 +147,7 @@ def test_refusals(compared, capsys, files, options, message):
 
 
 def test_a_run_named_twice_is_refused(compared):
-    with pytest.raises(UserError, match="--compare names other more than once"):
+    with pytest.raises(UserError, match="--compare: other is given more than once"):
         compared({"qrels.txt": QRELS, "run": run_with(1), "other": run_with(1)}, "run", "--compare", "other", "other")
 
 

@@ -1,4 +1,4 @@
-"""BertAdam against its definition, one parameter at a time."""
+"""BertAdam against its definition, one parameter tensor at a time."""
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,12 +39,12 @@ def test_against_definition(sizes, total, warmup, seed, scale):
         torch.testing.assert_close(parameter.detach(), value, rtol=1e-9, atol=1e-11)
 
 
-def test_parameters_without_gradient_stay():
-    moved, left = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    moved.grad = torch.ones(2)
-    optimizer = BertAdam(decay_groups([("a", moved), ("b", left)], 0.01), 0.1, lambda step: 1.0)
+def test_parameters_without_a_gradient_do_not_change():
+    changed, fixed = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    changed.grad = torch.ones(2)
+    optimizer = BertAdam(decay_groups([("a", changed), ("b", fixed)], 0.01), 0.1, lambda step: 1.0)
     optimizer.step()
-    assert left.tolist() == [1.0, 1.0] and moved.tolist() != [1.0, 1.0]
+    assert fixed.tolist() == [1.0, 1.0] and changed.tolist() != [1.0, 1.0]
 
 
 def test_schedule_by_hand():
@@ -53,14 +53,14 @@ def test_schedule_by_hand():
     assert linear_warmup_decay(0, 10, 0.0) == 1.0
 
 
-def test_what_decays():
+def test_biases_and_layer_norms_have_no_weight_decay():
     names = ["bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias", "classifier.bias",
              "classifier.weight", "projections.0.weight", "bert.embeddings.word_embeddings.weight"]
-    decayed, kept = decay_groups([(name, name) for name in names], 0.01)
-    assert decayed["params"] == names[3:] and kept["params"] == names[:3]
+    decay, no_decay = decay_groups([(name, name) for name in names], 0.01)
+    assert decay["params"] == names[3:] and no_decay["params"] == names[:3]
 
 
-def test_state_can_be_saved_and_taken_up_again():
+def test_the_state_can_be_saved_and_loaded():
     def run(restart):
         torch.manual_seed(0)
         parameter = nn.Parameter(torch.randn(3, 3))

@@ -1,4 +1,4 @@
-"""Re-ranking in half precision and in 8 bits: close to float32, and without ties that rounding makes."""
+"""Re-ranking in half precision and in 8 bits: close to float32, and without ties caused by rounding."""
 import copy
 
 import numpy as np
@@ -17,15 +17,15 @@ from simplified_tinybert.model.cpu_linear import (
     WEIGHT_LEVELS,
     Int8Linear,
     PackedLinear,
+    overflows,
     pack_linear_layers,
     quantize_linear_layers,
-    saturates,
 )
 from simplified_tinybert.model.precision import to_half
 from simplified_tinybert.model.pretrained import load_cross_encoder, read_config
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
-BITS = 7 if saturates() else 8          # of weights on this machine
+BITS = 7 if overflows() else 8          # of weights on this CPU
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def logits_of(model, features) -> torch.Tensor:
         return model(chunk.batch(np.arange(len(chunk)))).logits
 
 
-def layer_of(weight, bias) -> nn.Linear:
+def linear(weight, bias) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     with torch.no_grad():
         layer.weight.copy_(torch.as_tensor(weight))
@@ -49,10 +49,10 @@ def layer_of(weight, bias) -> nn.Linear:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.integers(2, 70), st.integers(1, 20), st.booleans(), st.integers(0, 2 ** 31 - 1))
-def test_whole_numbers_come_out_exactly(outputs, inputs, rows, largest, seed):
-    """Numbers that 8 bits (weights: as many as are used here) hold need no rounding: the product is the product.
+def test_integers_are_exact(outputs, inputs, rows, largest, seed):
+    """Integers that fit the number of bits are not rounded, so products are exact.
 
-    Of the largest ones too, whose sums of two overflow 16 bits if weights have a bit too many for the processor.
+    This includes the largest ones, for which sums of two products overflow 16 bits if weights have too many bits.
     """
     most = WEIGHT_LEVELS[BITS]
     random = np.random.default_rng(seed)
@@ -60,24 +60,24 @@ def test_whole_numbers_come_out_exactly(outputs, inputs, rows, largest, seed):
     weight, bias = random.integers(-most, most + 1, (outputs, inputs)), random.integers(-9, 10, outputs)
     if largest:
         values, weight = np.full_like(values, 255), np.full_like(weight, most)
-    weight[:, 0], values[:, 0], values[:, 1] = most, 255, 0           # which makes all scales 1
-    lower = random.integers(-1000, 1000, (rows, 1)) * 1.0           # a row may begin anywhere and have any spread
+    weight[:, 0], values[:, 0], values[:, 1] = most, 255, 0           # makes all scales 1
+    lower = random.integers(-1000, 1000, (rows, 1)) * 1.0           # rows have different offsets and scales
     scale = random.choice([0.125, 1.0, 32.0], (rows, 1))
-    inputs_given = (values * scale + lower).astype(np.float32)
-    product = Int8Linear(layer_of(weight, bias), BITS)(torch.from_numpy(inputs_given))
-    exact = inputs_given.astype(np.float64) @ weight.T + bias
-    size = np.abs(inputs_given).astype(np.float64) @ np.abs(weight).T + 9
+    float_inputs = (values * scale + lower).astype(np.float32)
+    product = Int8Linear(linear(weight, bias), BITS)(torch.from_numpy(float_inputs))
+    exact = float_inputs.astype(np.float64) @ weight.T + bias
+    size = np.abs(float_inputs).astype(np.float64) @ np.abs(weight).T + 9
     assert (np.abs(product.detach().numpy() - exact) <= 1e-5 * size).all()
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 20), st.integers(0, 2 ** 31 - 1))
-def test_an_output_is_off_by_half_a_step_at_most(outputs, inputs, rows, seed):
+def test_quantization_error_is_bounded(outputs, inputs, rows, seed):
     random = np.random.default_rng(seed)
     weight, bias = (random.standard_normal(shape) for shape in ((outputs, inputs), outputs))
     values = random.standard_normal((rows, inputs)) * 10.0 ** random.integers(-3, 4, (rows, 1))
     values, weight = values.astype(np.float32).astype(np.float64), weight.astype(np.float32).astype(np.float64)
-    product = Int8Linear(layer_of(weight, bias), BITS)(torch.from_numpy(values).float()).detach().numpy()
+    product = Int8Linear(linear(weight, bias), BITS)(torch.from_numpy(values).float()).detach().numpy()
     step, weight_step = np.ptp(values, axis=1, keepdims=True) / 255, np.abs(weight).max(axis=1) / WEIGHT_LEVELS[BITS]
     bound = (step * (np.abs(weight) + weight_step[:, None] / 2).sum(axis=1)
              + np.abs(values).sum(axis=1, keepdims=True) * weight_step) / 2
@@ -85,7 +85,7 @@ def test_an_output_is_off_by_half_a_step_at_most(outputs, inputs, rows, seed):
     assert (np.abs(product - (values @ weight.T + bias)) <= 1.001 * bound + 1e-5 * size).all()
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it():
+def test_rows_are_independent():
     torch.manual_seed(0)
     layer, rows = Int8Linear(nn.Linear(64, 16), BITS), torch.randn(12, 64)
     rows[0] *= 1e4
@@ -99,7 +99,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
             torch.testing.assert_close(found[number], layer(rows[number:number + 1])[0], rtol=1e-5, atol=1e-6)
 
 
-def test_every_output_has_its_own_scale():
+def test_each_output_has_its_own_scale():
     layer = nn.Linear(32, 2)
     with torch.no_grad():
         layer.weight[0] *= 1e-4
@@ -110,8 +110,8 @@ def test_every_output_has_its_own_scale():
 
 
 @pytest.mark.parametrize("engine", [name for name in torch.backends.quantized.supported_engines if name != "none"])
-def test_all_kernels_give_the_same(engine):
-    """PyTorch takes FBGEMM's, oneDNN's or QNNPACK's, as the processor is."""
+def test_all_kernels_agree(engine):
+    """PyTorch uses FBGEMM, oneDNN or QNNPACK, depending on the CPU."""
     torch.manual_seed(0)
     layer, inputs = nn.Linear(96, 24), torch.randn(30, 96)
     expected = Int8Linear(layer, 7)(inputs)
@@ -125,19 +125,19 @@ def test_all_kernels_give_the_same(engine):
 
 def test_a_pytorch_without_8_bit_kernels(golden_models, monkeypatch):
     model, _ = load_cross_encoder(golden_models["teacher"])
-    monkeypatch.setattr(torch._C, "_get_qengine", lambda: 0)            # as on a processor that it has none for
+    monkeypatch.setattr(torch._C, "_get_qengine", lambda: 0)            # as on an unsupported CPU
     with pytest.raises(UserError, match="--int8: .*no 8-bit kernels"):
         quantize_linear_layers(model)
 
 
-def test_an_output_without_weights_is_its_bias():
+def test_an_output_with_zero_weights_equals_its_bias():
     layer = nn.Linear(8, 3)
     with torch.no_grad():
         layer.weight.zero_()
     assert torch.equal(Int8Linear(layer, BITS)(torch.rand(4, 8)), layer.bias.detach().expand(4, 3))
 
 
-def test_int8_replaces_the_encoder_alone_and_stays_close(golden_models, features):
+def test_int8_replaces_only_the_encoder_and_stays_close(golden_models, features):
     model, _ = load_cross_encoder(golden_models["teacher"])
     exact = logits_of(model, features)
     quantize_linear_layers(model)
@@ -145,7 +145,7 @@ def test_int8_replaces_the_encoder_alone_and_stays_close(golden_models, features
     assert left == ["bert.pooler.dense", "classifier"]
     assert sum(isinstance(module, Int8Linear) for module in model.modules()) == 6 * model.config.num_hidden_layers
     rounded = logits_of(model, features)
-    # Tiny models of random weights suffer most: 0.1 with 8 bits, 0.2 with 7, whose steps are twice as large
+    # Tiny models with random weights lose most: 0.1 with 8 bits, 0.2 with 7 bits, whose steps are twice as large
     bound = 0.15 * WEIGHT_LEVELS[8] / WEIGHT_LEVELS[BITS]
     assert 0 < (rounded - exact).abs().max() < bound * exact.std()
     assert np.corrcoef(rounded[:, 1], exact[:, 1])[0, 1] > 0.98
@@ -155,7 +155,7 @@ def test_int8_replaces_the_encoder_alone_and_stays_close(golden_models, features
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 130), st.integers(1, 130), st.integers(1, 5), st.integers(1, 40), st.booleans(),
        st.integers(0, 2 ** 31 - 1))
-def test_packed_layers_give_the_same_products(outputs, inputs, batch, length, gelu, seed):
+def test_packed_layers_give_the_same_outputs(outputs, inputs, batch, length, gelu, seed):
     torch.manual_seed(seed)
     layer, values = nn.Linear(inputs, outputs), torch.randn(batch, length, inputs) * 3
     expected = F.gelu(layer(values)) if gelu else layer(values)
@@ -183,8 +183,8 @@ def test_a_packed_model_gives_the_same_scores_and_layers(golden_models, features
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_ends_before_the_head(golden_models, features, dtype):
-    """Logits in half precision have 8 or 11 bits and tie; these are float32."""
+def test_the_head_stays_in_float32(golden_models, features, dtype):
+    """Logits in half precision have 8 or 11 bits, and would tie."""
     model, _ = load_cross_encoder(golden_models["teacher"])
     exact, half = logits_of(model, features), copy.deepcopy(model)
     to_half(half, dtype)
@@ -195,11 +195,11 @@ def test_half_precision_ends_before_the_head(golden_models, features, dtype):
         assert logits_of(model, features).dtype == torch.float32
 
 
-def test_int8_on_the_command_line(golden_models, features, tmp_path, run_main):
+def test_int8_on_the_command_line(golden_models, features, tmp_path, run_here):
     scores = {}
     for flag in ([], ["--int8"]):
         output = tmp_path / f"scores{len(flag)}.tsv"
-        run_main(reranker, "--model_dir", golden_models["teacher"], "--features_file", features,
+        run_here(reranker, "--model_dir", golden_models["teacher"], "--features_file", features,
                  "--output_scores_file", output, "--device", "cpu", *flag)
         scores[len(flag)] = [float(line.split("\t")[2]) for line in output.read_text().splitlines()]
     difference = np.abs(np.array(scores[0]) - np.array(scores[1]))
@@ -207,21 +207,21 @@ def test_int8_on_the_command_line(golden_models, features, tmp_path, run_main):
 
 
 def test_int8_does_not_hide_a_broken_model(golden_models, features):
-    """Rounding turns what is no number into one that looks like any other."""
+    """Rounding would turn NaN into a plausible number."""
     model, _ = load_cross_encoder(golden_models["teacher"])
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.bert.encoder.layer[0].intermediate.dense.weight[0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"layer\.0\.intermediate\.dense\.weight holds values that are not numbers"):
+    with pytest.raises(UserError, match=r"layer\.0\.intermediate\.dense\.weight is NaN or infinite"):
         quantize_linear_layers(broken)
     quantize_linear_layers(model)
     with torch.no_grad():
-        model.bert.embeddings.word_embeddings.weight[5:] = 1e38          # which overflows further on
+        model.bert.embeddings.word_embeddings.weight[5:] = 1e38          # overflows in later layers
     assert not logits_of(model, features).isfinite().any()
 
 
 @pytest.mark.parametrize("flag", ["--bf16", "--fp16"])
-def test_int8_goes_with_nothing_else(golden_models, features, tmp_path, run_main, flag):
-    with pytest.raises(UserError, match="--int8: runs on a CPU alone and not with --fp16 or --bf16"):
-        run_main(reranker, "--model_dir", golden_models["teacher"], "--features_file", features,
+def test_int8_excludes_other_precisions(golden_models, features, tmp_path, run_here, flag):
+    with pytest.raises(UserError, match="--int8: .*--fp16.*--bf16"):
+        run_here(reranker, "--model_dir", golden_models["teacher"], "--features_file", features,
                  "--output_scores_file", tmp_path / "scores.tsv", "--device", "cpu", "--int8", flag)

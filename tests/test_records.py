@@ -1,4 +1,4 @@
-"""What a file came from can be read beside it, back to the models and the raw collection."""
+"""Records trace a file to its models and raw input."""
 import argparse
 import hashlib
 import json
@@ -39,14 +39,14 @@ def test_a_ranking_is_traced_to_model_features_and_pairs(golden_models, tmp_path
 
 
 def test_huge_files_are_not_hashed(tmp_path, monkeypatch):
-    monkeypatch.setattr("simplified_tinybert.common.records.SMALL", 3)
+    monkeypatch.setattr("simplified_tinybert.common.records.MAX_HASHED_BYTES", 3)
     (tmp_path / "small").write_text("abc")
     (tmp_path / "large").write_text("abcd")
     assert file_state(tmp_path / "small")["sha256"] == hashlib.sha256(b"abc").hexdigest()
     assert file_state(tmp_path / "large").keys() == {"bytes", "changed"}
 
 
-def test_a_record_of_what_a_file_held_before_is_not_taken(tmp_path):
+def test_records_of_earlier_content_are_ignored(tmp_path):
     scores, run = tmp_path / "scores.tsv", tmp_path / "run.trec"
     scores.write_text("q\tD\t1\n")
     run.write_text("q Q0 D 1 1 t\n")
@@ -60,28 +60,28 @@ def test_a_record_of_what_a_file_held_before_is_not_taken(tmp_path):
         assert "record" not in json.loads(record_path(run).read_text())["made_from"][0]
 
 
-def test_scores_keep_their_record_until_they_are_replaced(golden_models, tmp_path, run_main, monkeypatch):
-    """A run with another model that breaks off changes neither; --resume takes up where it was, with its own record."""
+def test_scores_keep_their_record_until_they_are_replaced(golden_models, tmp_path, run_here, monkeypatch):
+    """An interrupted run with another model changes neither. --resume continues it with its own record."""
     file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
 
     def call(model, *more):
-        run_main(reranker, "--model_dir", golden_models[model], "--features_file", file, "--output_scores_file",
+        run_here(reranker, "--model_dir", golden_models[model], "--features_file", file, "--output_scores_file",
                  tmp_path / "scores.tsv", "--device", "cpu", *more)
 
     def recorded():
         return json.loads((tmp_path / "scores.tsv.run.json").read_text())
     call("teacher")
-    of_teacher = recorded()
+    teacher_record = recorded()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("reranker.os.replace", replace_no_scores)
         call("student_4x48")
-    assert recorded() == of_teacher and (tmp_path / "scores.tsv.partial").is_file()
+    assert recorded() == teacher_record and (tmp_path / "scores.tsv.partial").is_file()
     call("student_4x48", "--resume")
-    assert recorded()["settings"] != of_teacher["settings"]
+    assert recorded()["settings"] != teacher_record["settings"]
     assert recorded()["output"] == file_state(tmp_path / "scores.tsv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.tsv", "scores.tsv.run.json", "test.pkl"]
-    call("teacher", "--resume")                         # nothing is left to go on with
-    assert recorded()["settings"] == of_teacher["settings"]
+    call("teacher", "--resume")                         # there is nothing to continue
+    assert recorded()["settings"] == teacher_record["settings"]
 
 
 def replace_no_scores(source, target, real=os.replace):

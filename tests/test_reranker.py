@@ -1,4 +1,4 @@
-"""reranker.py as a user runs it: scores, their order, resuming, refusals."""
+"""reranker.py: scores, their order, resuming and errors."""
 import json
 import math
 import shutil
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_rows, run_script, single_logit, write_features
+from helpers.reranking import arguments, read_scores
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -19,18 +20,8 @@ from simplified_tinybert.model.pretrained import load_cross_encoder
 from simplified_tinybert.ranking import scoring
 
 
-def arguments(model, features_file, output, *more):
-    files = features_file if isinstance(features_file, list) else [features_file]
-    return ["--model_dir", model, "--features_file", *files, "--output_scores_file", output, "--device", "cpu", *more]
-
-
-def read_scores(path):
-    return [(query_id, passage_id, float(score)) for query_id, passage_id, score
-            in (line.split("\t") for line in path.read_text().splitlines())]
-
-
 def one_by_one(model_dir, rows):
-    """Logits of each pair alone, in full depth: no batches, no padding, no fast path."""
+    """Return the logits of each pair alone: no batches, no padding, all positions of all layers."""
     model, _ = load_cross_encoder(model_dir)
     logits = []
     for _, tokens, query_length, _ in rows:
@@ -43,28 +34,28 @@ def one_by_one(model_dir, rows):
 
 @pytest.mark.parametrize("name", ["teacher", "student_2x24", "student_4x48"])
 @pytest.mark.parametrize("more", [[], ["--eval_batch_size", 3], ["--batch_tokens", 50], ["--batch_tokens", 1]])
-def test_scores_in_input_order_equal_those_of_single_pairs(golden_models, tmp_path, run_main, monkeypatch, name, more):
+def test_scores_in_input_order_equal_those_of_single_pairs(golden_models, tmp_path, run_here, monkeypatch, name, more):
     monkeypatch.setattr(features, "CHUNK_EXAMPLES", 40)
     rows = random_rows(130)
     file = write_features(tmp_path / "test.pkl", rows, set_name="test")
-    run_main(reranker, *arguments(golden_models[name], file, tmp_path / "scores.tsv", *more))
+    run_here(reranker, *arguments(golden_models[name], file, tmp_path / "scores.tsv", *more))
     found, logits = read_scores(tmp_path / "scores.tsv"), one_by_one(golden_models[name], rows)
     assert [f"{query_id}#{passage_id}" for query_id, passage_id, _ in found] == [row[0] for row in rows]
     expected = 1 / (1 + np.exp(logits[:, 0] - logits[:, 1]))
     np.testing.assert_allclose([score for *_, score in found], expected, rtol=0, atol=1e-6)
 
 
-def test_log_odds(golden_models, tmp_path, run_main):
+def test_log_odds(golden_models, tmp_path, run_here):
     rows = random_rows(30)
     file = write_features(tmp_path / "test.pkl", rows, set_name="test")
-    run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv", "--score", "log_odds"))
+    run_here(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv", "--score", "log_odds"))
     logits = one_by_one(golden_models["teacher"], rows)
     np.testing.assert_allclose([score for *_, score in read_scores(tmp_path / "scores.tsv")],
                                logits[:, 1] - logits[:, 0], rtol=0, atol=2e-5)
 
 
 def test_distinct_margins_stay_distinct():
-    """B39: in float32 the probability is exactly 1 from a margin of 17 on."""
+    """In float32, the probability would be exactly 1 from a margin of 17 on."""
     margins = np.linspace(5, 30, 1000, dtype=np.float32)
     logits = np.stack([np.zeros_like(margins), margins], axis=1)
     for score in ("probability", "log_odds"):
@@ -73,15 +64,15 @@ def test_distinct_margins_stay_distinct():
     assert extreme.tolist() == pytest.approx([1.0, 0.0])
 
 
-def test_single_logit_models_score_by_the_sigmoid(golden_models, tmp_path, run_main):
+def test_single_logit_models_score_by_the_sigmoid(golden_models, tmp_path, run_here):
     rows, model = random_rows(30), single_logit(golden_models["teacher"], tmp_path / "single")
     file = write_features(tmp_path / "test.pkl", rows, set_name="test")
     single, _ = load_cross_encoder(model)
     assert single.classifier.out_features == 1
     logits = one_by_one(model, rows)[:, 0]
     for score, expected, error in (("log_odds", logits, 2e-5), ("probability", 1 / (1 + np.exp(-logits)), 1e-6)):
-        told = run_main(reranker, *arguments(model, file, tmp_path / score, "--score", score))
-        assert "(0, z)" in told
+        stderr = run_here(reranker, *arguments(model, file, tmp_path / score, "--score", score))
+        assert "(0, z)" in stderr
         np.testing.assert_allclose([row[2] for row in read_scores(tmp_path / score)], expected, rtol=0, atol=error)
 
 
@@ -96,62 +87,62 @@ def test_batches_hold_every_pair_once_within_the_budget(lengths, budget, most):
         assert most is None or len(batch) <= most
 
 
-def test_ids_with_many_signs_and_several_files(golden_models, tmp_path, run_main):
+def test_ids_with_special_characters_and_several_files(golden_models, tmp_path, run_here):
     rows = [(example_id, *rest) for example_id, (_, *rest)
             in zip(["1#msmarco_v2.1_doc_00_0#4_17", "q-ü#D_1_0", "9#a#b#c_1"], random_rows(3))]
     files = [write_features(tmp_path / f"{n}.pkl", [row], set_name="test") for n, row in enumerate(rows)]
-    run_main(reranker, *arguments(golden_models["teacher"], files, tmp_path / "scores.tsv"))
+    run_here(reranker, *arguments(golden_models["teacher"], files, tmp_path / "scores.tsv"))
     assert [row[:2] for row in read_scores(tmp_path / "scores.tsv")] == [
         ("1", "msmarco_v2.1_doc_00_0#4_17"), ("q-ü", "D_1_0"), ("9", "a#b#c_1")]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 40, 50, 99])
-def test_an_interrupted_run_resumes_to_the_same_bytes(golden_models, tmp_path, run_main, monkeypatch, cut):
+def test_an_interrupted_run_resumes_to_the_same_bytes(golden_models, tmp_path, run_here, monkeypatch, cut):
     monkeypatch.setattr(features, "CHUNK_EXAMPLES", 40)
     file = write_features(tmp_path / "test.pkl", random_rows(100), set_name="test")
-    run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"))
-    whole = (tmp_path / "scores.tsv").read_bytes()
-    lines = whole.splitlines(keepends=True)
+    run_here(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"))
+    complete = (tmp_path / "scores.tsv").read_bytes()
+    lines = complete.splitlines(keepends=True)
     (tmp_path / "scores.tsv").unlink()
     (tmp_path / "scores.tsv.run.json").rename(tmp_path / "scores.tsv.partial.run.json")
     (tmp_path / "scores.tsv.partial").write_bytes(b"".join(lines[:cut]) + lines[cut][:7])
     counted = []
     real = scoring.score_chunk
     monkeypatch.setattr(scoring, "score_chunk", lambda *args: counted.append(len(args[1])) or real(*args))
-    run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv", "--resume"))
-    assert (tmp_path / "scores.tsv").read_bytes() == whole
+    run_here(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv", "--resume"))
+    assert (tmp_path / "scores.tsv").read_bytes() == complete
     assert sum(counted) == 100 - cut // 40 * 40
     assert not (tmp_path / "scores.tsv.partial").exists()
 
 
-def test_resume_refuses_another_model(golden_models, tmp_path, run_main):
+def test_resume_refuses_another_model(golden_models, tmp_path, run_here):
     file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
-    run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"))
+    run_here(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"))
     (tmp_path / "scores.tsv.partial").write_text("q0\tD0_0\t0.5\n")
     (tmp_path / "scores.tsv.run.json").rename(tmp_path / "scores.tsv.partial.run.json")
     with pytest.raises(UserError, match="another model, features, settings or version"):
-        run_main(reranker, *arguments(golden_models["student_4x48"], file, tmp_path / "scores.tsv", "--resume"))
+        run_here(reranker, *arguments(golden_models["student_4x48"], file, tmp_path / "scores.tsv", "--resume"))
 
 
-def test_two_runs_do_not_share_an_output_file(golden_models, tmp_path, run_main):
+def test_two_runs_do_not_share_an_output_file(golden_models, tmp_path, run_here):
     file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
     (tmp_path / "scores.tsv.partial").write_text("q0\tD0_0\t0.5\n")
     for more in ([], ["--resume"]):
         with locked(tmp_path / "scores.tsv.partial"), pytest.raises(UserError, match="another process is writing"):
-            run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv", *more))
+            run_here(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv", *more))
     assert (tmp_path / "scores.tsv.partial").read_text() == "q0\tD0_0\t0.5\n"
 
 
-def test_a_link_is_followed(golden_models, tmp_path, run_main):
+def test_a_link_is_followed(golden_models, tmp_path, run_here):
     file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "scores.tsv").symlink_to(tmp_path / "elsewhere" / "real.tsv")
-    run_main(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"))
+    run_here(reranker, *arguments(golden_models["teacher"], file, tmp_path / "scores.tsv"))
     assert (tmp_path / "scores.tsv").is_symlink()
     assert len(read_scores(tmp_path / "elsewhere" / "real.tsv")) == 10
 
 
-def test_pooled_relu_from_flag_or_configuration(golden_models, tmp_path, run_main):
+def test_pooled_relu_from_flag_or_configuration(golden_models, tmp_path, run_here):
     file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
     configured = shutil.copytree(golden_models["teacher"], tmp_path / "relu")
     config = json.loads((configured / "config.json").read_text())
@@ -159,23 +150,23 @@ def test_pooled_relu_from_flag_or_configuration(golden_models, tmp_path, run_mai
     outputs = []
     for number, (model, more) in enumerate([(golden_models["teacher"], []), (configured, []),
                                             (golden_models["teacher"], ["--pooled_relu"])]):
-        run_main(reranker, *arguments(model, file, tmp_path / f"{number}.tsv", *more))
+        run_here(reranker, *arguments(model, file, tmp_path / f"{number}.tsv", *more))
         outputs.append((tmp_path / f"{number}.tsv").read_bytes())
     assert outputs[0] != outputs[1] == outputs[2]
 
 
-def test_weights_that_are_not_numbers_are_called_out(golden_models, tmp_path, run_main):
+def test_nan_weights_are_an_error(golden_models, tmp_path, run_here):
     file = write_features(tmp_path / "test.pkl", random_rows(10), set_name="test")
     broken = shutil.copytree(golden_models["teacher"], tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["bert.pooler.dense.bias"][3] = math.nan
     save_file(weights, broken / "model.safetensors")
-    with pytest.raises(UserError, match="logits of q0#D. are not numbers|logits of q0#D0_0 are not numbers"):
-        run_main(reranker, *arguments(broken, file, tmp_path / "scores.tsv"))
+    with pytest.raises(UserError, match="logits of q0#D0_0 are NaN or infinite"):
+        run_here(reranker, *arguments(broken, file, tmp_path / "scores.tsv"))
     assert not (tmp_path / "scores.tsv").exists()
 
 
-def test_refusals_come_together_with_exit_code_2(golden_models, tmp_path):
+def test_all_errors_at_once_with_exit_code_2(golden_models, tmp_path):
     file = write_features(tmp_path / "train.pkl", [("17", *row[1:]) for row in random_rows(3)])
     done = run_script("reranker.py", *arguments(tmp_path / "no", file, tmp_path / "nowhere" / "s.tsv",
                                                 "--batch_tokens", 0))

@@ -36,7 +36,7 @@ def test_latex_by_hand():
 """.lstrip()
 
 
-def test_names_that_the_line_end_before_them_would_swallow():
+def test_names_that_look_like_arguments_of_a_line_end():
     text = tables.latex(["x", "y"], [["[BM25]", 1], ["*starred", 2], ["a|b", 3]], "c")
     rows = text[text.index(r"\midrule"):]
     assert not re.search(r"(\\\\|\\midrule)\s*[\[*]", rows)
@@ -44,7 +44,7 @@ def test_names_that_the_line_end_before_them_would_swallow():
 
 
 @given(st.lists(st.lists(st.text("ab\\&%$#_{}~^†‡<>×–é ", max_size=8), min_size=3, max_size=3), min_size=1, max_size=4))
-def test_latex_is_whole_whatever_the_names(rows):
+def test_latex_is_valid_for_any_names(rows):
     lines = tables.latex(["x", "y", "z"], rows, "caption").splitlines()
     body = lines[lines.index(r"    \midrule") + 1:lines.index(r"    \bottomrule")]
     assert len(body) == len(rows)

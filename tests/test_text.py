@@ -1,4 +1,4 @@
-"""Text files as they come: byte order marks, other encodings, archives; the same for every reader. Odd terminals."""
+"""Byte order marks, other encodings and archives, for every reader; terminals and locales without UTF-8."""
 import ast
 import bz2
 import codecs
@@ -27,7 +27,7 @@ from simplified_tinybert.data.corpus import check_corpus
 from simplified_tinybert.data.documents import Document, open_documents
 from simplified_tinybert.ranking.trec import read_qrels, read_run
 
-MARK = codecs.BOM_UTF8
+BOM = codecs.BOM_UTF8
 
 
 def scores_of(path, problems):
@@ -39,7 +39,7 @@ def documents_of(path, problems):
     return documents and [documents.get("q1"), documents.get("q2")]
 
 
-# reader, two lines of its files, what it makes of them
+# reader, two input lines, expected result
 READERS = {
     "queries": (read_queries, "q1\tflow\nq2\twing\n", {"q1": "flow", "q2": "wing"}),
     "qrels": (read_qrels, "q1 0 D1 1\nq2 0 D1 2\n", {"q1": {"D1": 1}, "q2": {"D1": 2}}),
@@ -60,7 +60,7 @@ def read(name, path):
 
 
 def packed_by(pack, content):
-    """The content as such an archive."""
+    """Return the content as an archive of this type."""
     out = io.BytesIO()
     if pack == "zip":
         with zipfile.ZipFile(out, "w") as archive:
@@ -79,31 +79,31 @@ def packed_by(pack, content):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", READERS)
-def test_byte_order_marks_of_joined_files_are_dropped(tmp_path, name, packed):
+def test_byte_order_marks_of_joined_files_are_removed(tmp_path, name, packed):
     path, (_, text, expected) = tmp_path / "lines.txt", READERS[name]
     lines = text.encode().splitlines(keepends=True)
     path.write_bytes(text.encode())
     without = read(name, path)
-    content = MARK + lines[0] + MARK + MARK + lines[1] + MARK          # the last file was empty
-    path.write_bytes(gzip.compress(content) if packed else content)            # also without .gz in its name
+    content = BOM + lines[0] + BOM + BOM + lines[1] + BOM              # the last of the joined files was empty
+    path.write_bytes(gzip.compress(content) if packed else content)
     assert read(name, path) == without == (expected or without[0], [])
 
 
-@pytest.mark.parametrize("encoding, said", [
+@pytest.mark.parametrize("encoding, reported", [
     ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE"), ("utf-32", "UTF-32"),
     ("utf-32-le", "UTF-32LE"), ("utf-32-be", "UTF-32BE")])
 @pytest.mark.parametrize("name", READERS)
-def test_utf_16_and_32_are_named_with_the_way_out(tmp_path, name, encoding, said):
+def test_utf_16_and_32_are_reported_with_a_command(tmp_path, name, encoding, reported):
     text = READERS[name][1]
     for path, content in ((tmp_path / "lines.txt", text.encode(encoding)),
                           (tmp_path / "lines.gz", gzip.compress(text.encode(encoding)))):
         path.write_bytes(content)
         found, messages = read(name, path)
         assert len(messages) == 1 and messages[0].startswith(f"{path}: "), messages
-        assert f"iconv -f {said} -t UTF-8" in messages[0]
+        assert f"iconv -f {reported} -t UTF-8" in messages[0]
 
 
-def test_the_way_out_of_utf_16_works(tmp_path):
+def test_the_command_for_utf_16_works(tmp_path):
     for encoding in ("utf-16", "utf-16-be", "utf-32"):
         (tmp_path / "queries.tsv").write_bytes("q1\tflüssig\n".encode(encoding))
         command = re.search(r"iconv [\w -]+", read("queries", tmp_path / "queries.tsv")[1][0])[0]
@@ -112,48 +112,47 @@ def test_the_way_out_of_utf_16_works(tmp_path):
         assert read("queries", tmp_path / "right.tsv") == ({"q1": "flüssig"}, [])
 
 
-@pytest.mark.parametrize("line, said", [
+@pytest.mark.parametrize("line, reported", [
     ("q2\t机翼流动".encode("utf-16-le"), "UTF-16"), (codecs.BOM_UTF16_LE + "q2\twing".encode("utf-16-le"), "UTF-16"),
     (b"q2\tfl\xfcssig", "LATIN1"), (b"q2\t\x93wing\x94", "WINDOWS-1252")])
-def test_a_later_line_in_another_encoding_is_named(tmp_path, line, said):
+def test_a_later_line_in_another_encoding_is_reported(tmp_path, line, reported):
     (tmp_path / "queries.tsv").write_bytes(b"q1\tflow\n" + line)
     found, messages = read("queries", tmp_path / "queries.tsv")
-    assert len(messages) == 1 and "queries.tsv:2: " in messages[0] and f"iconv -f {said} -t UTF-8" in messages[0]
+    assert len(messages) == 1 and "queries.tsv:2: " in messages[0] and f"iconv -f {reported} -t UTF-8" in messages[0]
 
 
-def test_a_nul_in_a_text_is_part_of_it(tmp_path):
+def test_nul_characters_are_part_of_the_text(tmp_path):
     (tmp_path / "queries.tsv").write_bytes(b"q1\tflow \x00 wing\nq2\twing\n")
     assert read("queries", tmp_path / "queries.tsv") == ({"q1": "flow \x00 wing", "q2": "wing"}, [])
 
 
-@pytest.mark.parametrize("pack, way_out", [("zip", "unzip"), ("bzip2", "bunzip2"), ("xz", "unxz"), ("zstd", "unzstd"),
+@pytest.mark.parametrize("pack, command", [("zip", "unzip"), ("bzip2", "bunzip2"), ("xz", "unxz"), ("zstd", "unzstd"),
                                            ("lz4", "unlz4"), ("7z", "7z x"), ("tar", "tar -xf")])
 @pytest.mark.parametrize("name", READERS)
-def test_archives_are_named_whatever_their_file_is_called(tmp_path, name, pack, way_out):
+def test_archives_are_recognised_under_any_file_name(tmp_path, name, pack, command):
     archive = packed_by(pack, READERS[name][1].encode())
     for path, content in ((tmp_path / "lines.gz", archive), (tmp_path / "packed", gzip.compress(archive))):
         path.write_bytes(content)
         found, messages = read(name, path)
-        assert len(messages) == 1 and messages[0].startswith(f"{path}: is ") and way_out in messages[0], messages
+        assert len(messages) == 1 and messages[0].startswith(f"{path}: is ") and command in messages[0], messages
         assert pack in messages[0]
 
 
-def test_a_text_may_begin_as_an_archive_does(tmp_path):
+def test_a_text_may_begin_like_an_archive(tmp_path):
     (tmp_path / "queries.tsv").write_bytes(b"BZh9\tflow\n")
     assert read("queries", tmp_path / "queries.tsv") == ({"BZh9": "flow"}, [])
 
 
-def test_an_index_of_documents_made_before_is_not_used_for_marked_lines(tmp_path):
-    """Ids at the beginning of a joined file: found under their name alone."""
-    (tmp_path / "docs.tsv").write_bytes(MARK + b"D1\tu\tt\tone\n" + MARK + b"D2\tu\tt\ttwo\n")
+def test_byte_order_marks_are_not_part_of_document_ids(tmp_path):
+    (tmp_path / "docs.tsv").write_bytes(BOM + b"D1\tu\tt\tone\n" + BOM + b"D2\tu\tt\ttwo\n")
     documents = open_documents(tmp_path / "docs.tsv", tmp_path / "cache", Problems())
     assert [documents.get(name) for name in ("D1", "D2", "\ufeffD2")] == [Document("t", "one"), Document("t", "two"),
                                                                          None]
 
 
-def test_settings_in_toml_are_read_as_other_text_files(tmp_path):
+def test_toml_settings_are_read_like_other_text_files(tmp_path):
     path, problems = tmp_path / "study.toml", Problems()
-    path.write_bytes(MARK + b"seeds = [1]\n")
+    path.write_bytes(BOM + b"seeds = [1]\n")
     assert study_settings.read_toml(path) == {"seeds": [1]}
     path.write_bytes("seeds = [1]\n".encode("utf-16"))
     assert study_settings.read_settings(path, problems) is None
@@ -168,7 +167,7 @@ C_LOCALE = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
 
 
 def run_in(environment, name, *arguments):
-    """A script in this environment, whatever the one of the tests says of encodings; arguments may be bytes."""
+    """Run a script with these encoding settings only; arguments may be bytes."""
     encodings = ("LC_ALL", "LC_CTYPE", "LANG", "PYTHONIOENCODING", "PYTHONUTF8", "PYTHONCOERCECLOCALE")
     others = {name: value for name, value in os.environ.items() if name not in encodings}
     arguments = [each if isinstance(each, bytes) else str(each) for each in arguments]
@@ -185,13 +184,13 @@ def evaluation(tmp_path):
 
 @pytest.mark.parametrize("environment, shown", [(ASCII, rb"fr\xe4ge" + b"\tMRR\t1.0"), (LATIN, b"fr\xe4ge\tMRR\t1.0"),
                                                 (C_LOCALE, rb"fr\xe4ge" + b"\tMRR\t1.0")])
-def test_what_a_terminal_cannot_show_ends_nothing(evaluation, environment, shown):
+def test_characters_that_a_terminal_lacks_are_escaped(evaluation, environment, shown):
     done = run_in(environment, "msmarco_mrr_eval.py", evaluation / "qrels.txt", evaluation / "run.trec", "--per_query")
     assert done.returncode == 0 and shown in done.stdout and b"Traceback" not in done.stderr, done.stderr
 
 
 def test_a_report_is_written_and_shown_in_any_locale(evaluation):
-    """Its table has ×, – and daggers, its names what the user typed; files are in UTF-8."""
+    """The table contains ×, –, daggers and the user's system names."""
     done = run_in(C_LOCALE, "report.py", "--qrels", evaluation / "qrels.txt", "--system", "Schüler".encode(),
                   evaluation / "run.trec", "--teacher", "Schüler".encode(), "--measures", "MRR", "--device", "cpu",
                   "--output_dir", evaluation / "report")
@@ -209,7 +208,7 @@ def test_help_is_shown_on_any_terminal(name):
     assert done.returncode == 0 and b"usage:" in done.stdout and b"Traceback" not in done.stderr, done.stderr
 
 
-def test_file_names_that_are_not_utf8_can_be_told_and_recorded(evaluation):
+def test_file_names_that_are_not_utf8_are_printed_and_recorded(evaluation):
     name = os.fsencode(evaluation) + b"/r\xfcn.trec"
     os.rename(evaluation / "run.trec", name)
     arguments = [sys.executable, str(ROOT / "msmarco_mrr_eval.py"), str(evaluation / "qrels.txt"), name]
@@ -220,8 +219,8 @@ def test_file_names_that_are_not_utf8_can_be_told_and_recorded(evaluation):
     assert json.loads((evaluation / "record.json").read_text(encoding="utf-8"))["run"].endswith("/r\udcfcn.trec")
 
 
-def test_texts_are_opened_in_utf8_whatever_the_locale():
-    """Where no encoding is given, Python takes the locale's."""
+def test_texts_are_opened_in_utf8_in_any_locale():
+    """Without an explicit encoding, Python uses the locale's."""
     calls = 0
     for path in (path for directory in (".", "simplified_tinybert/**", "experiments", "benchmarks", "examples")
                  for path in ROOT.glob(f"{directory}/*.py")):
@@ -235,7 +234,7 @@ def test_texts_are_opened_in_utf8_whatever_the_locale():
     assert calls > 20
 
 
-def test_general_distillation_takes_columns_or_lines_but_not_both(monkeypatch, capsys):
+def test_general_distillation_accepts_columns_or_lines_but_not_both(monkeypatch, capsys):
     flags = ["general_distill.py", "--teacher_model", "t", "--student_layers", "1", "--output_student_dir", "o"]
     for more in (["--docs", "d", "--corpus", "c"], ["--docs", "d", "--documents", "lines"], []):
         monkeypatch.setattr(sys, "argv", flags + more)
@@ -243,7 +242,7 @@ def test_general_distillation_takes_columns_or_lines_but_not_both(monkeypatch, c
             general_distill.parse_args()
 
 
-def test_gzip_in_gzip_is_named(tmp_path):
+def test_gzip_in_gzip_is_reported(tmp_path):
     (tmp_path / "pairs.gz").write_bytes(gzip.compress(gzip.compress(b"q\ttext\n")))
     problems = Problems()
     assert list(read_lines(tmp_path / "pairs.gz", problems)) == []

@@ -1,4 +1,4 @@
-"""Every short cut of tokenize_to_features.py beside the plain way."""
+"""Every optimization of tokenization against the plain computation."""
 import functools
 import multiprocessing
 import os
@@ -39,36 +39,35 @@ def vocabulary(request, tmp_path_factory):
 @example("test", "q#p\ta\tb")
 @example("train", "1\ta\tb\t1")
 @example("test", "q#p\ta\t\t1")
-def test_the_quick_check_finds_right_lines_alone(set_name, line):
-    complaints = tokenize_to_features.check_line(line, set_name)
-    found = tokenize_to_features.id_of_right_line(line, set_name)
-    assert found == (None if complaints else line.split("\t")[0])
+def test_the_fast_check_accepts_valid_lines_only(set_name, line):
+    errors = tokenize_to_features.check_line(line, set_name)
+    assert tokenize_to_features.valid_line_id(line, set_name) == (None if errors else line.split("\t")[0])
 
 
 @settings(max_examples=400, deadline=None)
 @given(text=WORDS | LETTERS | st.tuples(WORDS, LETTERS).map("".join), length=st.integers(8, 40),
-       memory=st.sampled_from([0, 2000, 2 ** 20]))
-def test_remembered_words_make_the_pieces_of_the_text(vocabulary, text, length, memory):
-    cutter = CachedTokenizer(vocabulary, length, by_words=True, memory=memory)
-    plain = vocabulary.tokenizer().encode(text, add_special_tokens=False).ids
-    for _ in range(2):                                  # computed, then remembered
-        found = np.frombuffer(cutter.texts[text], cutter.token_type).tolist()
-        assert found == plain[:len(found)] and len(found) >= min(len(plain), length)
+       cache_bytes=st.sampled_from([0, 2000, 2 ** 20]))
+def test_cached_words_give_the_tokens_of_the_text(vocabulary, text, length, cache_bytes):
+    tokenizer = CachedTokenizer(vocabulary, length, by_words=True, cache_bytes=cache_bytes)
+    expected = vocabulary.tokenizer().encode(text, add_special_tokens=False).ids
+    for _ in range(2):                                  # computed, then cached
+        found = np.frombuffer(tokenizer.prefixes[text], tokenizer.dtype).tolist()
+        assert found == expected[:len(found)] and len(found) >= min(len(expected), length)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 30), max_size=200), st.integers(0, 3000))
-def test_what_is_remembered_is_right_and_bounded(keys, limit):
-    remembered = TextCache(lambda text: text.encode() * 2, limit)
+def test_the_cache_is_correct_and_bounded(keys, limit):
+    cache = TextCache(lambda text: text.encode() * 2, limit)
     for key in keys:
-        assert remembered[str(key)] == str(key).encode() * 2
-        assert (len(remembered) + len(remembered.elder)) * 150 <= limit + 1000
+        assert cache[str(key)] == str(key).encode() * 2
+        assert (len(cache) + len(cache.old)) * 150 <= limit + 1000
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(alphabet="ab\r\u2028é", max_size=9), min_size=1, max_size=40), st.booleans(), st.booleans())
-def test_blocks_hold_the_lines_of_the_file(tmp_path_factory, lines, mark, ended):
-    assume(lines != [""] or ended)                      # a byte order mark alone: the checks refuse such a file
+def test_blocks_contain_the_lines_of_the_file(tmp_path_factory, lines, mark, ended):
+    assume(lines != [""] or ended)                      # a file of one byte order mark is rejected as empty
     path = tmp_path_factory.mktemp("blocks") / "lines.txt"
     path.write_bytes(b"\xef\xbb\xbf" * mark + "\n".join(lines).encode() + b"\n" * ended)
     with open(path, "rb") as handle:
@@ -78,14 +77,14 @@ def test_blocks_hold_the_lines_of_the_file(tmp_path_factory, lines, mark, ended)
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 3 * CHUNK_EXAMPLES), max_size=6))
-def test_chunks_are_full_whatever_the_parts(sizes):
+def test_chunks_are_full_for_any_block_sizes(sizes):
     numbers = iter(range(sum(sizes)))
-    parts = [Examples(np.arange(size, dtype=np.uint16), np.ones(size, np.uint16), np.ones(size, np.uint16),
-                      np.zeros(size, np.int8), [str(next(numbers)) for _ in range(size)]) for size in sizes]
-    chunks = list(tokenize_to_features.in_chunks(parts))
+    blocks = [Examples(np.arange(size, dtype=np.uint16), np.ones(size, np.uint16), np.ones(size, np.uint16),
+                       np.zeros(size, np.int8), [str(next(numbers)) for _ in range(size)]) for size in sizes]
+    chunks = list(tokenize_to_features.in_chunks(blocks))
     assert [len(chunk) for chunk in chunks[:-1]] == [CHUNK_EXAMPLES] * (len(chunks) - 1)
     assert [example_id for chunk in chunks for example_id in chunk.ids] == [str(n) for n in range(sum(sizes))]
-    assert sum(int(chunk.tokens.sum()) for chunk in chunks) == sum(int(part.tokens.sum()) for part in parts)
+    assert sum(int(chunk.tokens.sum()) for chunk in chunks) == sum(int(block.tokens.sum()) for block in blocks)
 
 
 def doubling():
@@ -97,26 +96,26 @@ def dying():
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_results_of_several_processes_come_in_order(workers):
+def test_results_of_worker_processes_are_in_order(workers):
     assert list(map_in_order(doubling, range(20), workers)) == list(range(0, 40, 2))
     assert list(map_in_order(doubling, [], workers)) == []
 
 
-def test_a_lost_process_is_told_of():
-    with pytest.raises(UserError, match="ended too early.*--num_workers 1 of tokenize_to_features.py"):
+def test_a_lost_process_is_reported():
+    with pytest.raises(UserError, match="process died.*--num_workers 1 of tokenize_to_features.py"):
         list(map_in_order(dying, range(5), 2))
 
 
-def test_a_process_lost_while_it_sends_is_told_of():
-    here, there = multiprocessing.Pipe()
-    os.write(there.fileno(), (1000).to_bytes(4, "big") + b"the begin")
-    there.close()
+def test_a_process_lost_while_sending_is_detected():
+    receiver, sender = multiprocessing.Pipe()
+    os.write(sender.fileno(), (1000).to_bytes(4, "big") + b"the start")
+    sender.close()
     with pytest.raises(EOFError):
-        _receive(here)
+        _receive(receiver)
 
 
-def test_processes_that_start_hear_no_signals():
-    """In a process of its own, as Python changes what is blocked when it starts the first one."""
+def test_workers_start_with_signals_blocked():
+    """In a new process, because Python changes the blocked signals when it starts its first worker."""
     code = ("import signal; from functools import partial\n"
             "from simplified_tinybert.common.workers import map_in_order\n"
             "blocked = map_in_order(partial(partial, signal.pthread_sigmask, signal.SIG_BLOCK), [[], []], 2)\n"
@@ -125,11 +124,11 @@ def test_processes_that_start_hear_no_signals():
     assert done.stdout.strip() == "[True, True]"
 
 
-def test_any_number_of_processes_writes_the_same_bytes(tmp_path):
+def test_the_number_of_processes_does_not_change_the_file(tmp_path):
     generator = random.Random(0)
     words = (ROOT / "tests/data/bert-base-uncased-vocab.txt").read_text(encoding="utf-8").split("\n")[2000:9000]
     with open(tmp_path / "pairs.tsv", "w", encoding="utf-8") as handle:
-        for number in range(2 * tokenize_to_features.PAIRS_FOR_A_PROCESS + 100):
+        for number in range(2 * tokenize_to_features.PAIRS_PER_PROCESS + 100):
             handle.write(f"q{number}#d_{number}\t{' '.join(generator.choices(words, k=3))}\t"
                          f"{' '.join(generator.choices(words, k=generator.randint(1, 30)))}\n")
     (tmp_path / "model").mkdir()
@@ -143,4 +142,4 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path):
         assert done.returncode == 0, done.stderr
         written.append(output.read_bytes())
     assert written[0] == written[1]
-    assert sum(len(chunk) for chunk in read_chunks(output)) == 2 * tokenize_to_features.PAIRS_FOR_A_PROCESS + 100
+    assert sum(len(chunk) for chunk in read_chunks(output)) == 2 * tokenize_to_features.PAIRS_PER_PROCESS + 100

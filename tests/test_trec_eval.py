@@ -1,4 +1,4 @@
-"""The figures are trec_eval's: query by query on the golden runs, ties included; and the official judgements parse."""
+"""Measures equal trec_eval's for each query of the golden runs, ties included; the official judgements parse."""
 import math
 import random
 from pathlib import Path
@@ -24,7 +24,7 @@ def evaluated(qrels, run, complete=False):
 
 
 def check_against_trec_eval(qrels, run):
-    """Query by query; RR@k has no name in trec_eval: it is recip_rank, or 0 beyond rank k."""
+    """Compare each query. trec_eval has no RR@k: it is recip_rank, or 0 beyond rank k."""
     values, _ = evaluated(qrels, run)
     peer = pytrec_eval.RelevanceEvaluator(qrels, {"map", "ndcg_cut.10", "recip_rank"}).evaluate(run)
     for query_id, figures in peer.items():
@@ -51,7 +51,7 @@ def test_golden_runs(path, digits):
 
 
 def test_all_scores_equal():
-    """Then ids decide, the greater first: b before a, as strings, so that 9 stands before 10."""
+    """Documents are ordered by descending id, compared as strings: 9 before 10."""
     qrels = {"q": {"9": 1, "10": 0, "b": 0, "a": 0}}
     run = {"q": {"a": 1.0, "b": 1.0, "9": 1.0, "10": 1.0}}
     check_against_trec_eval(qrels, run)
@@ -60,11 +60,11 @@ def test_all_scores_equal():
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_judgements(name):
-    """Runs made of the judgements: the ideal order, and any order."""
+    """Evaluate the ideal run and random runs, made from the judgements."""
     file, count = OFFICIAL[name]
     path = SHARED / name / file
     if not path.is_file():
-        pytest.skip(f"{path} is not here: the official judgements are not part of this repository")
+        pytest.skip(f"{path} does not exist: the official judgements are not part of this repository")
     problems = Problems()
     qrels = read_qrels(path, problems)
     problems.raise_if_any()

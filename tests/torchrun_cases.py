@@ -1,7 +1,7 @@
-"""Several runs of distill.py in processes that torchrun has started once: torchrun ... torchrun_cases.py cases.json
+"""Run distill.py several times in processes that torchrun starts once: torchrun ... torchrun_cases.py cases.json
 
-A case holds `argv`, and maybe `rewind`: [finished run, new directory, step], which first makes the new directory what the run
-would have left had it been stopped after that step. What a process is told as an error goes to OUTPUT.error-RANK.
+A case holds `argv`, and optionally `rewind`: [finished run, new directory, step]. It first makes the new directory look
+as if the run had been stopped after that step. A process writes its error message to OUTPUT.error-RANK.
 """
 import json
 import shutil
@@ -34,7 +34,7 @@ def main() -> None:
             sys.argv[1:] = case["argv"]
             args = distill.parse_args()
             try:
-                distill.distill(args, torch.device("cpu"), processes)
+                distill.distill(args, processes)
             except UserError as error:
                 Path(f"{args.output_student_dir}.error-{processes.rank}").write_text(str(error))
             processes.barrier()

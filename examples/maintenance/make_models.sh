@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Make the two models of the embedded example again: bash examples/maintenance/make_models.sh [DIRECTORY]
 #
-# Half an hour to an hour on two CPU cores. DIRECTORY (default: example_models) receives the intermediate files and, at
-# the end, teacher/ and general_student/; compare them with the ones in this directory before replacing those. No query of
-# the dev or test split is read on the way.
+# Takes half an hour to an hour on two CPU cores. Intermediate files, teacher/ and general_student/ are written to
+# DIRECTORY (default: example_models). Compare these models with the ones in examples/ before replacing those. Queries of
+# the dev and test splits are never read.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../python_env.sh"
 use_python requirements.txt
@@ -12,19 +12,19 @@ DIRECTORY="${1:-example_models}"
 ALL=1000000
 mkdir -p "$DIRECTORY"
 
-# build NAME NEGATIVES: a collection in DIRECTORY/NAME, with examples from all training and pseudo queries
+# build NAME NEGATIVES: make a collection in DIRECTORY/NAME, with examples from all training and pseudo queries
 build() {
     "$PYTHON" -m examples.build_collection --output_dir "$DIRECTORY/$1" --train_queries $ALL \
         --pseudo_queries $ALL --hard_negatives "$2"
 }
 
-# tokenize NAME: its training pairs, in DIRECTORY/NAME.pkl
+# tokenize NAME: tokenize the training pairs of that collection to DIRECTORY/NAME.pkl
 tokenize() {
     "$PYTHON" "$ROOT/tokenize_to_features.py" --set_name train --raw_data_file "$DIRECTORY/$1/train.examples.tsv" \
         --output_features_file "$DIRECTORY/$1.pkl" --bert_model_dir "$DIRECTORY/teacher_start" --max_seq_length 128
 }
 
-# finetune START FEATURES OUTPUT [more arguments of distill.py]
+# finetune START FEATURES OUTPUT [more arguments for distill.py]
 finetune() {
     "$PYTHON" "$ROOT/distill.py" --distill_model finetune --general_student_model "$1" --features_file "$2" \
         --output_student_dir "$3" --cache_file_dir "$DIRECTORY/cache" --padding masked --train_batch_size 64 \

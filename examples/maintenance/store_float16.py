@@ -1,9 +1,9 @@
-"""Copy a model directory with the weights in half the bytes, for the models that this repository carries.
+"""Copy a model directory with float16 weights, which take half the space. For the models in this repository.
 
     python -m examples.maintenance.store_float16 --model_dir teacher_float32 --output_dir examples/teacher
 
 In: config.json, model.safetensors, vocab.txt and tokenizer_config.json. Out: the same files, weights as float16.
-config.json keeps saying "dtype": "float32", so loaders convert the weights back and compute as before.
+config.json still says "dtype": "float32", so that loaders convert the weights back and compute in float32.
 """
 
 import argparse
@@ -21,7 +21,7 @@ TEXTS = ("vocab.txt", "tokenizer_config.json")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_dir", type=Path, required=True, help="directory of the model")
-    parser.add_argument("--output_dir", type=Path, required=True, help="directory for the copy; made if it is missing")
+    parser.add_argument("--output_dir", type=Path, required=True, help="directory for the copy; created if missing")
     return parser.parse_args()
 
 

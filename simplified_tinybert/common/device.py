@@ -1,4 +1,4 @@
-"""On which device a script computes, and how it fetches what it works on."""
+"""Choice of the device, memory settings, and prefetching."""
 import ctypes
 import os
 import sys
@@ -11,14 +11,14 @@ import torch
 from simplified_tinybert.common.files import UserError, process_count, process_number, warn
 
 Item = TypeVar("Item")
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                   # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                   # from glibc's malloc.h
 
 
 def select_device(name: str, no_cuda: bool = False) -> torch.device:
-    """Device of --device: auto, cpu, cuda, cuda:1, or a CUDA index as the original took it. Raises UserError.
+    """Device for --device: auto, cpu, cuda, cuda:1, or a CUDA index, as in the original. Raises UserError.
 
-    As in the original a bare index on a machine without CUDA means the CPU; `cuda` asked for by name is an error there.
-    Of several processes on a machine each takes the CUDA device of its own number.
+    On a machine without CUDA, an index means the CPU, as in the original; `cuda` is an error. With several processes
+    per machine, each takes the CUDA device with its local rank.
     """
     available = 0 if no_cuda or not torch.cuda.is_available() else torch.cuda.device_count()
     if name == "cpu" or no_cuda or (name == "auto" and not available):
@@ -27,30 +27,30 @@ def select_device(name: str, no_cuda: bool = False) -> torch.device:
     if not index.isdecimal():
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:1, or the index of one CUDA device")
     if process_count() > 1:
-        _check_devices(name, available)
+        _check_one_device_per_process(name, available)
     if not available and name == index:
-        warn(f"--device {name}: no CUDA device here, computing on the CPU")
+        warn(f"--device {name}: no CUDA device found, computing on the CPU")
         return torch.device("cpu")
     if int(index) >= available:
-        raise UserError(f"--device {name}: {available} CUDA devices can be used here; --device cpu works everywhere")
+        raise UserError(f"--device {name}: {available} CUDA devices are available; use --device cpu")
     return torch.device("cuda", int(index))
 
 
-def _check_devices(name: str, available: int) -> None:
-    """Raise UserError, in all processes of a machine alike, if they cannot have a CUDA device each."""
+def _check_one_device_per_process(name: str, available: int) -> None:
+    """Raise UserError, in every process of the machine, if there are not enough CUDA devices."""
     if name not in ("auto", "cuda"):
-        raise UserError(f"--device {name}: names one device for {process_count()} processes; leave the flag out, and "
-                        f"each takes one of its own (of those that CUDA_VISIBLE_DEVICES admits)")
+        raise UserError(f"--device {name}: one device for {process_count()} processes; leave the flag out, and each "
+                        f"process takes its own device (CUDA_VISIBLE_DEVICES restricts the choice)")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     if processes > available:
-        raise UserError(f"--device {name}: {available} CUDA devices can be used here, for {processes} processes; start "
-                        f"as many as there are devices (--nproc_per_node), or compute with --device cpu")
+        raise UserError(f"--device {name}: {available} CUDA devices are available for {processes} processes; start one "
+                        f"process per device (--nproc_per_node), or use --device cpu")
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Keep the C library from returning large tensors' memory to the system, which hands it out again page by page.
+    """Make the C library keep the memory of freed tensors: the system would hand it out again page by page.
 
-    Worth 5 to 40 % of the time of large batches on a CPU. Only glibc has the setting; elsewhere nothing happens.
+    Saves 5 to 40 % of the time of large batches on the CPU. Only glibc has this setting; elsewhere nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if device.type == "cpu" and mallopt:
@@ -59,10 +59,10 @@ def keep_freed_memory(device: torch.device) -> None:
 
 
 def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items; a thread fetches the next one while the caller works on the present one."""
+    """Yield the same items; a thread fetches the next one while the caller processes the current one."""
     with ThreadPoolExecutor(1) as pool:
         end = object()
-        coming = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
+        next_item = pool.submit(next, items, end)
+        while (item := next_item.result()) is not end:
+            next_item = pool.submit(next, items, end)
             yield item

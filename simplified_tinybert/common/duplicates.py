@@ -1,4 +1,4 @@
-"""Keys that occur more than once, among millions, in little memory."""
+"""Find duplicates among millions of keys in little memory."""
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from simplified_tinybert.common.files import Problems, shorten
 
 
 class DuplicateFinder:
-    """Finds repeated keys among millions with 8 bytes each: hashes first, the keys themselves only on suspicion."""
+    """Stores 8 bytes for each key: a first pass compares hashes, a second pass only keys whose hash is repeated."""
 
     def __init__(self):
         self._hashes = array("q")
@@ -17,22 +17,18 @@ class DuplicateFinder:
     def add(self, key: object) -> None:
         self._hashes.append(hash(key))
 
-    def suspects(self) -> set[int]:
-        """Hashes that occur more than once: no key is a duplicate if this is empty."""
+    def repeated_hashes(self) -> set[int]:
         hashes = np.sort(np.frombuffer(self._hashes, dtype=np.int64))
         return set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
 
-    def report(self, keys: Iterator[tuple[int, object]], path: Path, what: str, problems: Problems) -> None:
-        """Go through (line number, key) once more and add a problem for each key that was seen before."""
-        suspects, first_seen = self.suspects(), {}
-        if not suspects:
+    def report(self, keys: Iterator[tuple[int, object]], path: Path, name: str, problems: Problems) -> None:
+        """Add a problem for each duplicate among `keys`: the same keys as before, as (line number, key)."""
+        repeated, first_lines = self.repeated_hashes(), {}
+        if not repeated:
             return
         for number, key in keys:
-            if hash(key) not in suspects:
-                continue
-            if key in first_seen:
+            if key in first_lines:
                 shown = shorten(key if isinstance(key, str) else " ".join(key))
-                problems.add(f"{path}:{number}: {what} {shown} stands already in line {first_seen[key]}; "
-                             f"each may occur once")
-            else:
-                first_seen[key] = number
+                problems.add(f"{path}:{number}: {name} {shown} is a duplicate of line {first_lines[key]}; remove one")
+            elif hash(key) in repeated:
+                first_lines[key] = number

@@ -1,13 +1,16 @@
-"""Whole files out, and one way to tell a user what is wrong. (Text files in: common/text.py.)
+"""Atomic output files, and one way to report input errors. (common/text.py reads text files.)
 
-Every reader collects its complaints in a `Problems` list and raises them together; every writer goes through
-`atomic_writer`; every script ends in `run_main`, which turns a `UserError` into a message and exit code 2.
+Readers collect errors in `Problems` and raise them together. Writers use `atomic_writer` or `new_directory`. Scripts
+end in `run_main`, which turns a `UserError` into a message and exit code 2.
 """
+import argparse
 import fcntl
 import io
 import os
+import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -15,15 +18,15 @@ from typing import IO
 
 from simplified_tinybert.common.signals import Terminated, raise_on_sigterm
 
-PATIENCE = 5            # seconds
+SECONDS_PER_RANK = 5
 
 
 class UserError(Exception):
-    """A mistake the user can mend: the message says what was found, what was expected and the way out."""
+    """An error that the user can fix. The message says what was found, what was expected and what to do."""
 
 
 class Problems:
-    """Complaints about the input, kept up to `limit` and raised all at once, so that one run shows them all."""
+    """Input errors, collected so that one run reports all of them. The first `limit` are kept, the others counted."""
 
     def __init__(self, limit: int = 20):
         self.limit, self.count, self.messages = limit, 0, []
@@ -33,6 +36,14 @@ class Problems:
         if self.count <= self.limit:
             self.messages.append(message)
 
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Add a UserError of the body to the problems instead of raising it."""
+        try:
+            yield
+        except UserError as error:
+            self.add(str(error))
+
     def raise_if_any(self) -> None:
         if self.count > self.limit:
             self.messages.append(f"... and {self.count - self.limit} more problems")
@@ -40,98 +51,99 @@ class Problems:
             raise UserError("\n".join(self.messages))
 
 
-def run_main(main: Callable[[], None], several: bool = False) -> None:
-    """Run a script's main; a user's mistake or a failing disk ends in one message on stderr and exit code 2.
+def check_ranges(args: argparse.Namespace, problems: Problems, rules: list[tuple[str, bool, str]]) -> None:
+    """Add a problem for each flag that is out of range. rules: (flag, condition that must hold, expected value)."""
+    for name, holds, expected in rules:
+        if not holds:
+            problems.add(f"--{name} {getattr(args, name)}: expected {expected}")
 
-    With `several` the script may run in several processes that torchrun started. Of these the first speaks for all.
-    Another one keeps what it has to say until it fails, and says it then if it is the first of its machine. The rest
-    wait one after the other: who met the same mistake before has told it, and torchrun ends them. Who is not ended by
-    then was alone with it, and speaks.
+
+def run_main(main: Callable[[], None], distributed: bool = False) -> None:
+    """Run a script's main. A UserError or OSError prints one message on stderr and exits with code 2.
+
+    With `distributed`, torchrun may have started several processes. Rank 0 prints directly. Every other rank buffers
+    its output and prints it only if it fails, after a delay that grows with its local rank: if another rank has printed
+    the same error, torchrun kills this one first. A rank that torchrun has not killed by then prints its own error.
     """
     raise_on_sigterm()
-    show_what_can_be_shown()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):        # \xNN for characters that an ASCII or Latin-1 terminal lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
-        rank = process_number("RANK") if several else 0
+        rank = process_number("RANK") if distributed else 0
     except UserError as error:
-        sys.exit(_tell(str(error)))
+        sys.exit(_print_error(str(error)))
     if rank == 0:
         code = _exit_code(main)
     else:
-        with redirect_stderr(io.StringIO()) as told, redirect_stdout(told):
+        with redirect_stderr(io.StringIO()) as output, redirect_stdout(output):
             code = _exit_code(main)
         if code == 2:
-            with suppress(Terminated):                  # by torchrun, for the first has spoken
-                time.sleep(PATIENCE * process_number("LOCAL_RANK"))
-                sys.stderr.write(told.getvalue())
+            with suppress(Terminated):
+                time.sleep(SECONDS_PER_RANK * process_number("LOCAL_RANK"))
+                sys.stderr.write(output.getvalue())
     if code:
         sys.exit(code)
-
-
-def show_what_can_be_shown() -> None:
-    """Write \\xNN for a character that stdout's encoding lacks (ASCII, Latin-1), as stderr always does."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _exit_code(main: Callable[[], None]) -> int:
     try:
         main()
     except UserError as error:
-        return _tell(str(error))
+        return _print_error(str(error))
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _tell(f"{where}{error.strerror or error}")
+        name = f"{error.filename}: " if error.filename else ""
+        return _print_error(f"{name}{error.strerror or error}")
     except KeyboardInterrupt:
         say("interrupted")
         return 130
     except Terminated:
         say("terminated")
         return 143
-    except SystemExit as ended:                         # of argparse, after its message
-        return ended.code
+    except SystemExit as exit_:                         # argparse has printed its message
+        return exit_.code
     return 0
 
 
 def process_count() -> int:
-    """Processes of this job: more than 1 only if torchrun, or whatever sets its variables, started several."""
-    return _whole_number("WORLD_SIZE", 1)
+    """Number of processes in this job, from torchrun's environment variables; 1 without them."""
+    return _environment_number("WORLD_SIZE", 1)
 
 
 def process_number(variable: str) -> int:
-    """Number of this process among those of its job (RANK) or of its machine (LOCAL_RANK), from 0."""
-    return _whole_number(variable, 0) if process_count() > 1 else 0
+    """Rank of this process in its job (RANK) or on its machine (LOCAL_RANK), from 0."""
+    return _environment_number(variable, 0) if process_count() > 1 else 0
 
 
-def _whole_number(variable: str, otherwise: int) -> int:
-    value = os.environ.get(variable) or str(otherwise)
+def _environment_number(variable: str, default: int) -> int:
+    value = os.environ.get(variable) or str(default)
     if not value.isdecimal():
         raise UserError(f"{variable}={value} in the environment: expected a number, as torchrun sets it; unset it to "
                         f"run one process")
     return int(value)
 
 
-def _tell(message: str) -> int:
+def _print_error(message: str) -> int:
     for line in message.splitlines():
         say(f"error: {line}")
     return 2
 
 
 def shorten(text: str, width: int = 60) -> str:
-    """A value as it can stand in an error message: quoted, control characters escaped, cut."""
+    """Return a value for an error message: quoted, control characters escaped, at most `width` characters."""
     quoted = repr(text)
     return quoted if len(quoted) <= width else quoted[:width - 4] + "...'"
 
 
 def reason(error: BaseException, width: int = 300) -> str:
-    """What an error of a library says, in one line: the first, and those that it announces by a colon at its end."""
+    """Return the first line of a library's error message, with the next if it ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     end = next((number for number, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
     return " ".join(lines[:end])[:width] or type(error).__name__
 
 
 def say(message: str) -> None:
-    """Tell the user something: on stderr, for stdout belongs to results."""
+    """Print a message on stderr; stdout is for results."""
     print(message, file=sys.stderr)
 
 
@@ -140,14 +152,13 @@ def warn(message: str) -> None:
 
 
 def check_input_file(path: Path, problems: Problems, what: str, read_twice: bool = False) -> bool:
-    """True if `path` is a file that can be opened; otherwise the reason is added to `problems`.
+    """Return whether `path` can be opened; if not, the reason is added to `problems`.
 
-    A pipe is not opened: that waits for whoever writes to it, and closing it again may end that one.
+    A pipe is not opened: opening would block until a writer appears, and closing could kill that writer.
     """
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         if read_twice:
-            problems.add(f"{path}: is not a plain file, but the {what} have to be read twice; write them to a file "
-                         f"first")
+            problems.add(f"{path}: is not a regular file, but the {what} must be read twice; save them to a file")
         return not read_twice
     try:
         with open(path, "rb"):
@@ -159,22 +170,22 @@ def check_input_file(path: Path, problems: Problems, what: str, read_twice: bool
 
 
 def check_output_file(path: Path, problems: Problems, inputs: Collection[Path] = ()) -> None:
-    """Complain about an output that could not be written, or is an input, before any work is spent on it."""
+    """Report an output path that cannot be written or is also an input."""
     directory = path.parent
     if path.is_dir():
         problems.add(f"{path}: is a directory; name a file to write")
     elif path.exists() and not path.is_file():
-        problems.add(f"{path}: is a device or a pipe, which would be replaced; name a file to write")
+        problems.add(f"{path}: is a device or a pipe; name a file to write")
     elif not directory.is_dir():
-        problems.add(f"{path}: its directory does not exist; make it first: mkdir -p {directory}")
+        problems.add(f"{path}: its directory does not exist; create it first: mkdir -p {directory}")
     elif not os.access(directory, os.W_OK):
         problems.add(f"{path}: its directory is not writable")
     elif path.resolve() in [other.resolve() for other in inputs]:
-        problems.add(f"{path}: is an input as well; name another output")
+        problems.add(f"{path}: is also an input; name another output")
 
 
 def check_output_files(paths: Collection[Path], problems: Problems, inputs: Collection[Path] = ()) -> None:
-    """The same for several files of a directory, up to the first complaint: most are about the directory."""
+    """Check output files of one directory, up to the first error: most errors concern the directory."""
     before = problems.count
     for path in paths:
         if problems.count == before:
@@ -183,40 +194,59 @@ def check_output_files(paths: Collection[Path], problems: Problems, inputs: Coll
 
 @contextmanager
 def atomic_writer(path: Path | str, mode: str = "w") -> Iterator[IO]:
-    """Open a file that appears under its name only when it is complete: write aside, sync, rename.
+    """Open a temporary file for writing; sync it and rename it to `path` when the body has succeeded.
 
-    If the body raises, the unfinished file is removed and whatever stood at `path` stays as it was. A link is followed.
-    Text is written in UTF-8; what that cannot hold, such as the name of a file that is not UTF-8, as \\xNN.
+    If the body raises, the temporary file is removed and `path` stays unchanged. Symbolic links are followed. Text is
+    written in UTF-8; surrogates, as in file names that are not UTF-8, are written as \\xNN.
     """
     path = Path(os.path.realpath(path))
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace", "newline": "\n"}
     try:
-        with name_in_errors(path), open(aside, mode, **text) as handle:
+        with name_in_errors(path), open(temporary, mode, **text) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
 
 
 @contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """Create a temporary directory; rename it to `directory` when the body has succeeded, else remove it.
+
+    If another job creates `directory` in the meantime, that one is kept.
+    """
+    temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")      # process ids repeat across machines
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.rename(temporary, directory)
+        sync_directory(directory.parent)
+    except OSError:
+        if not directory.is_dir():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def name_in_errors(path: Path) -> Iterator[None]:
-    """Give an OSError of the body the name of the file that is written there: a full disk does not say where."""
+    """Add a file name to an OSError that has none: the error of a full disk does not name the file."""
     try:
         yield
     except OSError as error:
         if not error.filename:
-            error.strerror = error.strerror or f"{error}; is the disk full?"      # NumPy's has words but no number
+            error.strerror = error.strerror or f"{error}; is the disk full?"      # NumPy sets no strerror
             error.filename = str(path)
         raise
 
 
 def sync_directory(directory: Path) -> None:
-    """Make a rename inside `directory` survive a power cut."""
+    """Flush a directory to disk, so that a rename in it survives a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -226,14 +256,14 @@ def sync_directory(directory: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other processes of this tool from writing at `path` (a file or a directory). Raises UserError if one does."""
+    """Lock a file or directory against other processes of this tool. Raises UserError if it is locked already."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"{path}: another process is writing here; wait for it, or name another output") from error
-        except OSError:                                 # a file system without locks
+        except OSError:                                 # the file system has no locks
             pass
         yield
     finally:

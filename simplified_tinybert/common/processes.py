@@ -1,7 +1,7 @@
-"""Several processes of one job, started by torchrun: what each of them does, and what they tell one another.
+"""Several processes of one job, started by torchrun: who computes what, and how results are exchanged.
 
-torchrun names a process by environment variables (RANK, LOCAL_RANK, WORLD_SIZE). A process that was started without it
-is the only one: it forms no group and talks to nobody, and scripts need no second path for it.
+torchrun numbers the processes in environment variables (RANK, LOCAL_RANK, WORLD_SIZE). A process started without it is
+the only one: nothing is exchanged, and scripts need no separate code path.
 """
 import os
 from collections.abc import Callable, Iterator
@@ -15,37 +15,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simplified_tinybert.common.files import UserError, process_count, process_number
+from simplified_tinybert.common.files import UserError, process_count, process_number, reason
 
-VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a process computes of a batch: which part of its examples, of their tokens, of their pairs of tokens."""
-    examples: float = 1.0
-    tokens: float = 1.0
-    pairs: float = 1.0
-
-    def of(self, unit: str) -> float:
-        """The share of the batch's examples, tokens or pairs."""
-        return getattr(self, unit)
-
-
-WHOLE = Share()
+# The part of a batch that a process computes: fraction of its examples, of their tokens, of their pairs of tokens
+Share = dict[str, float]
+FULL_BATCH: Share = {"examples": 1.0, "tokens": 1.0, "pairs": 1.0}
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of its job. One process alone gets back at once what it gives."""
+    """This process and its job. With one process, every exchange returns its input at once."""
     rank: int = 0
     local_rank: int = 0
     count: int = 1
-    device: torch.device = torch.device("cpu")          # where tensors must be to be exchanged
+    device: torch.device = torch.device("cpu")          # of this process
 
     @property
     def first(self) -> bool:
-        """True in the one process that writes files and speaks."""
+        """True in the one process that writes files and messages."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -53,7 +40,7 @@ class Processes:
             dist.barrier()
 
     def gather(self, value: object) -> list:
-        """What each process gave, by rank."""
+        """Return the values of all processes, in order of rank."""
         if self.count == 1:
             return [value]
         values = [None] * self.count
@@ -61,7 +48,7 @@ class Processes:
         return values
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Sum of the tensors that the processes gave, on the device of this one's."""
+        """Sum a tensor over the processes. The result is on the tensor's own device."""
         if self.count == 1:
             return tensor
         total = tensor.to(self.device, copy=True)
@@ -69,55 +56,52 @@ class Processes:
         return total.to(tensor.device)
 
     def merge(self, values: np.ndarray) -> np.ndarray:
-        """Of float32 arrays whose places are zero in all processes but one: what that one has there, to the last bit.
+        """Combine float32 arrays in which each element is nonzero in one process at most, bit for bit.
 
-        They are summed as integers, for which -0.0 and numbers that are none are like any other.
+        They are added as integers, which preserves -0.0 and every NaN.
         """
         return self.total(torch.from_numpy(values.view(np.int32))).numpy().view(np.float32)
 
     @contextmanager
     def first_on_machine(self) -> Iterator[None]:
-        """The first process of a machine goes through the body before the others; all have come this far by then."""
+        """Run the body in the first process of each machine, then in the others."""
         if self.local_rank > 0:
             self.barrier()
         yield
         if self.local_rank == 0:
             self.barrier()
 
-    def check_agreement(self, facts: dict) -> None:
-        """Raise UserError if not all processes came to the same facts, because their machines hold other files."""
-        for rank, others in enumerate(self.gather(facts)):
-            differing = [f"{name} is {facts[name]} here, {others[name]} in process {rank}"
-                         for name in facts if facts[name] != others[name]]
+    def check_agreement(self, settings: dict) -> None:
+        """Raise UserError if the processes have different settings because their machines hold different files."""
+        for rank, others in enumerate(self.gather(settings)):
+            differing = [f"{name} is {settings[name]} here, {others[name]} in process {rank}"
+                         for name in settings if settings[name] != others[name]]
             if differing:
                 raise UserError(f"the processes found different files ({'; '.join(differing)}); use storage that all "
-                                f"machines share, or copy the files to each of them")
+                                f"machines share, or copy the files to each machine")
 
     def share(self, indices: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, Share]:
-        """The examples of a batch that this process computes, and how much of the batch they are.
+        """Return the examples of a batch that this process computes, and their share of the batch.
 
-        Every n-th example: parts are alike also where a batch is sorted by length. Where there are fewer examples than
-        processes, some have none; they take part with one that counts nothing.
+        Takes every n-th example, so that shares are similar even if the batch is sorted by length. With fewer examples
+        than processes, some processes compute one example with weight zero.
         """
-        mine = indices[self.rank::self.count]
-        if not len(mine):
-            return indices[:1], Share(0.0, 0.0, 0.0)
-        part, whole = (lengths[chosen].astype(np.float64) for chosen in (mine, indices))
-        return mine, Share(len(part) / len(whole), float(part.sum() / whole.sum()),
-                           float((part ** 2).sum() / (whole ** 2).sum()))
+        own = indices[self.rank::self.count]
+        if not len(own):
+            return indices[:1], dict.fromkeys(FULL_BATCH, 0.0)
+        part, batch = (lengths[chosen].astype(np.float64) for chosen in (own, indices))
+        return own, {"examples": len(part) / len(batch), "tokens": float(part.sum() / batch.sum()),
+                     "pairs": float((part ** 2).sum() / (batch ** 2).sum())}
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Processes]:
-    """The processes that torchrun started, connected; without torchrun this one alone.
-
-    Raises UserError if another process cannot be reached or breaks off; why, that one has told.
-    """
+    """Connect the processes that torchrun started. Raises UserError if another process fails."""
     count = process_count()
     if count == 1:
-        yield Processes()
+        yield Processes(device=device)
         return
-    missing = [name for name in VARIABLES if name not in os.environ]
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"WORLD_SIZE is {count}, but {', '.join(missing)} not set; start several processes with "
                         f"torchrun, or unset WORLD_SIZE for one")
@@ -125,7 +109,7 @@ def process_group(device: torch.device) -> Iterator[Processes]:
     if cuda:
         torch.cuda.set_device(device)
     try:
-        # Hours, for the others wait while the first process of a machine tokenizes a corpus; torchrun notices the dead
+        # Hours: the others wait while the first process of a machine tokenizes a corpus. torchrun detects dead ones.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6),
                                 device_id=device if cuda else None)
         processes = Processes(process_number("RANK"), process_number("LOCAL_RANK"), count, device)
@@ -135,43 +119,42 @@ def process_group(device: torch.device) -> Iterator[Processes]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise UserError(f"the connection to another process is lost; it should have told why "
-                        f"({str(error).partition(chr(10))[0]})") from error
+        raise UserError(f"lost the connection to another process; its own message should say why "
+                        f"({reason(error)})") from error
 
 
-class _Passes(nn.Module):
-    """A student's parameters and what it minimizes: what DistributedDataParallel has to see, buffers left out."""
+class _ObjectiveModule(nn.Module):
+    """The student's parameters and its objective, as DistributedDataParallel needs them (without buffers)."""
 
     def __init__(self, student: nn.Module, objective: Callable[..., dict[str, Tensor]]):
         super().__init__()
         self.weights, self.objective = nn.ParameterList(student.parameters()), objective
 
-    def forward(self, *inputs: object, **more: object) -> dict[str, Tensor]:
-        if not inputs:                                  # a pass over all parameters, last ones first on the way back
+    def forward(self, *inputs: object) -> dict[str, Tensor]:
+        if not inputs:                                  # use every parameter: gradients are computed last to first
             return {"loss": 0.0 * sum(weight.sum() for weight in self.weights if weight.requires_grad)}
-        return self.objective(*inputs, **more)
+        return self.objective(*inputs)
 
 
 def data_parallel(student: nn.Module, objective: Callable[..., dict[str, Tensor]],
-                  processes: Processes, all_learn: bool = True) -> Callable[..., dict[str, Tensor]]:
-    """`objective`, after whose backward pass the student's gradients are means over all processes.
+                  processes: Processes, all_used: bool = True) -> Callable[..., dict[str, Tensor]]:
+    """Wrap `objective` so that its backward pass averages the student's gradients over the processes.
 
-    The student takes over the weights of the first process. Unless `all_learn`, the objective leaves some of its
-    parameters, the head for one, without a gradient.
+    The student takes the weights of the first process. all_used: the objective uses every trainable parameter.
     """
     if processes.count == 1:
         return objective
-    passes = DistributedDataParallel(_Passes(student, objective), gradient_as_bucket_view=True,
-                                     find_unused_parameters=not all_learn)
-    if all_learn:
-        # After its first backward pass DistributedDataParallel regroups the gradients, whose sums over three or more
-        # processes are then rounded otherwise. That pass must not be a step, or resumed runs would end in other bits.
-        # Where it looks for unused parameters it never regroups, and warns if the first pass has none.
-        passes()["loss"].backward()
+    module = DistributedDataParallel(_ObjectiveModule(student, objective), gradient_as_bucket_view=True,
+                                     find_unused_parameters=not all_used)
+    if all_used:
+        # DistributedDataParallel regroups the gradients after the first backward pass, which changes the rounding of
+        # sums over three or more processes. The first pass must not be a training step, or a resumed run would differ
+        # in the last bits. With find_unused_parameters it never regroups.
+        module()["loss"].backward()
         student.zero_grad(set_to_none=True)
-    return passes
+    return module
 
 
 def exchanging(objective: Callable[..., dict[str, Tensor]], now: bool) -> AbstractContextManager:
-    """Context of a forward and backward pass of `data_parallel`: gradients are exchanged after the last one only."""
+    """Context for the passes over one batch of a `data_parallel` objective: exchange gradients only if `now`."""
     return objective.no_sync() if isinstance(objective, DistributedDataParallel) and not now else nullcontext()

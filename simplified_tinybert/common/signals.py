@@ -1,14 +1,14 @@
-"""How a script ends when it is asked to: by Ctrl-C (SIGINT), or by the system or a batch queue (SIGTERM)."""
+"""Handling of SIGINT (Ctrl-C) and SIGTERM (sent by the system, batch queues and torchrun)."""
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(BaseException):
-    """What SIGTERM raises, as SIGINT raises KeyboardInterrupt: so that half-written files are tidied away."""
+    """Raised by SIGTERM, as KeyboardInterrupt is by SIGINT, so that unfinished files are cleaned up."""
 
 
 def raise_on_sigterm() -> None:
@@ -16,46 +16,46 @@ def raise_on_sigterm() -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun and batch queues repeat it: that must not end tidying
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)       # torchrun and batch queues repeat it, even during the clean-up
     raise Terminated
 
 
 class StopRequests:
-    """Context in which SIGINT and SIGTERM are noted in `signal` instead of ending the work in the middle of a step.
+    """Context that records SIGINT or SIGTERM in `signal`, so that the current training step can be completed.
 
-    One that comes a second time ends it at once, unless `patient`: torchrun passes on what its processes got already.
+    A second signal stops at once, unless `ignore_repeats`: torchrun forwards signals that its processes also receive.
     """
 
-    def __init__(self, patient: bool):
-        self.signal, self.patient, self.former = 0, patient, {}
+    def __init__(self, ignore_repeats: bool):
+        self.signal, self.ignore_repeats, self.previous_handlers = 0, ignore_repeats, {}
 
     def __enter__(self) -> "StopRequests":
-        self.former = {number: signal.signal(number, self._note) for number in ENDING}
+        self.previous_handlers = {number: signal.signal(number, self._record) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.former.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and not self.patient:
-            end_by(number)
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self.signal and not self.ignore_repeats:
+            raise_for(number)
         self.signal = self.signal or number
 
 
-def end_by(number: int) -> None:
-    """Raise what a signal raises where it is not noted."""
+def raise_for(number: int) -> None:
+    """Raise the exception of a signal that was recorded."""
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 
 @contextmanager
-def deaf_to_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM take effect when the body is through; processes that it starts never hear them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)           # of this thread: others still note them
+def signals_delayed() -> Iterator[None]:
+    """Delay SIGINT and SIGTERM until the body has finished. Processes started in it never receive them."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)       # for this thread; others still receive them
     try:
-        with StopRequests(patient=True) as requests:
+        with StopRequests(ignore_repeats=True) as requests:
             yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if requests.signal:
-        end_by(requests.signal)
+        raise_for(requests.signal)

@@ -1,4 +1,4 @@
-"""One function over a stream by several processes: results in order, memory bounded by one part for each process."""
+"""Apply a function to a stream in several processes: results in order, at most one item in memory per process."""
 import multiprocessing
 import os
 import signal
@@ -9,59 +9,59 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
 from simplified_tinybert.common.files import UserError
-from simplified_tinybert.common.signals import ENDING, deaf_to_signals
+from simplified_tinybert.common.signals import STOP_SIGNALS, signals_delayed
 
-MOST_WORKERS = 8
+MAX_WORKERS = 8
 
 
 def default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS)
+    return min(cores, MAX_WORKERS)
 
 
-def map_in_order(make: Callable[[], Callable], parts: Iterable, workers: int) -> Iterator:
-    """Yield make()(part) of each part in order; each of `workers` processes calls `make` once.
+def map_in_order(make_function: Callable[[], Callable], items: Iterable, workers: int) -> Iterator:
+    """Yield make_function()(item) for each item, in order. Each worker process calls `make_function` once.
 
-    One worker means this process itself. `make`, parts and results must be picklable. Raises UserError if a process
-    is lost.
+    With one worker, everything runs in this process. `make_function`, items and results must be picklable. Raises
+    UserError if a worker dies.
     """
     if workers == 1:
-        yield from map(make(), parts)
+        yield from map(make_function(), items)
         return
-    # Spawned, not forked: a copy of a process with threads, as numpy and tqdm have them, may lock up.
+    # Spawn, not fork: NumPy and tqdm start threads, and a forked copy of a process with threads can deadlock.
     context, connections, processes = multiprocessing.get_context("spawn"), [], []
-    resource_tracker.ensure_running()       # else the first process starts it, after which Python lets signals in again
+    resource_tracker.ensure_running()       # otherwise the first start() does this, and unblocks signals
     try:
-        with deaf_to_signals():             # a process whose parent ends while it starts would end in a traceback
+        with signals_delayed():             # a worker whose parent dies during start-up would print a traceback
             for _ in range(workers):
-                connection, other_end = context.Pipe()
-                process = context.Process(target=_serve, args=(other_end,), daemon=True)
+                connection, worker_end = context.Pipe()
+                process = context.Process(target=_serve, args=(worker_end,), daemon=True)
                 process.start()
-                other_end.close()
+                worker_end.close()
                 connections.append(connection)
                 processes.append(process)
         for connection in connections:
-            connection.send(make)
+            connection.send(make_function)
         busy = deque()
-        for part, connection in zip(parts, cycle(connections)):
-            if len(busy) == workers:        # the first to be busy is the next in turn: no process holds two parts
+        for item, connection in zip(items, cycle(connections)):
+            if len(busy) == workers:        # round robin: the worker that has been busy longest gets this item
                 yield _receive(busy.popleft())
-            connection.send(part)
+            connection.send(item)
             busy.append(connection)
         while busy:
             yield _receive(busy.popleft())
     except (EOFError, ConnectionError) as error:
-        raise UserError("a process that tokenizes ended too early, perhaps for want of memory; fewer need less: "
+        raise UserError("a tokenization process died, perhaps because memory ran out; use fewer processes: "
                         "--num_workers 1 of tokenize_to_features.py, or taskset -c 0 before the command") from error
     finally:
-        for connection in connections:      # at the end of its connection a process ends
+        for connection in connections:      # a worker exits when its connection is closed
             connection.close()
         for process in processes:
             process.join()
 
 
 def _serve(connection: Connection) -> None:
-    for number in ENDING:                               # the first process gets them as well, and closes down
+    for number in STOP_SIGNALS:             # the parent receives them too, and stops the workers
         signal.signal(number, signal.SIG_IGN)
     try:
         function = _receive(connection)()
@@ -72,7 +72,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _receive(connection: Connection) -> object:
-    """What comes next. Raises EOFError also where the other process ended in the middle of it."""
+    """Receive the next object. Raises EOFError if the other process died, even in the middle of a message."""
     try:
         return connection.recv()
     except OSError as error:

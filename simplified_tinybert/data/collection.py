@@ -1,4 +1,4 @@
-"""Queries, judgements, candidates and documents, from files or from a dataset of the ir_datasets package."""
+"""Queries, judgements, candidates and documents, from files or from an ir_datasets dataset."""
 import argparse
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +14,7 @@ from simplified_tinybert.data.documents import Document, open_documents
 from simplified_tinybert.ranking.trec import RUN_COLUMNS, RankCheck, parse_score, rank, read_qrels, split_columns
 
 FLAGS = {"docs": "--docs", "queries": "--queries", "qrels": "--qrels", "scoreddocs": "--candidates"}
-SHORT_RUN_COLUMNS = ("query_id", "document_id", "rank")                 # of MS MARCO's submissions
+SHORT_RUN_COLUMNS = ("query_id", "document_id", "rank")                 # MS MARCO's format
 Row = tuple[int, str, str, float]                                       # line, query id, document id, score
 
 
@@ -24,20 +24,20 @@ class Documents(Protocol):
 
 @dataclass
 class Collection:
-    """What examples are made of. `candidates(problems)` goes through the candidates once more, a query at a time.
+    """The inputs of examples. `candidates(problems)` reads the candidates anew, one query at a time.
 
-    With `check_ranks=True` a warning follows if their rank column tells of another order than their scores.
+    `check_ranks=True` warns if the rank column contradicts the scores.
     """
     queries: dict[str, str]                                             # query id → text without tabs and line ends
     grades: dict[str, dict[str, int]]                                   # query id → document id → grade
-    candidates: Callable[..., Iterator[tuple[str, list[str]]]]          # (query id, document ids, best first)
+    candidates: Callable[..., Iterator[tuple[str, list[str]]]]          # (query id, document ids by rank)
     documents: Documents
 
 
 def open_collection(args: argparse.Namespace, dataset: Documents | None, problems: Problems) -> Collection:
-    """Everything that --dataset and the file flags name; a file takes the place of the dataset's part.
+    """Open the inputs that the flags name; a file replaces the corresponding part of --dataset.
 
-    What is wrong is added to `problems`; candidates are only checked when they are gone through.
+    Input errors are added to `problems`. Candidates are checked only when they are read.
     """
     queries = read_queries(args.queries, problems) if args.queries else dataset.queries(problems)
     grades = {}
@@ -55,7 +55,7 @@ def open_collection(args: argparse.Namespace, dataset: Documents | None, problem
 
 
 def read_queries(path: Path, problems: Problems) -> dict[str, str]:
-    """{query id: text}; texts with single blanks for all white space. Empty texts are kept."""
+    """Return {query id: text}, white space reduced to single spaces. Empty texts are kept."""
     queries, lines, before = {}, {}, problems.count
     for number, line in read_lines(path, problems):
         query_id, tab, text = line.partition("\t")
@@ -63,28 +63,28 @@ def read_queries(path: Path, problems: Problems) -> dict[str, str]:
             problems.add(f"{path}:{number}: found {line.count(chr(9)) + 1} tab-separated columns ({shorten(line)}); "
                          f"expected query_id, query")
         elif query_id in queries:
-            problems.add(f"{path}:{number}: query {shorten(query_id)} stands already in line {lines[query_id]}; each "
-                         f"may occur once")
+            problems.add(f"{path}:{number}: query {shorten(query_id)} is a duplicate of line {lines[query_id]}; "
+                         f"remove one")
         else:
-            if complaint := wrong_query_id(query_id):
-                problems.add(f"{path}:{number}: {complaint}")
+            if error := query_id_error(query_id):
+                problems.add(f"{path}:{number}: {error}")
             queries[query_id], lines[query_id] = " ".join(text.split()), number
     if not queries and problems.count == before:
-        problems.add(f"{path}: holds no queries; expected one a line: query_id, query")
+        problems.add(f"{path}: contains no queries; expected one per line: query_id, query")
     return queries
 
 
-def wrong_query_id(query_id: str) -> str | None:
+def query_id_error(query_id: str) -> str | None:
     if query_id.split() == [query_id] and "#" not in query_id:
         return None
-    return (f"found query id {shorten(query_id)}; expected one without white space and without '#', which stands "
-            f"between query and passage in the ids of pairs")
+    return (f"found query id {shorten(query_id)}; expected an id without white space and without '#', which separates "
+            f"query and passage in the ids of pairs")
 
 
 def read_rows(path: Path, problems: Problems, check_ranks: bool = False) -> Iterator[Row]:
-    """The lines of a TREC run, or of one of three columns, whose rank becomes a score.
+    """Yield the lines of a TREC run, or of a file of SHORT_RUN_COLUMNS with the negated rank as score.
 
-    With `check_ranks` a warning follows if the rank column of a TREC run tells of another order than the scores.
+    With `check_ranks`, warn if the rank column of a TREC run contradicts the scores.
     """
     layout, ranks, before = None, RankCheck(str(path)), problems.count
     query_id, scores = None, {}
@@ -92,15 +92,15 @@ def read_rows(path: Path, problems: Problems, check_ranks: bool = False) -> Iter
         columns = split_columns(line)
         layout = layout or (SHORT_RUN_COLUMNS if len(columns) == 3 else RUN_COLUMNS)
         if len(columns) != len(layout):
+            other = f" (or in every line {' '.join(SHORT_RUN_COLUMNS)})" if layout is RUN_COLUMNS else ""
             problems.add(f"{path}:{number}: found {len(columns)} columns ({shorten(line)}); expected {len(layout)}: "
-                         f"{' '.join(layout)}" + (f"; or in all lines three: {' '.join(SHORT_RUN_COLUMNS)}"
-                                                  if layout is RUN_COLUMNS else ""))
+                         f"{' '.join(layout)}{other}")
             continue
-        text = columns[4] if layout is RUN_COLUMNS else columns[2]
+        name = "score" if layout is RUN_COLUMNS else "rank"
+        text = columns[layout.index(name)]
         score = parse_score(text)
         if score is None:
-            problems.add(f"{path}:{number}: {'score' if layout is RUN_COLUMNS else 'rank'} {shorten(text)} is not a "
-                         f"finite number")
+            problems.add(f"{path}:{number}: {name} {shorten(text)} is not a finite number")
             continue
         if layout is RUN_COLUMNS and check_ranks:
             if columns[0] != query_id:
@@ -117,9 +117,9 @@ def read_rows(path: Path, problems: Problems, check_ranks: bool = False) -> Iter
 
 def by_query(rows: Iterable[Row], source: str, depth: int | None, problems: Problems) \
         -> Iterator[tuple[str, list[str]]]:
-    """(query id, ids of its `depth` best documents, best first), a query at a time: lines of one must stand together.
+    """Yield (query id, ids of its `depth` best documents in the order of `trec.rank`).
 
-    Order: `trec.rank`. Memory: the ids of the queries and the documents of one of them.
+    The rows of a query must be contiguous: memory holds the documents of one query, and all query ids.
     """
     first_lines, query_id, scores, before = {}, None, {}, problems.count
     for number, row_query, document_id, score in rows:
@@ -127,37 +127,38 @@ def by_query(rows: Iterable[Row], source: str, depth: int | None, problems: Prob
             if scores:
                 yield query_id, rank(scores)[:depth]
             query_id, scores = row_query, {}
-            if complaint := wrong_query_id(query_id):
-                problems.add(f"{source}:{number}: {complaint}")
+            if error := query_id_error(query_id):
+                problems.add(f"{source}:{number}: {error}")
             if query_id in first_lines:
-                problems.add(f"{source}:{number}: query {shorten(query_id)} comes again, after others, since line "
-                             f"{first_lines[query_id]}; the lines of a query must stand together. {way_out(source)}")
+                problems.add(f"{source}:{number}: query {shorten(query_id)} also starts in line "
+                             f"{first_lines[query_id]}; the lines of a query must be contiguous. {sort_hint(source)}")
             first_lines.setdefault(query_id, number)
         if not math.isfinite(score):
             problems.add(f"{source}:{number}: the score of document {shorten(document_id)} for query "
                          f"{shorten(query_id)} is not a finite number")
         if document_id in scores:
-            problems.add(f"{source}:{number}: document {shorten(document_id)} is ranked a second time for query "
-                         f"{shorten(query_id)}; each may occur once")
+            problems.add(f"{source}:{number}: document {shorten(document_id)} is a duplicate for query "
+                         f"{shorten(query_id)}; remove one")
         elif document_id.split() != [document_id]:
-            problems.add(f"{source}:{number}: found document id {shorten(document_id)}; expected one without white "
+            problems.add(f"{source}:{number}: found document id {shorten(document_id)}; expected an id without white "
                          f"space")
         scores[document_id] = score
     if scores:
         yield query_id, rank(scores)[:depth]
     elif not first_lines and problems.count == before:
-        problems.add(f"{source}: holds no candidates; expected lines of {' '.join(RUN_COLUMNS)}")
+        problems.add(f"{source}: contains no candidates; expected lines of {' '.join(RUN_COLUMNS)}")
 
 
-def way_out(source: str) -> str:
+def sort_hint(source: str) -> str:
     if source.startswith("--dataset"):
         name = source.split()[1].rstrip(",")
-        return f"Do: ir_datasets export {name} scoreddocs | LC_ALL=C sort -s -k1,1 > run.txt; then --candidates run.txt"
-    return f"Do: LC_ALL=C sort -s -k1,1 {source} > sorted.txt (a .gz file by zcat first)"
+        return (f"Run: ir_datasets export {name} scoreddocs | LC_ALL=C sort -s -k1,1 > run.txt; then use --candidates "
+                f"run.txt")
+    return f"Run: LC_ALL=C sort -s -k1,1 {source} > sorted.txt (unpack a .gz file first)"
 
 
 def count_candidates(collection: Collection, problems: Problems) -> dict[str, int]:
-    """{query id: number of its candidates}: goes through all of them, which checks them."""
+    """Read and check all candidates. Returns {query id: number of candidates}."""
     candidates = collection.candidates(problems, check_ranks=True)
     return {query_id: len(documents) for query_id, documents in
             tqdm(candidates, desc="checking candidates", unit=" queries", unit_scale=True)}

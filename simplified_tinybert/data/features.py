@@ -1,16 +1,14 @@
 """Feature files: tokenized query-passage pairs as a stream of pickle frames.
 
     header   {format, version, set_name, max_seq_length, vocabulary, vocabulary_size, lower_case, token_type}
-    chunk    {ids, labels, lengths, query_lengths, tokens}       any number of times, up to CHUNK_EXAMPLES examples each
-    end      {end, examples, tokens, sha256}                     without it the file is cut off; the checksum is over
-                                                                 the header and all chunks
+    chunk    {ids, labels, lengths, query_lengths, tokens}       repeated; up to CHUNK_EXAMPLES examples each
+    end      {end, examples, tokens, sha256}                     the checksum covers the header and all chunks
 
-`ids` is one string with a line for each example; the other fields of a chunk are the bytes of little-endian arrays:
-labels int8 (-1: none), lengths and query_lengths uint16 (tokens with special tokens; the query segment holds
-[CLS] query [SEP]), tokens `token_type` ids of all examples end to end, without padding. Masks and segments follow
-from the lengths. Frames hold nothing but dicts, strings, numbers and bytes, so the reader refuses every other pickle
-instruction before it runs one: a feature file cannot name, let alone call, any function, nor claim memory it does not
-fill.
+`ids` is one string with one line per example. The other fields of a chunk are the bytes of little-endian arrays:
+labels int8 (-1: none); lengths and query_lengths uint16, special tokens included (the query segment is
+[CLS] query [SEP]); tokens in `token_type`, the ids of all examples concatenated without padding. Attention masks and
+segment ids follow from the lengths. Frames hold only dicts, strings, numbers and bytes. The reader rejects every other
+pickle instruction before it executes any: a feature file cannot call a function or allocate memory it does not fill.
 """
 import hashlib
 import pickle
@@ -39,20 +37,24 @@ INSTRUCTIONS = frozenset(
     "BININT2 LONG1 SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8".split())
 
 
+NO_LABEL = -1
+
+
 class _PlainUnpickler(pickle.Unpickler):
-    """Admits plain containers only: every reference to a class or function is refused before it is looked up."""
+    """A second barrier: rejects classes and functions even if INSTRUCTIONS let one through."""
 
     def find_class(self, module: str, name: str) -> object:
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no feature file needs; the file is refused, "
-                                     f"nothing in it was run")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
-NO_LABEL = -1           # of an example
+def token_dtype(vocabulary: Vocabulary) -> str:
+    """Return the array type of token ids: uint16 if all of them fit, otherwise uint32."""
+    return "<u2" if max(vocabulary.token_ids.values()) < 2 ** 16 else "<u4"
 
 
 @dataclass
 class Examples:
-    """Tokenized pairs as flat arrays (in memory or memory-mapped); lengths count tokens with special tokens."""
+    """Tokenized pairs as flat arrays, in memory or memory-mapped. Lengths include special tokens."""
     tokens: np.ndarray                                                       # (sum of lengths) uint16 or uint32
     lengths: np.ndarray                                                      # (N) uint16
     query_lengths: np.ndarray                                                # (N) uint16
@@ -65,31 +67,30 @@ class Examples:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, indices: np.ndarray, width: int | None = None) -> "Batch":
-        """Examples `indices` padded with zeros to `width` positions (default: the longest of them)."""
-        import torch  # here, because it takes seconds, and only models have a use for it
+    def batch(self, indices: np.ndarray, pad_to: int | None = None) -> "Batch":
+        """Return the examples `indices`, padded with zeros to `pad_to` tokens (default: the longest of them)."""
+        import torch  # slow to import, and only models need it
 
         from simplified_tinybert.model.bert import Batch
         lengths = self.lengths[indices].astype(np.int64)
-        width = width or int(lengths.max())
-        positions = np.arange(width)
-        keep = positions < lengths[:, None]                                  # (B, L)
-        input_ids = np.zeros((len(indices), width), dtype=np.int64)
-        input_ids[keep] = np.concatenate([self.tokens[self.offsets[i]:self.offsets[i + 1]] for i in indices])
-        segments = keep & (positions >= self.query_lengths[indices, None])
-        return Batch(torch.from_numpy(input_ids), torch.from_numpy(segments.astype(np.int64)),
-                     torch.from_numpy(keep.astype(np.int64)),
-                     torch.from_numpy(self.labels[indices].astype(np.int64)), has_padding=not keep.all())
+        positions = np.arange(pad_to or lengths.max())
+        mask = positions < lengths[:, None]                                  # (B, L)
+        input_ids = np.zeros(mask.shape, dtype=np.int64)
+        input_ids[mask] = np.concatenate([self.tokens[self.offsets[i]:self.offsets[i + 1]] for i in indices])
+        segment_ids = mask & (positions >= self.query_lengths[indices, None])
+        arrays = input_ids, segment_ids, mask, self.labels[indices]
+        tensors = (torch.from_numpy(array.astype(np.int64, copy=False)) for array in arrays)
+        return Batch(*tensors, has_padding=not mask.all())
 
     def split(self, count: int) -> tuple["Examples", "Examples"]:
-        """The first `count` examples, and the rest."""
+        """Return the first `count` examples and the rest."""
         middle = self.offsets[count]
         return tuple(Examples(self.tokens[tokens], self.lengths[rows], self.query_lengths[rows], self.labels[rows],
                               self.ids[rows])
                      for tokens, rows in ((slice(middle), slice(count)), (slice(middle, None), slice(count, None))))
 
     def frame(self) -> dict:
-        """The chunk frame of a feature file."""
+        """Return the chunk frame of a feature file."""
         return {"ids": "\n".join(self.ids), "labels": self.labels.tobytes(), "lengths": self.lengths.tobytes(),
                 "query_lengths": self.query_lengths.tobytes(), "tokens": self.tokens.tobytes()}
 
@@ -101,15 +102,13 @@ def joined(parts: list[Examples]) -> Examples:
 
 
 class FeatureWriter:
-    """Writes header, chunks and closing frame to an open binary file."""
+    """Writes a feature file: the header at once, then chunks, and the closing frame in `close`."""
 
     def __init__(self, handle: IO[bytes], set_name: str, max_seq_length: int, vocabulary: Vocabulary):
-        largest = max(vocabulary.pieces.values())
         self.handle, self.examples, self.tokens, self.digest = handle, 0, 0, hashlib.sha256()
-        self.token_type = "<u2" if largest < 2 ** 16 else "<u4"
         header = {"format": FORMAT, "version": VERSION, "set_name": set_name, "max_seq_length": max_seq_length,
-                  "vocabulary": vocabulary.checksum(), "vocabulary_size": largest + 1,
-                  "lower_case": vocabulary.lower_case, "token_type": self.token_type}
+                  "vocabulary": vocabulary.checksum(), "vocabulary_size": max(vocabulary.token_ids.values()) + 1,
+                  "lower_case": vocabulary.lower_case, "token_type": token_dtype(vocabulary)}
         _digest_header(self.digest, header)
         self._dump(header)
 
@@ -133,7 +132,7 @@ def read_header(path: Path) -> dict:
 
 
 def read_chunks(path: Path) -> Iterator[Examples]:
-    """Yield the chunks of a feature file in order. Raises UserError where the file is damaged, cut off or hostile."""
+    """Yield the chunks of a feature file in order. Raises UserError if the file is damaged, cut off or malicious."""
     with open(path, "rb") as handle:
         header = _read_header(handle, path)
         examples, tokens, digest = 0, 0, hashlib.sha256()
@@ -151,35 +150,35 @@ def read_chunks(path: Path) -> Iterator[Examples]:
         if (frame["examples"], frame["tokens"], frame["sha256"]) != (examples, tokens, digest.hexdigest()):
             raise UserError(f"{path}: is damaged: its closing frame counts {frame['examples']} examples and "
                             f"{frame['tokens']} tokens, found {examples} and {tokens}, or their checksum differs; "
-                            f"make the file again with tokenize_to_features.py")
+                            f"run tokenize_to_features.py again")
         if handle.read(1):
-            raise UserError(f"{path}: holds data after its closing frame; feature files cannot be joined with cat, "
-                            f"name them one after the other instead")
+            raise UserError(f"{path}: has data after its closing frame; feature files cannot be joined with cat, "
+                            f"list them on the command line instead")
 
 
 @dataclass
 class FeatureSummary:
-    """What a whole pass over one or several feature files tells. `checksum` identifies their content and order."""
+    """Statistics of one or more feature files. `checksum` identifies their content and order."""
     paths: list[Path]
     header: dict = field(default_factory=dict)
     examples: int = 0
     tokens: int = 0
     labelled: int = 0
     unpaired: int = 0                                   # ids that are not query_id#passage_id
-    chunks: list[int] = field(default_factory=list)     # examples of each chunk
+    chunks: list[int] = field(default_factory=list)     # examples in each chunk
     checksum: str = ""
 
 
 def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
-    """Read all files once, in bounded memory; damage and headers that do not go together are added to `problems`."""
-    before, headers, total = problems.count, [], FeatureSummary(paths)
-    digest = hashlib.sha256()
+    """Read all files once, in bounded memory. Damage and incompatible headers are added to `problems`."""
+    before, headers, total, digest = problems.count, [], FeatureSummary(paths), hashlib.sha256()
     for path in paths:
         if not check_input_file(path, problems, "features", read_twice=True):
             continue
-        try:
-            headers.append((path, read_header(path)))
-            _digest_header(digest, headers[-1][1])
+        with problems.collect():
+            header = read_header(path)
+            headers.append((path, header))
+            _digest_header(digest, header)
             for chunk in read_chunks(path):
                 total.chunks.append(len(chunk))
                 total.examples += len(chunk)
@@ -187,14 +186,12 @@ def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
                 total.labelled += int((chunk.labels >= 0).sum())
                 total.unpaired += sum("#" not in example_id for example_id in chunk.ids)
                 _digest_chunk(digest, chunk.frame())
-        except UserError as error:
-            problems.add(str(error))
     for path, header in headers[1:]:
         first_path, first = headers[0]
         for name in ("max_seq_length", "vocabulary", "vocabulary_size", "lower_case", "token_type"):
             if header[name] != first[name]:
-                problems.add(f"{path}: has {name} {header[name]}, but {first_path} has {first[name]}; "
-                             f"tokenize both with the same settings")
+                problems.add(f"{path}: has {name} {header[name]}, but {first_path} has {first[name]}; tokenize both "
+                             f"with the same settings")
     if not total.examples and problems.count == before:
         problems.add(f"{', '.join(map(str, paths))}: no examples in the feature file")
     if problems.count > before:
@@ -204,42 +201,42 @@ def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
 
 
 def ids_of(paths: list[Path], indices: np.ndarray) -> list[str]:
-    """Ids of examples by their place in the files, which are read for it once more."""
-    wanted, found, first = set(indices.tolist()), {}, 0
+    """Read the files again and return the ids of the examples `indices`."""
+    indices, found, start = indices.tolist(), {}, 0
     for path in paths:
         for chunk in read_chunks(path):
-            found |= {number: chunk.ids[number - first] for number in wanted if first <= number < first + len(chunk)}
-            first += len(chunk)
-    return [found[index] for index in indices.tolist()]
+            found |= {index: chunk.ids[index - start] for index in indices if start <= index < start + len(chunk)}
+            start += len(chunk)
+    return [found[index] for index in indices]
 
 
 def _load_frame(handle: IO[bytes], path: Path, where: str) -> dict:
     if not handle.peek(1):
-        raise UserError(f"{path}: is cut off {where}; make or copy the file again")
+        raise UserError(f"{path}: is cut off {where}; create or copy the file again")
     start = handle.tell()
     try:
         for instruction, _, _ in pickletools.genops(handle):
             if instruction.name not in INSTRUCTIONS:
-                raise pickle.UnpicklingError(f"it holds the pickle instruction {instruction.name}, which no feature "
-                                             f"file needs; the file is refused, nothing in it was run")
+                raise pickle.UnpicklingError(f"pickle instruction {instruction.name} is not allowed; nothing in the "
+                                             f"file was executed")
         handle.seek(start)
         frame = _PlainUnpickler(handle).load()
-    except Exception as error:          # a damaged pickle can raise almost anything; none of it is a bug of ours
+    except Exception as error:          # a damaged pickle can raise almost any exception
         raise UserError(f"{path}: is not a feature file, or damaged or cut off {where} "
-                        f"({error or type(error).__name__}); make it again with tokenize_to_features.py") from error
+                        f"({error or type(error).__name__}); run tokenize_to_features.py again") from error
     if not isinstance(frame, dict):
-        raise UserError(f"{path}: holds a {type(frame).__name__} {where}; expected a feature file")
+        raise UserError(f"{path}: has a {type(frame).__name__} {where}; expected a feature file")
     return frame
 
 
 def _read_header(handle: IO[bytes], path: Path) -> dict:
     header = _load_frame(handle, path, "at its start")
     if header.get("format") != FORMAT:
-        raise UserError(f"{path}: is not a feature file; make one with tokenize_to_features.py")
+        raise UserError(f"{path}: is not a feature file; create one with tokenize_to_features.py")
     _check_fields(header, {"version": int}, path, "header")
     if header["version"] != VERSION:
-        raise UserError(f"{path}: has format version {header['version']}; expected {VERSION}; make it again with "
-                        f"this version's tokenize_to_features.py")
+        raise UserError(f"{path}: has format version {header['version']}; expected {VERSION}; run "
+                        f"tokenize_to_features.py again")
     _check_fields(header, HEADER_FIELDS, path, "header")
     if header["token_type"] not in ("<u2", "<u4"):
         raise UserError(f"{path}: header: token_type is {shorten(header['token_type'])}; expected '<u2' or '<u4'")
@@ -250,26 +247,26 @@ def _check_fields(frame: dict, fields: dict[str, type], path: Path, where: str) 
     for name, kind in fields.items():
         if type(frame.get(name)) is not kind:
             raise UserError(f"{path}: {where}: field {name} is {type(frame.get(name)).__name__}; "
-                            f"expected {kind.__name__}; the file is damaged")
+                            f"expected {kind.__name__}; run tokenize_to_features.py again")
 
 
 def _unpack_chunk(frame: dict, header: dict, path: Path) -> Examples:
-    """Arrays of a chunk, checked against each other and against the header. Raises UserError."""
+    """Return the examples of a chunk. Raises UserError if it contradicts itself or the header."""
     try:
         chunk = Examples(np.frombuffer(frame["tokens"], header["token_type"]), np.frombuffer(frame["lengths"], "<u2"),
                          np.frombuffer(frame["query_lengths"], "<u2"), np.frombuffer(frame["labels"], "<i1"),
                          frame["ids"].split("\n"))
-        frame["ids"].encode("utf-8")                    # fails if an id could not be written to a score file
+        frame["ids"].encode("utf-8")                    # raises for surrogates, which no score file can hold
     except ValueError as error:
         raise UserError(f"{path}: is damaged: {error}") from error
     sizes = {len(chunk.ids), len(chunk.lengths), len(chunk.query_lengths), len(chunk.labels)}
     fits = (len(sizes) == 1 and chunk.offsets[-1] == len(chunk.tokens)
             and (chunk.query_lengths > 0).all() and (chunk.query_lengths < chunk.lengths).all()
             and chunk.lengths.max() <= header["max_seq_length"] and chunk.tokens.max() < header["vocabulary_size"]
-            and chunk.labels.min() >= -1 and chunk.labels.max() <= 1)
+            and chunk.labels.min() >= NO_LABEL and chunk.labels.max() <= 1)
     if not fits:
-        raise UserError(f"{path}: is damaged: the chunk that begins with example {shorten(chunk.ids[0])} contradicts "
-                        f"itself or the header; make the file again with tokenize_to_features.py")
+        raise UserError(f"{path}: is damaged: the chunk that starts with example {shorten(chunk.ids[0])} contradicts "
+                        f"itself or the header; run tokenize_to_features.py again")
     return chunk
 
 

@@ -1,13 +1,16 @@
-"""A student that starts as its teacher compressed: fewer layers, narrower ones, fitted to what the teacher computes.
+"""Initialise a student as a compressed version of its teacher, with fewer and narrower layers.
 
-The student's hidden states live in the directions in which the teacher's vary most (`basis`; principal components, an
-idea of SliceGPT, Ashkboos et al. 2024). Its layers are fitted one after the other, each to the teacher's layer that it
-is mapped to, on the hidden states that the student itself has by then: a linear map estimates from them what enters the
-teacher's layer; attention scores and values are cut down to the student's head width by singular values; of the
-intermediate neurons the strongest are kept, and their output map is fitted by least squares, as are the layer norms.
-Everything is in closed form and in float64: nothing is trained.
+The student's hidden states are coordinates along the principal directions of the teacher's hidden states (`basis`; an
+idea of SliceGPT, Ashkboos et al. 2024). Each student layer is fitted in turn to its teacher layer:
 
-Shapes: T tokens, D and D' widths of student and teacher, d and d' of their heads.
+- a linear map estimates the input of the teacher layer from the student's hidden states;
+- truncated SVDs reduce attention scores and values to the student's head size;
+- the strongest intermediate neurons are kept, and least squares fits their output layer;
+- least squares fits the layer norms.
+
+All steps are in closed form and in float64; nothing is trained.
+
+Shapes: T tokens; D, D' hidden sizes of student and teacher; d, d' their head sizes.
 """
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -15,193 +18,198 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from simplified_tinybert.model.bert import Batch, CrossEncoder, Layer, attend, uniform_layer_map
+from simplified_tinybert.model.bert import Batch, CrossEncoder, Layer, uniform_layer_map
 
-RIDGE = 1e-2                # of the inputs' mean square; with less, what dropout changes is blown up by large weights
-
-
-class Observed(NamedTuple):
-    """What the teacher computes at the real tokens of some batches, float32: (T, D'), neurons (T, intermediate)."""
-    summed: Tensor                      # embeddings before their layer norm
-    states: list[Tensor]                # embedding output, then of each layer the attention's and the layer's output
-    neurons: dict[int, Tensor]          # by layer, from 1
+RIDGE = 1e-2            # relative to the inputs' mean square; with less, large weights amplify the noise of dropout
 
 
+class TeacherStates(NamedTuple):
+    """Activations of the teacher for all tokens, without padding, in float32."""
+    embedding_sum: Tensor               # (T, D'), before layer norm
+    states: list[Tensor]                # embedding output, then attention output and output of each layer; (T, D') each
+    neurons: dict[int, Tensor]          # by layer, from 1; (T, intermediate size) each
+
+
+@torch.no_grad()
 def compress(student: CrossEncoder, teacher: CrossEncoder, batches: Iterable[Batch]) -> None:
-    """Fill in the student's weights. The two have equally many heads, and layers that can be mapped evenly."""
-    with torch.no_grad():
-        batches = [batch.to(teacher.classifier.weight.device) for batch in batches]
-        depths = uniform_layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
-        seen = observe(teacher, batches, depths)
-        basis = principal_directions(seen.states, student.config.hidden_size)                            # (D', D)
-        stream = compress_embeddings(student, teacher, seen, basis)                                      # (T, D)
-        for layer, depth in zip(student.bert.encoder.layer, depths):
-            source = teacher.bert.encoder.layer[depth - 1]
-            entering, between, leaving = (state.double() for state in seen.states[2 * depth - 2:2 * depth + 1])
-            compress_attention(layer, source, stream, entering, basis)
-            added = attended(layer, stream, batches)
-            middle = fit_norm(layer.attention.output.LayerNorm, added + stream, between @ basis)
-            stream = compress_neurons(layer, source, middle, seen.neurons[depth].double(), between, leaving, basis)
-        pooler = teacher.bert.pooler.dense
-        student.bert.pooler.dense.weight.copy_(basis.T @ pooler.weight.double() @ basis)
-        student.bert.pooler.dense.bias.copy_(pooler.bias.double() @ basis)
-        for projection in student.projections:          # the way back
-            projection.weight.copy_(basis)
-            projection.bias.zero_()
+    """Set the student's weights. Numbers of heads must be equal; the teacher has k times as many layers."""
+    batches = [batch.to(teacher.classifier.weight.device) for batch in batches]
+    layer_map = uniform_layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
+    teacher_states = observe(teacher, batches, layer_map)
+    basis = principal_directions(teacher_states.states, student.config.hidden_size)                      # (D', D)
+    hidden = compress_embeddings(student, teacher, teacher_states, basis)                                # (T, D)
+    for layer, number in zip(student.bert.encoder.layer, layer_map):
+        source = teacher.bert.encoder.layer[number - 1]
+        layer_input, attention, output = (
+            state.double() for state in teacher_states.states[2 * number - 2:2 * number + 1])
+        compress_attention(layer, source, hidden, layer_input, basis)
+        hidden = fit_norm(layer.attention.output.LayerNorm, attention_output(layer, hidden, batches) + hidden,
+                          attention @ basis)
+        neurons = teacher_states.neurons[number].double()
+        hidden = compress_neurons(layer, source, hidden, neurons, attention, basis)
+        hidden = fit_norm(layer.output.LayerNorm, hidden, output @ basis)
+    pooler = teacher.bert.pooler.dense
+    student.bert.pooler.dense.weight.copy_(basis.T @ pooler.weight.double() @ basis)
+    student.bert.pooler.dense.bias.copy_(pooler.bias.double() @ basis)
+    for projection in student.projections:
+        projection.weight.copy_(basis)
+        projection.bias.zero_()
 
 
-def observe(teacher: CrossEncoder, batches: list[Batch], depths: list[int]) -> Observed:
-    """Run the teacher and keep what its real tokens get; neurons of the layers `depths` (from 1) alone."""
-    embeddings, layers = teacher.bert.embeddings, teacher.bert.encoder.layer
-    summed, states, neurons = [], [[] for _ in range(2 * len(layers) + 1)], {depth: [] for depth in depths}
+def observe(teacher: CrossEncoder, batches: list[Batch], layer_map: list[int]) -> TeacherStates:
+    """Run the teacher and collect its activations; neurons only of the layers in `layer_map` (from 1)."""
+    layers = teacher.bert.encoder.layer
+    sums, states, neurons = [], [[] for _ in range(2 * len(layers) + 1)], {number: [] for number in layer_map}
     for batch in batches:
-        real, hidden = batch.attention_mask.bool(), teacher.bert.embeddings(batch)
-        words = embeddings.word_embeddings(batch.input_ids) + embeddings.token_type_embeddings(batch.token_type_ids)
-        summed.append((words + embeddings.position_embeddings.weight[:batch.input_ids.shape[1]])[real])
-        states[0].append(hidden[real])
-        for number, layer in enumerate(layers):
-            middle = layer.attention.output(context(layer, hidden, batch), hidden)
-            active = layer.activation(layer.intermediate.dense(middle))
-            hidden = layer.output(active, middle)
-            states[2 * number + 1].append(middle[real])
-            states[2 * number + 2].append(hidden[real])
-            if number + 1 in neurons:
-                neurons[number + 1].append(active[real])
-    return Observed(torch.cat(summed), list(map(torch.cat, states)),
-                    {depth: torch.cat(active) for depth, active in neurons.items()})
+        is_token, hidden = batch.attention_mask.bool(), teacher.bert.embeddings(batch)
+        sums.append(teacher.bert.embeddings.summed(batch)[is_token])
+        states[0].append(hidden[is_token])
+        for number, layer in enumerate(layers, start=1):
+            attention = layer.attention.output(attention_context(layer, hidden, batch), hidden)
+            active = layer.activation(layer.intermediate.dense(attention))
+            hidden = layer.output(active, attention)
+            states[2 * number - 1].append(attention[is_token])
+            states[2 * number].append(hidden[is_token])
+            if number in neurons:
+                neurons[number].append(active[is_token])
+    return TeacherStates(torch.cat(sums), list(map(torch.cat, states)),
+                         {number: torch.cat(active) for number, active in neurons.items()})
 
 
-def context(layer: Layer, hidden: Tensor, batch: Batch) -> Tensor:
-    """What the attention of a layer gathers, before its output map: (B, L, D) → (B, L, D)."""
-    query, key, value = (layer._split_heads(layer.attention["self"][name](hidden)) for name in (
-        "query", "key", "value"))
-    mask = batch.attention_mask[:, None, None, :].bool()
-    return attend(query, key, value, mask, 0.0).transpose(1, 2).flatten(start_dim=2)
+def attention_context(layer: Layer, hidden: Tensor, batch: Batch) -> Tensor:
+    return layer.attention_context(hidden, batch.attention_mask[:, None, None, :].bool(), hidden)[0]
 
 
-def principal_directions(states: list[Tensor], width: int) -> Tensor:
-    """The `width` orthonormal directions (D', D) in which the states vary most, each state counted alike.
+def principal_directions(states: list[Tensor], size: int) -> Tensor:
+    """Return orthonormal directions (D', size) in which the states vary most, each state weighted equally.
 
-    All of them, unturned, where the student is as wide as the teacher.
+    If size is D', the directions are the axes, so that the student equals the teacher.
     """
-    if width == states[0].shape[1]:
-        return torch.eye(width, dtype=torch.float64, device=states[0].device)
+    if size == states[0].shape[1]:
+        return torch.eye(size, dtype=torch.float64, device=states[0].device)
     covariances = [torch.cov(state.double().T) for state in states]
-    _, directions = torch.linalg.eigh(sum(each / each.trace() for each in covariances))      # smallest first
-    return directions[:, -width:].flip(1)
+    _, directions = torch.linalg.eigh(sum(each / each.trace() for each in covariances))      # ascending
+    return directions[:, -size:].flip(1)
 
 
-def compress_embeddings(student: CrossEncoder, teacher: CrossEncoder, seen: Observed, basis: Tensor) -> Tensor:
-    """The three tables in the basis, scaled as the teacher's layer norm does; returns the student's output (T, D)."""
-    mine, theirs = student.bert.embeddings, teacher.bert.embeddings
-    scale = theirs.LayerNorm.weight.double()[:, None]
+def compress_embeddings(student: CrossEncoder, teacher: CrossEncoder, states: TeacherStates, basis: Tensor) -> Tensor:
+    """Project the embeddings, scaled by the teacher's layer norm. Returns the student's embedding output (T, D)."""
+    embeddings, source = student.bert.embeddings, teacher.bert.embeddings
+    scale = source.LayerNorm.weight.double()[:, None]
     scaled = basis if basis.shape[0] == basis.shape[1] else scale * basis                                # (D', D)
     for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
-        getattr(mine, name).weight.copy_(getattr(theirs, name).weight.double() @ scaled)
-    return fit_norm(mine.LayerNorm, seen.summed.double() @ scaled, seen.states[0].double() @ basis)
+        getattr(embeddings, name).weight.copy_(getattr(source, name).weight.double() @ scaled)
+    return fit_norm(embeddings.LayerNorm, states.embedding_sum.double() @ scaled, states.states[0].double() @ basis)
 
 
-def compress_attention(layer: Layer, source: Layer, stream: Tensor, entering: Tensor, basis: Tensor) -> None:
-    """Queries, keys, values and their output map, head by head, from the student's stream in place of `entering`.
+def compress_attention(layer: Layer, source: Layer, hidden: Tensor, target: Tensor, basis: Tensor) -> None:
+    """Fit the attention of a layer to `source`, head by head, with inputs `hidden` (T, D) in place of `target` (T, D').
 
-    Of all matrices of the student's rank the ones whose scores, and whose values, differ least on average.
+    Of all projections of the student's head size, these give the least mean squared error of scores and of values.
     """
-    theirs, mine = source.attention["self"], layer.attention["self"]
-    inputs = with_ones(stream)                                                                           # (T, D + 1)
-    estimate = least_squares(inputs, entering, with_zeros(basis.T))                                      # (D + 1, D')
+    projections, source_projections = layer.attention["self"], source.attention["self"]
+    inputs = with_ones(hidden)                                                                           # (T, D + 1)
+    estimate = least_squares(inputs, target, with_zeros(basis.T))                                        # (D + 1, D')
     whiten, colour = roots(inputs.T @ inputs / len(inputs))
-    wide, narrow = source.attention["self"].query.out_features // source.heads, mine.query.out_features // layer.heads
+    size = projections.query.out_features // layer.heads
+    source_size = source_projections.query.out_features // source.heads
     output = source.attention.output.dense.weight.double()
     layer.attention.output.dense.bias.copy_(basis.T @ source.attention.output.dense.bias.double())
     for head in range(layer.heads):
-        rows, slots = slice(head * wide, (head + 1) * wide), slice(head * narrow, (head + 1) * narrow)
-        query, key, value = (estimate @ theirs[name].weight[rows].double().T + last_row(
-            theirs[name].bias[rows].double(), len(estimate)) for name in ("query", "key", "value"))      # (D + 1, d')
-        left, right = low_rank(colour @ query @ key.T @ colour, narrow)
-        scale = (narrow / wide) ** 0.25                 # scores are divided by the root of the head's width
-        set_linear(mine.query, slots, scale * whiten @ left)
-        set_linear(mine.key, slots, scale * whiten @ right)
-        left, right = low_rank(basis.T @ output[:, rows] @ value.T @ colour, narrow)
-        layer.attention.output.dense.weight[:, slots] = left.to(mine.value.weight.dtype)
-        set_linear(mine.value, slots, whiten @ right)
+        rows = slice(head * size, (head + 1) * size)
+        source_rows = slice(head * source_size, (head + 1) * source_size)
+        query, key, value = (compose(estimate, source_projections[name], source_rows)
+                             for name in ("query", "key", "value"))                                      # (D + 1, d')
+        left, right = low_rank(colour @ query @ key.T @ colour, size)
+        scale = (size / source_size) ** 0.25            # attention divides scores by the root of the head size
+        set_linear(projections.query, rows, scale * whiten @ left)
+        set_linear(projections.key, rows, scale * whiten @ right)
+        left, right = low_rank(basis.T @ output[:, source_rows] @ value.T @ colour, size)
+        layer.attention.output.dense.weight[:, rows] = left.to(projections.value.weight.dtype)
+        set_linear(projections.value, rows, whiten @ right)
 
 
-def attended(layer: Layer, stream: Tensor, batches: list[Batch]) -> Tensor:
-    """What the student's attention adds to its stream: (T, D) → (T, D)."""
-    found, start = [], 0
+def attention_output(layer: Layer, hidden: Tensor, batches: list[Batch]) -> Tensor:
+    """Return the output of the student's attention before the residual connection: (T, D) → (T, D)."""
+    outputs, start = [], 0
     for batch in batches:
-        real = batch.attention_mask.bool()
-        hidden = stream.new_zeros(*real.shape, stream.shape[1], dtype=layer.intermediate.dense.weight.dtype)
-        hidden[real] = stream[start:start + int(real.sum())].to(hidden.dtype)
-        start += int(real.sum())
-        found.append(layer.attention.output.dense(context(layer, hidden, batch))[real])
-    return torch.cat(found).double()
+        is_token = batch.attention_mask.bool()
+        padded = hidden.new_zeros(*is_token.shape, hidden.shape[1], dtype=layer.intermediate.dense.weight.dtype)
+        count = int(is_token.sum())
+        padded[is_token] = hidden[start:start + count].to(padded.dtype)
+        start += count
+        outputs.append(layer.attention.output.dense(attention_context(layer, padded, batch))[is_token])
+    return torch.cat(outputs).double()
 
 
-def compress_neurons(layer: Layer, source: Layer, middle: Tensor, neurons: Tensor, between: Tensor, leaving: Tensor,
+def compress_neurons(layer: Layer, source: Layer, hidden: Tensor, neurons: Tensor, target: Tensor,
                      basis: Tensor) -> Tensor:
-    """The neurons that move the output most, and the output map that does best with them; returns the output (T, D)."""
-    output = source.output.dense
-    goal = (neurons @ output.weight.double().T + output.bias.double() + between) @ basis - middle        # (T, D)
-    strength = neurons.std(dim=0) * (basis.T @ output.weight.double()).norm(dim=0)
+    """Keep the neurons that change the output most, and fit their output layer. Returns (T, D), before layer norm.
+
+    hidden (T, D) and target (T, D'): inputs of the feed-forward layer in student and teacher.
+    """
+    inner, outer = source.intermediate.dense, source.output.dense
+    strength = neurons.std(dim=0) * (basis.T @ outer.weight.double()).norm(dim=0)
     kept = strength.topk(layer.intermediate.dense.out_features).indices.sort().values
-    estimate = least_squares(with_ones(middle), between, with_zeros(basis.T))                            # (D + 1, D')
-    inner = source.intermediate.dense
-    entering = estimate @ inner.weight[kept].double().T + last_row(inner.bias[kept].double(), len(estimate))
-    set_linear(layer.intermediate.dense, slice(None), entering)
-    active = with_ones(layer.activation(with_ones(middle) @ entering))
-    prior = torch.cat([output.weight[:, kept].double().T @ basis, output.bias.double()[None] @ basis])
-    leading = least_squares(active, goal, prior)                                                         # (kept + 1, D)
-    set_linear(layer.output.dense, slice(None), leading)
-    return fit_norm(layer.output.LayerNorm, active @ leading + middle, leaving @ basis)
+    estimate = least_squares(with_ones(hidden), target, with_zeros(basis.T))                             # (D + 1, D')
+    inner_matrix = compose(estimate, inner, kept)
+    set_linear(layer.intermediate.dense, slice(None), inner_matrix)
+    active = with_ones(layer.activation(with_ones(hidden) @ inner_matrix))
+    prior = torch.cat([outer.weight[:, kept].double().T @ basis, outer.bias.double()[None] @ basis])
+    output = neurons @ outer.weight.double().T + outer.bias.double() + target
+    outer_matrix = least_squares(active, output @ basis - hidden, prior)                                 # (kept + 1, D)
+    set_linear(layer.output.dense, slice(None), outer_matrix)
+    return active @ outer_matrix + hidden
 
 
-def fit_norm(norm: nn.LayerNorm, inputs: Tensor, goal: Tensor) -> Tensor:
-    """Weight and bias with which the norm of `inputs` is nearest to `goal`, (T, D) each; returns what it is."""
+def fit_norm(norm: nn.LayerNorm, inputs: Tensor, target: Tensor) -> Tensor:
+    """Fit weight and bias of a layer norm so that it maps `inputs` to `target`, (T, D) each; returns its output."""
     normal = nn.functional.layer_norm(inputs, inputs.shape[1:], eps=norm.eps)
-    centred, wanted = normal - normal.mean(dim=0), goal - goal.mean(dim=0)
-    weight = (centred * wanted).mean(dim=0) / centred.square().mean(dim=0).clamp_min(1e-12)
+    centred, target_mean = normal - normal.mean(dim=0), target.mean(dim=0)
+    weight = (centred * (target - target_mean)).mean(dim=0) / centred.square().mean(dim=0).clamp_min(1e-12)
     norm.weight.copy_(weight)
-    norm.bias.copy_(goal.mean(dim=0) - weight * normal.mean(dim=0))
-    return normal * weight + goal.mean(dim=0) - weight * normal.mean(dim=0)
+    norm.bias.copy_(target_mean - weight * normal.mean(dim=0))
+    return normal * weight + target_mean - weight * normal.mean(dim=0)
 
 
 def with_ones(inputs: Tensor) -> Tensor:
-    """(T, D) → (T, D + 1): what a bias is multiplied by."""
+    """Append a column of ones, the input of a bias: (T, D) → (T, D + 1)."""
     return nn.functional.pad(inputs, (0, 1), value=1.0)
 
 
-def last_row(bias: Tensor, rows: int) -> Tensor:
-    """A bias (n) as the last of `rows` rows of zeros."""
-    return nn.functional.pad(bias[None], (0, 0, rows - 1, 0))
-
-
 def with_zeros(matrix: Tensor) -> Tensor:
-    """(D, n) → (D + 1, n): without a bias."""
+    """Append a row of zeros, a bias of zero: (D, n) → (D + 1, n)."""
     return nn.functional.pad(matrix, (0, 0, 0, 1))
 
 
-def least_squares(inputs: Tensor, goal: Tensor, prior: Tensor) -> Tensor:
-    """The matrix (m, n) that maps inputs (T, m) nearest to goal (T, n), drawn towards `prior`, the teacher's own."""
-    square = inputs.T @ inputs / len(inputs)
-    square.diagonal().add_(RIDGE * square.diagonal().mean())
-    return prior + torch.linalg.solve(square, inputs.T @ (goal - inputs @ prior) / len(inputs))
+def compose(estimate: Tensor, linear: nn.Linear, rows: slice | Tensor) -> Tensor:
+    """Compose a map (D + 1, D') with rows of a linear layer of the teacher: (D + 1, rows), bias in the last row."""
+    matrix = estimate @ linear.weight[rows].double().T
+    matrix[-1] += linear.bias[rows].double()
+    return matrix
 
 
-def roots(square: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse and direct square root of a symmetric positive matrix."""
-    values, vectors = torch.linalg.eigh(square)
+def least_squares(inputs: Tensor, target: Tensor, prior: Tensor) -> Tensor:
+    """Solve ridge regression from inputs (T, m) to target (T, n), shrunk towards `prior` (m, n)."""
+    gram = inputs.T @ inputs / len(inputs)
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+    return prior + torch.linalg.solve(gram, inputs.T @ (target - inputs @ prior) / len(inputs))
+
+
+def roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the inverse and the direct square root of a symmetric positive matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
     values = values.clamp_min(1e-10 * values.max())
     return vectors * values.rsqrt() @ vectors.T, vectors * values.sqrt() @ vectors.T
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Two factors (m, rank) and (n, rank) whose product is nearest to a matrix (m, n)."""
+    """Return factors (m, rank) and (n, rank) of the best approximation of a matrix (m, n) of this rank."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     return left[:, :rank] * values[:rank].sqrt(), right[:rank].T * values[:rank].sqrt()
 
 
 def set_linear(linear: nn.Linear, rows: slice, matrix: Tensor) -> None:
-    """Rows of a linear map from a matrix (inputs + 1, rows), the bias in its last row."""
+    """Set rows of a linear layer from a matrix (inputs + 1, rows), whose last row is the bias."""
     linear.weight[rows] = matrix[:-1].T.to(linear.weight.dtype)
     linear.bias[rows] = matrix[-1].to(linear.bias.dtype)

@@ -1,17 +1,17 @@
-"""Faster linear layers for models that are not trained, on CPUs: the same in float32, or rounded to 8 bits.
+"""Faster linear layers for inference on CPUs: float32 with packed weights, or 8-bit integers.
 
-PackedLinear: the same products by oneDNN, with weights laid out in its order beforehand and GELU computed on the way:
-10 to 25 % less time than PyTorch's linear layers, results equal up to float32 rounding.
+PackedLinear packs the weights into oneDNN's layout once, and fuses GELU with the product. It takes 10 to 25 % less
+time than PyTorch's linear layer; results are equal up to float32 rounding.
 
-Int8Linear: inputs are rounded to 8 bits as they come, each row (token) between its own smallest and largest value, so
-that a pair's score does not depend on the pairs beside it. Weights are rounded once, with a scale for each output: to 8
-bits, or to 7 where the processor adds pairs of products in 16 bits, which 8 would overflow. Products are summed in 32
-bits. Embeddings, attention, layer norms, pooler and classifier stay in float32.
+Int8Linear quantizes inputs to 8 bits per token (row), between the smallest and the largest value of the row, so that
+the score of a pair does not depend on the other pairs of its batch. Weights are quantized once, with one scale for
+each output: to 8 bits, or to 7 bits on CPUs that add pairs of products in 16 bits, which 8-bit weights would overflow.
+Sums are 32-bit. Embeddings, attention, layer norms, pooler and classifier stay in float32.
 
-Rounding moves an output by at most ½ Σ|w| (high - low) / 255 + ½ Σ|x| max|w| / levels, over the inputs x of its row and
-its weights w; levels: 127 or 63. With 7-bit weights, scores of a MiniLM (6/384) with a random head moved by 0.06 to
-0.11 of their standard deviation; with one scale for all inputs of a batch by 0.14 to 0.20, and with 7-bit inputs and
-8-bit weights by 0.26 to 0.42. The scales for rows cost a sixth of the speed.
+Quantization changes an output by at most ½ Σ|w| (high - low) / 255 + ½ Σ|x| max|w| / levels, where x are the inputs of
+its row, w its weights, and levels is 127 or 63. With 7-bit weights, scores of a MiniLM (6/384) with a random head
+changed by 0.06 to 0.11 standard deviations; with one scale for all inputs of a batch by 0.14 to 0.20, and with 7-bit
+inputs and 8-bit weights by 0.26 to 0.42. Scales for each row cost a sixth of the speed.
 """
 import warnings
 from collections.abc import Callable
@@ -23,56 +23,53 @@ from torch import Tensor, nn
 from simplified_tinybert.common.files import UserError
 from simplified_tinybert.model.bert import CrossEncoder
 
-WEIGHT_LEVELS = {8: 127, 7: 63}         # largest of the whole numbers that weights are rounded to; 2 · 255 · 63 < 2¹⁵
+WEIGHT_LEVELS = {8: 127, 7: 63}         # bits → largest quantized weight; 2 · 255 · 63 < 2¹⁵
 
 
 class PackedLinear(nn.Module):
-    """A float32 linear layer of oneDNN's kernels, with GELU after it on request."""
+    """A float32 linear layer that uses oneDNN's kernels, optionally followed by GELU."""
 
     def __init__(self, layer: nn.Linear, gelu: bool = False):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
-        self.bias, self.after = layer.bias.detach(), "gelu" if gelu else "none"
+        self.bias, self.activation = layer.bias.detach(), "gelu" if gelu else "none"
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, self.after, [], "none")
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, self.activation, [], "none")
 
 
 class Int8Linear(nn.Module):
-    """A linear layer of PyTorch's quantized kernels: (..., inputs) → (..., outputs) in float32."""
+    """A linear layer that uses PyTorch's quantized kernels: (..., inputs) → (..., outputs) in float32."""
 
     def __init__(self, layer: nn.Linear, bits: int):
         super().__init__()
         weight = layer.weight.detach()                                                   # (outputs, inputs)
         scales = (weight.abs().amax(dim=1) / WEIGHT_LEVELS[bits]).clamp_min(1e-12).double()
         with warnings.catch_warnings():
-            # PyTorch plans to move quantized tensors to another package; the pinned version still has them.
+            # PyTorch will move quantized tensors to another package; the pinned version still has them
             warnings.filterwarnings("ignore", message=".*quantized tensor creation", category=UserWarning)
-            rounded = torch.quantize_per_channel(weight, scales, torch.zeros(len(weight), dtype=torch.int64), 0,
-                                                 torch.qint8)
-        self.packed = torch.ops.quantized.linear_prepack(rounded, None)
-        self.bits, self.sums, self.bias = bits, rounded.dequantize().sum(dim=1), layer.bias.detach()
+            quantized = torch.quantize_per_channel(weight, scales, torch.zeros(len(weight), dtype=torch.int64), 0,
+                                                   torch.qint8)
+        self.packed = torch.ops.quantized.linear_prepack(quantized, None)
+        self.weight_sums, self.bias = quantized.dequantize().sum(dim=1), layer.bias.detach()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """W x + b = (W s + low / spread · W 1) · spread + b, where s = (x - low) / spread is 0 to 1 in each row."""
+        """Return W x + b = (W s + low / span · W 1) · span + b, with s = (x - low) / span from 0 to 1 in each row."""
         low, high = inputs.amin(dim=-1, keepdim=True), inputs.amax(dim=-1, keepdim=True)
-        spread = high - low
-        spread = spread.masked_fill(spread == 0, 1.0)
-        shares, finite = (inputs - low).div_(spread), spread.isfinite()
-        if not finite.all():                            # rounding would turn such rows into plausible numbers
-            shares, spread = shares.where(finite, 0.0), spread.where(finite, torch.nan)
-        products = torch.ops.quantized.linear_dynamic(shares, self.packed, False)
-        return products.addcmul_(low / spread, self.sums).mul_(spread).add_(self.bias)
+        span = high - low
+        span = span.masked_fill(span == 0, 1.0)
+        scaled, finite = (inputs - low).div_(span), span.isfinite()
+        if not finite.all():                            # quantization would turn NaN into plausible numbers
+            scaled, span = scaled.where(finite, 0.0), span.where(finite, torch.nan)
+        products = torch.ops.quantized.linear_dynamic(scaled, self.packed, False)
+        return products.addcmul_(low / span, self.weight_sums).mul_(span).add_(self.bias)
 
 
 def pack_linear_layers(model: CrossEncoder) -> None:
-    """Replace the encoder's linear layers by packed ones, in place.
-
-    Models that are not float32 on a CPU stay as they are, and all where PyTorch was built without oneDNN.
-    """
+    """Replace the encoder's linear layers by packed ones, in place, if the model is float32 on a CPU with oneDNN."""
     weight = model.classifier.weight
-    offered = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if not offered or weight.device.type != "cpu" or weight.dtype != torch.float32:
+    has_kernel = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not has_kernel or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return
     for layer in model.bert.encoder.layer:
         if layer.activation is F.gelu:
@@ -82,29 +79,29 @@ def pack_linear_layers(model: CrossEncoder) -> None:
 
 
 def quantize_linear_layers(model: CrossEncoder) -> None:
-    """Replace the linear layers of the encoder by 8-bit ones, in place. Raises UserError if weights are not numbers."""
+    """Replace the encoder's linear layers by 8-bit ones, in place. Raises UserError for NaN or infinite weights."""
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise UserError(f"--int8: the model's {name} holds values that are not numbers; the weights are broken")
+            raise UserError(f"--int8: the model's {name} is NaN or infinite; the weights are broken")
     if torch.backends.quantized.engine == "none":
-        raise UserError("--int8: this PyTorch has no 8-bit kernels for this processor; leave the flag out")
-    bits = 7 if saturates() else 8
+        raise UserError("--int8: this PyTorch has no 8-bit kernels for this CPU; leave the flag out")
+    bits = 7 if overflows() else 8
     _replace(model, lambda layer: Int8Linear(layer, bits))
 
 
-def saturates() -> bool:
-    """Whether this processor adds pairs of 8-bit products in 16 bits, as those without VNNI do: sums then overflow."""
+def overflows() -> bool:
+    """Whether 8-bit weights overflow: CPUs without VNNI instructions add pairs of products in 16 bits."""
     layer = nn.Linear(64, 64)
     with torch.no_grad():
         layer.weight.fill_(1.0)
         layer.bias.zero_()
         inputs = torch.ones(1, 64)
-        inputs[0, 0] = 0.0                              # so that the others are rounded to the largest number
+        inputs[0, 0] = 0.0                              # the other inputs become the largest quantized value
         return not torch.allclose(Int8Linear(layer, 8)(inputs), torch.tensor(63.0), rtol=0.05)
 
 
-def _replace(model: CrossEncoder, make: Callable[[nn.Linear], nn.Module]) -> None:
+def _replace(model: CrossEncoder, convert: Callable[[nn.Linear], nn.Module]) -> None:
     for parent in list(model.bert.encoder.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
-                setattr(parent, name, make(child))
+                setattr(parent, name, convert(child))

@@ -1,4 +1,4 @@
-"""Mixed precision: float16 with loss scaling (PyTorch's, or NVIDIA apex's), bfloat16, or plain float32."""
+"""Mixed precision: float16 with loss scaling (by PyTorch or NVIDIA apex), bfloat16, or plain float32."""
 import os
 import time
 from collections.abc import Mapping
@@ -12,39 +12,35 @@ from torch import Tensor
 from simplified_tinybert.common.files import Problems, UserError, warn
 from simplified_tinybert.model.bert import CrossEncoder
 
-APEX_HELP = ("--fp16_backend apex: {found}; expected NVIDIA apex of a version that still has apex.amp, built from "
-             "NVIDIA's repository (the package named apex on PyPI is something else). --fp16_backend torch does the "
-             "same without it")
-
-BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16")         # as torch.cpu.get_capabilities names them
-# Variables that keep PyTorch or oneDNN from instructions that the processor has
+APEX_HELP = ("--fp16_backend apex: {found}; expected a version of NVIDIA apex with apex.amp, built from NVIDIA's "
+             "repository (the package apex on PyPI is something else); --fp16_backend torch needs no apex")
+# Environment variables that disable CPU instructions in PyTorch or oneDNN
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-TRIAL, TRIALS = (128, 384), 5           # rows and columns of a product that takes a millisecond; how often it is timed
-MUCH_SLOWER = 1.5       # from here on a product that could as well be native is taken for an emulated one
+EMULATION_FACTOR = 1.5                  # a slowdown above this means emulation, where the instruction set does not tell
 
 
 def select_precision(fp16: bool, bf16: bool, device: torch.device, problems: Problems) -> torch.dtype | None:
-    """Type of --fp16 or --bf16, None for plain float32; combinations that cannot work are added to `problems`."""
+    """Return the dtype of --fp16 or --bf16, or None for plain float32. Input errors are added to `problems`."""
     if fp16 and bf16:
         problems.add("--fp16 and --bf16: choose one of them")
     if fp16 and device.type == "cpu":
-        problems.add("--fp16 needs a CUDA device; on a CPU leave it out (float32) or use --bf16")
+        problems.add("--fp16 needs a CUDA device; on a CPU, leave it out (float32) or use --bf16")
     return torch.float16 if fp16 else torch.bfloat16 if bf16 else None
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Context of mixed precision in `dtype`, or of plain float32 if it is None."""
+    """Return a context for mixed precision in `dtype`, or for plain float32 if it is None."""
     return torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
 
 
 def to_half(model: CrossEncoder, dtype: torch.dtype) -> None:
-    """Turn a model that only scores into `dtype` outright, in place; pooler and classifier stay as they are."""
+    """Convert a model for inference to `dtype`, in place, except pooler and classifier."""
     model.bert.embeddings.to(dtype)
     model.bert.encoder.to(dtype)
 
 
-def warn_if_emulated(dtype: torch.dtype | None, device: torch.device, otherwise: str = "leave the flag out") -> None:
-    """Say so, before the work starts, where the device computes bfloat16 in detours. otherwise: the way out."""
+def warn_if_emulated(dtype: torch.dtype | None, device: torch.device, advice: str = "leave the flag out") -> None:
+    """Warn if `dtype` is bfloat16 and the device only emulates it."""
     if dtype != torch.bfloat16:
         return
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
@@ -54,52 +50,50 @@ def warn_if_emulated(dtype: torch.dtype | None, device: torch.device, otherwise:
     factor = slowdown(dtype, device)
     if is_emulated(native, factor):
         warn(f"--bf16: bfloat16 is emulated on this device: matrix products take {factor:.2g} times as long as in "
-             f"float32; {otherwise}")
+             f"float32; {advice}")
 
 
 def has_bf16(capabilities: Mapping[str, object], limited: bool) -> bool | None:
-    """Whether a processor multiplies bfloat16 numbers itself; None where its instruction set does not tell.
+    """Whether a CPU has bfloat16 instructions; None if its instruction set does not tell.
 
-    capabilities: what torch.cpu.get_capabilities finds.  limited: whether some of the instructions may not be used.
+    capabilities: result of torch.cpu.get_capabilities. limited: whether environment variables disable instructions.
     """
-    if capabilities.get("architecture") != "x86_64":                    # on ARM it depends on PyTorch's kernels too
+    if capabilities.get("architecture") != "x86_64":                    # on ARM, it also depends on PyTorch's kernels
         return None
-    if not any(capabilities.get(name) for name in BF16_INSTRUCTIONS):
+    if not capabilities.get("avx512_bf16") and not capabilities.get("amx_bf16"):
         return False
     return None if limited or not torch.backends.mkldnn.is_available() else True
 
 
 def is_emulated(native: bool | None, factor: float) -> bool:
-    """`native` as of `has_bf16`. factor: of `slowdown`. Who gains from bfloat16 has nothing to be warned of."""
-    return not native and factor > (1.0 if native is False else MUCH_SLOWER)
+    """Whether bfloat16 is emulated, and slower than float32. native: from `has_bf16`; factor: from `slowdown`."""
+    return not native and factor > (1.0 if native is False else EMULATION_FACTOR)
 
 
 def slowdown(dtype: torch.dtype, device: torch.device) -> float:
-    """How many times as long as in float32 a product takes in `dtype`: medians of a few, of milliseconds, in turn.
+    """Return the time of a matrix product in `dtype` relative to float32: medians of five products of a millisecond.
 
-    On a CPU one thread's own time is counted, which other work on the machine does not lengthen.
+    On a CPU, this is the CPU time of one thread, which is independent of the load of the machine.
     """
-    rows, columns = TRIAL
-    operands = {kind: (torch.ones(rows, columns, dtype=kind, device=device),
-                       torch.ones(columns, columns, dtype=kind, device=device)) for kind in (torch.float32, dtype)}
+    operands = {kind: (torch.ones(128, 384, dtype=kind, device=device),
+                       torch.ones(384, 384, dtype=kind, device=device)) for kind in (torch.float32, dtype)}
     clock = time.thread_time if device.type == "cpu" else time.perf_counter
     times: dict[torch.dtype, list[float]] = {kind: [] for kind in operands}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for _ in range(TRIALS + 1):
+        for _ in range(1 + 5):                          # the first round is a warm-up
             for kind, pair in operands.items():
                 start = clock()
                 F.linear(*pair).sum().item()            # item() waits for a GPU
                 times[kind].append(clock() - start)
     finally:
         torch.set_num_threads(threads)
-    taken, base = (median(times[kind][1:]) for kind in (dtype, torch.float32))      # the first of each warms up
-    return taken / max(base, 1e-9)
+    return median(times[dtype][1:]) / max(median(times[torch.float32][1:]), 1e-9)
 
 
 def import_apex_amp() -> object:
-    """NVIDIA's apex.amp. Raises UserError where it is missing, with what to do."""
+    """Return NVIDIA's apex.amp. Raises UserError if it is missing."""
     try:
         from apex import amp
     except ImportError as error:
@@ -109,29 +103,23 @@ def import_apex_amp() -> object:
     return amp
 
 
-class LossScaler:
-    """Backward pass and optimizer step with PyTorch's loss scaling where float16 needs it."""
+class LossScaler(torch.amp.GradScaler):
+    """Backward pass and optimizer step, with PyTorch's loss scaling if `dtype` is float16."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None):
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        super().__init__(device.type, enabled=dtype == torch.float16)
 
     def backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
+        self.scale(loss).backward()
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.scaler.unscale_(optimizer)                 # before the optimizer clips
-        self.scaler.step(optimizer)
-        self.scaler.update()
-
-    def state_dict(self) -> dict:
-        return self.scaler.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.scaler.load_state_dict(state)
+        self.unscale_(optimizer)                        # before the optimizer clips
+        super().step(optimizer)
+        self.update()
 
 
 class ApexScaler:
-    """The same through apex: it casts the model's operations itself, so no autocast context is needed."""
+    """The same with apex, which casts operations itself and needs no autocast context."""
 
     def __init__(self, student: CrossEncoder, optimizer: torch.optim.Optimizer, opt_level: str):
         self.amp, self.optimizer = import_apex_amp(), optimizer

@@ -1,8 +1,8 @@
-"""Reading and writing model directories: one loader for teachers, general students and finished students.
+"""Load, initialise and save models: teachers, general students and finished students.
 
-Two layouts are read: config.json with model.safetensors or pytorch_model.bin (Hugging Face), and the original's
-bert_config.json with pytorch_model.bin. Weights are read without running any code of the file. What is written is a
-normal Hugging Face directory; the projections that only distillation needs go into fit_dense.safetensors beside it.
+The loader reads Hugging Face's layout (config.json with model.safetensors or pytorch_model.bin) and the original's
+(bert_config.json with pytorch_model.bin). Models are saved in Hugging Face's layout. The projections, which only
+distillation uses, are saved in a separate file, fit_dense.safetensors.
 """
 import json
 import re
@@ -21,29 +21,28 @@ from simplified_tinybert.model.bert import CrossEncoder, uniform_layer_map
 from simplified_tinybert.model.configuration import read_config, reversed_labels
 from simplified_tinybert.model.hub import PROJECTION_FILE
 from simplified_tinybert.model.tokenizer_files import has_vocabulary, save_tokenizer
-from simplified_tinybert.model.weights import read_weights, some
+from simplified_tinybert.model.weights import abbreviate, read_weights
 
-BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")           # constants that older libraries stored
+BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")           # constants that older library versions saved
 PRETRAINING_HEADS = ("cls.", "qa_outputs.")
 HEAD = ("bert.pooler.", "classifier.")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Sizes of a configuration, and where the weights show them: a tensor and its dimension
-SHOWN = {"vocab_size": ("bert.embeddings.word_embeddings.weight", 0),
+# Configuration setting → tensor and dimension that have this size
+SIZES = {"vocab_size": ("bert.embeddings.word_embeddings.weight", 0),
          "hidden_size": ("bert.embeddings.word_embeddings.weight", 1),
          "max_position_embeddings": ("bert.embeddings.position_embeddings.weight", 0),
          "type_vocab_size": ("bert.embeddings.token_type_embeddings.weight", 0),
          "intermediate_size": ("bert.encoder.layer.0.intermediate.dense.weight", 0)}
-IN_A_LAYER = 16                                         # parameters
-FOR_OTHERS = ("sentence_transformers", "sbert_ce_default_activation_function", "auto_map")      # of the model before
+PARAMETERS_PER_LAYER = 16
+# Settings of the original model that do not apply to a saved one
+DROPPED_SETTINGS = ("sentence_transformers", "sbert_ce_default_activation_function", "auto_map")
 
 
 def load_cross_encoder(directory: Path, config: BertConfig | None = None, new_head: torch.Generator | None = None,
                        dtype: torch.dtype = torch.float32) -> tuple[CrossEncoder, list[str]]:
-    """Model of a directory in evaluation mode, with notes for the user on what was ignored or newly initialised.
+    """Return the model of a directory in evaluation mode, and notes on ignored and newly initialised parameters.
 
-    Every parameter must be in the checkpoint and every tensor of the checkpoint must have a place, or a UserError
-    lists what does not fit. With `new_head` (general students) pooler and classifier may be missing: they are then
-    drawn from this generator, the classifier with two classes.
+    Raises UserError if any parameter or tensor is missing, unexpected or of the wrong shape. With `new_head` (for
+    general students), a missing pooler or two-class classifier is initialised from this generator.
     """
     config = config or read_config(directory)
     weights = {name: tensor for name, tensor in read_weights(directory).items() if not BUFFERS.search(name)}
@@ -55,85 +54,84 @@ def load_cross_encoder(directory: Path, config: BertConfig | None = None, new_he
     ignored = sorted(name for name in weights if name.startswith(PRETRAINING_HEADS))
     weights = {name: tensor for name, tensor in weights.items() if name not in ignored}
     try:
-        with _WithoutInitialisation():                  # all of it is filled below
+        with _SkipInitialisation():
             model = CrossEncoder(config)
             add_projections(model, weights)
-    except Exception as error:                          # sizes that no model can have; which, the library says
-        raise UserError(f"{directory}: its configuration describes no possible model: {reason(error)}") from error
+    except Exception as error:                          # impossible sizes
+        raise UserError(f"{directory}: the model of its configuration cannot be built: {reason(error)}") from error
     model.to(dtype)
     notes = [f"{len(ignored)} tensors of pre-training heads are not used ({ignored[0]}, ...)"] if ignored else []
     notes += _fill(model, weights, directory, new_head)
     return model.eval(), notes
 
 
-class _WithoutInitialisation(TorchFunctionMode):
-    """Modules that are made in this context draw no random numbers."""
+class _SkipInitialisation(TorchFunctionMode):
+    """Modules created in this context draw no random numbers. (The meta device would take seconds.)"""
 
-    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) \
-            -> object:
+    def __torch_function__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
         if getattr(function, "__module__", None) == "torch.nn.init":
             return (kwargs or {}).get("tensor", args[0] if args else None)
         return function(*args, **(kwargs or {}))
 
 
 def check_sizes(weights: dict[str, Tensor], config: BertConfig, directory: Path) -> None:
-    """Raise UserError with each size of the configuration that the weights contradict: what follows from it is not."""
+    """Raise UserError for each size in the configuration that differs from the weights."""
     problems = Problems()
-    for size, (name, dimension) in SHOWN.items():
-        expected = getattr(config, size)
+    for setting, (name, dimension) in SIZES.items():
+        expected = getattr(config, setting)
         if name in weights and weights[name].dim() == 2 and weights[name].shape[dimension] != expected:
-            problems.add(f"{directory}: {name} has shape {list(weights[name].shape)}, which makes {size} "
+            problems.add(f"{directory}: {name} has shape {list(weights[name].shape)}, so {setting} is "
                          f"{weights[name].shape[dimension]}; the configuration says {expected}")
     layers = Counter(found[1] for found in map(re.compile(r"bert\.encoder\.layer\.(\d+)\.").match, weights) if found)
-    if set(layers.values()) == {IN_A_LAYER} and len(layers) != config.num_hidden_layers:
-        problems.add(f"{directory}: the weights have {len(layers)} layers, which makes num_hidden_layers {len(layers)}; "
-                     f"the configuration says {config.num_hidden_layers}")
+    if set(layers.values()) == {PARAMETERS_PER_LAYER} and len(layers) != config.num_hidden_layers:
+        problems.add(f"{directory}: the weights have {len(layers)} layers, so num_hidden_layers is {len(layers)}; the "
+                     f"configuration says {config.num_hidden_layers}")
     problems.raise_if_any()
 
 
-def _fill(model: CrossEncoder, weights: dict[str, Tensor], directory: Path, new_head: torch.Generator | None) -> list[str]:
-    """Copy all weights into the model; complain about every name or shape that does not fit."""
+def _fill(model: CrossEncoder, weights: dict[str, Tensor], directory: Path,
+          new_head: torch.Generator | None) -> list[str]:
+    """Copy all weights into the model, and return notes. Raises UserError for names or shapes that do not fit."""
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
     missing = sorted(expected.keys() - weights.keys())
-    fresh = [name for name in missing if new_head and name.startswith(HEAD)]
+    initialised = [name for name in missing if new_head and name.startswith(HEAD)]
     problems = Problems()
-    complain_of_names([name for name in missing if name not in fresh], sorted(weights.keys() - expected.keys()),
-                      directory, problems)
+    _check_names([name for name in missing if name not in initialised], sorted(weights.keys() - expected.keys()),
+                 directory, problems)
     for name in sorted(expected.keys() & weights.keys()):
         if expected[name] != weights[name].shape:
             problems.add(f"{directory}: {name} has shape {list(weights[name].shape)}; expected {list(expected[name])} "
                          f"by the configuration")
-    for dtype in sorted({tensor.dtype for tensor in weights.values()}.difference(FLOATS), key=str):
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    for dtype in sorted({tensor.dtype for tensor in weights.values()}.difference(floats), key=str):
         names = sorted(name for name, tensor in weights.items() if tensor.dtype == dtype)
-        problems.add(f"{directory}: the weights hold {dtype} in {some(names)}; expected floating-point numbers of 16 to "
-                     f"64 bits: fetch or save the model without quantization")
+        problems.add(f"{directory}: the weights hold {dtype} in {abbreviate(names)}; expected 16- to 64-bit floating "
+                     f"point; fetch or save the model without quantization")
     problems.raise_if_any()
-    for name in fresh:
+    for name in initialised:
         initialise(model.get_parameter(name), model.config.initializer_range, new_head)
     model.load_state_dict(weights, strict=False)
-    return [f"newly initialised: {', '.join(fresh)}"] if fresh else []
+    return [f"newly initialised: {', '.join(initialised)}"] if initialised else []
 
 
-def complain_of_names(missing: list[str], unexpected: list[str], directory: Path, problems: Problems) -> None:
-    """What the weights lack, and beside it what they hold that has no place."""
+def _check_names(missing: list[str], unexpected: list[str], directory: Path, problems: Problems) -> None:
     if missing:
         hint = "; the model was not fine-tuned for ranking" \
             if not unexpected and all(name.startswith(HEAD) for name in missing) else ""
-        problems.add(f"{directory}: the weights lack {some(missing)}{hint}")
+        problems.add(f"{directory}: the weights lack {abbreviate(missing)}{hint}")
     if unexpected:
-        hint = "; merge the LoRA weights into the model first (merge_and_unload of peft)" \
-            if any(".lora_" in name for name in unexpected) else \
-            "; if these are the missing ones, save them under those names" if missing else ""
-        problems.add(f"{directory}: the weights hold {some(unexpected)}, which {'have' if unexpected[1:] else 'has'} no "
-                     f"place in this model{hint}")
+        hint = "; if these are the missing parameters, rename them" if missing else ""
+        if any(".lora_" in name for name in unexpected):
+            hint = "; merge the LoRA weights into the model first (merge_and_unload of peft)"
+        problems.add(f"{directory}: the weights hold {abbreviate(unexpected)}, not expected in this model{hint}")
 
 
 def load_ranker(directory: Path, config: BertConfig | None = None, new_head: torch.Generator | None = None) \
         -> tuple[CrossEncoder, list[str]]:
-    """A model with the two classes not relevant and relevant, as `load_cross_encoder` does it. Raises UserError.
+    """Load a model with the classes not relevant and relevant, as `load_cross_encoder` does. Raises UserError.
 
-    The head of a model with a single logit z is made to give the two logits (0, z), whose softmax is z's sigmoid.
-    Warns where the configuration names the classes the other way round.
+    A model with one logit z gets the logits (0, z), whose softmax is the sigmoid of z. Warns if the configuration
+    gives the classes names in reverse order.
     """
     model, notes = load_cross_encoder(directory, config, new_head)
     if model.config.num_labels == 1:
@@ -142,34 +140,34 @@ def load_ranker(directory: Path, config: BertConfig | None = None, new_head: tor
         raise UserError(f"{directory}: the model has {model.config.num_labels} classes; expected 2 (not relevant, "
                         f"relevant), or 1 logit")
     elif labels := reversed_labels(model.config):
-        warn(f"{directory}: {labels} in its configuration, but class 1 is taken as relevant; if the names are right, the "
-             f"ranking is upside down: exchange the two rows of classifier.weight and classifier.bias")
+        warn(f"{directory}: {labels} in its configuration, but class 1 is taken as relevant; if the names are right, "
+             f"rankings are reversed: swap the two rows of classifier.weight and of classifier.bias")
     return model, notes
 
 
 def split_logit(model: CrossEncoder) -> str:
-    """Give a model with one logit z the two logits (0, z), in place. Returns a note for the user."""
+    """Replace the logit z of a model by the two logits (0, z), in place. Returns a note for the user."""
     head = model.classifier
     head.weight, head.bias = (nn.Parameter(torch.cat([torch.zeros_like(tensor), tensor.detach()]))
                               for tensor in (head.weight, head.bias))
     head.out_features = model.config.num_labels = 2
     kind, model.config.problem_type = model.config.problem_type, None
-    return ("its one logit z becomes the two (0, z); z is taken as the log-odds of relevance, " + (
-        "though its configuration says regression: the order of passages is right, their probabilities may not be"
-        if kind == "regression" else "as in models trained with a sigmoid"))
+    return "its logit z is replaced by the two logits (0, z); z is taken as the log-odds of relevance, " + (
+        "but its configuration says regression: the order of passages is right, but their probabilities may be wrong"
+        if kind == "regression" else "as in models trained with a sigmoid")
 
 
-def initialise(parameter: nn.Parameter, spread: float, generator: torch.Generator) -> None:
-    """BERT's way: matrices normal with standard deviation `spread`, biases zero."""
+def initialise(parameter: nn.Parameter, std: float, generator: torch.Generator) -> None:
+    """Initialise a parameter as BERT does: matrices normal with standard deviation `std`, biases zero."""
     with torch.no_grad():
-        parameter.normal_(std=spread, generator=generator) if parameter.dim() > 1 else parameter.zero_()
+        parameter.normal_(std=std, generator=generator) if parameter.dim() > 1 else parameter.zero_()
 
 
 def new_cross_encoder(config: BertConfig, generator: torch.Generator) -> CrossEncoder:
-    """A model with BERT's random initial weights; the embedding of [PAD] is zero."""
+    """Return a model with BERT's random initial weights; the embedding of [PAD] is zero."""
     model = CrossEncoder(config)
     for name, parameter in model.named_parameters():
-        if "LayerNorm" not in name:                     # which start as the identity
+        if "LayerNorm" not in name:                     # a LayerNorm starts as the identity
             initialise(parameter, config.initializer_range, generator)
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight[config.pad_token_id or 0] = 0.0
@@ -177,7 +175,7 @@ def new_cross_encoder(config: BertConfig, generator: torch.Generator) -> CrossEn
 
 
 def copy_teacher_layers(student: CrossEncoder, teacher: CrossEncoder) -> None:
-    """Start a student of the teacher's width from its embeddings, its pooler and every k-th of its layers."""
+    """Copy embeddings, pooler and every k-th layer of the teacher into a student of the same hidden size."""
     sources = uniform_layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     student.bert.embeddings.load_state_dict(teacher.bert.embeddings.state_dict())
     student.bert.pooler.load_state_dict(teacher.bert.pooler.state_dict())
@@ -186,7 +184,7 @@ def copy_teacher_layers(student: CrossEncoder, teacher: CrossEncoder) -> None:
 
 
 def add_projections(model: CrossEncoder, weights: dict[str, Tensor]) -> None:
-    """Give the model the projections that its checkpoint holds (one shared, or TinyBERT v2's one per hidden state)."""
+    """Add the projections of a checkpoint: one, or one for each hidden state (TinyBERT v2)."""
     count = len({name.split(".")[1] for name in weights if name.startswith("projections.")})
     for number in range(count):
         matrix = weights.get(f"projections.{number}.weight")
@@ -194,26 +192,23 @@ def add_projections(model: CrossEncoder, weights: dict[str, Tensor]) -> None:
             model.projections.append(nn.Linear(matrix.shape[1], matrix.shape[0]))
 
 
-def fit_projections(model: CrossEncoder, teacher_width: int, generator: torch.Generator) -> list[str]:
-    """Make sure that the student has projections to `teacher_width`: kept where they fit, else one new shared one."""
+def fit_projections(model: CrossEncoder, teacher_size: int, generator: torch.Generator) -> list[str]:
+    """Replace projections that do not map to the teacher's hidden size by a new, shared one. Returns notes."""
     states = model.config.num_hidden_layers + 1
     kept = [(layer.in_features, layer.out_features) for layer in model.projections]
-    if kept and set(kept) == {(model.config.hidden_size, teacher_width)} and len(kept) in (1, states):
+    if kept and set(kept) == {(model.config.hidden_size, teacher_size)} and len(kept) in (1, states):
         return [] if len(kept) == 1 else [f"fit_denses: one projection for each of the {states} hidden states"]
-    model.projections = nn.ModuleList([nn.Linear(model.config.hidden_size, teacher_width)])
+    model.projections = nn.ModuleList([nn.Linear(model.config.hidden_size, teacher_size)])
     model.projections.to(model.classifier.weight.dtype)
     for parameter in model.projections.parameters():
         initialise(parameter, model.config.initializer_range, generator)
     why = f" (the checkpoint's {len(kept)} of shape {kept[0]} do not fit)" if kept else ""
-    return [f"newly initialised: fit_dense, {model.config.hidden_size} → {teacher_width}{why}"]
+    return [f"newly initialised: fit_dense, {model.config.hidden_size} → {teacher_size}{why}"]
 
 
 def save_cross_encoder(model: CrossEncoder, directory: Path, tokenizer_directory: Path | None, lower_case: bool,
                        card: str = "", general: bool = False) -> None:
-    """Write a Hugging Face directory: config.json, model.safetensors, tokenizer files, a model card, the projections.
-
-    A `general` student has no classifier yet.
-    """
+    """Write a Hugging Face directory. A `general` student is saved without its classifier."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()
                if not (general and name.startswith("classifier."))}
@@ -224,11 +219,11 @@ def save_cross_encoder(model: CrossEncoder, directory: Path, tokenizer_directory
                    for key, tensor in projections.items()}
         _save_tensors(renamed, directory / PROJECTION_FILE)
     else:
-        (directory / PROJECTION_FILE).unlink(missing_ok=True)                  # of a model that was here before
+        (directory / PROJECTION_FILE).unlink(missing_ok=True)           # left over from another model
     architecture = "BertModel" if general else "BertForSequenceClassification"
-    config = {key: value for key, value in model.config.to_dict().items() if key not in FOR_OTHERS}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in DROPPED_SETTINGS}
     config |= {"architectures": [architecture], "model_type": "bert",
-                                       "dtype": str(model.classifier.weight.dtype).removeprefix("torch.")}
+               "dtype": str(model.classifier.weight.dtype).removeprefix("torch.")}
     if model.config.num_labels == 2 and not general:
         config |= {"id2label": {"0": "not relevant", "1": "relevant"}, "label2id": {"not relevant": 0, "relevant": 1}}
     _write_text(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,24 +1,25 @@
-"""The tokenizer of a model directory: read as `transformers` reads it, and written complete.
+"""Read and write the tokenizer of a model directory, as `transformers` does, with one exception.
 
-One thing differs from the library: the special tokens of BERT are no added tokens here, so that a literal "[SEP]" in a
-text stays text and no input can plant one.
+BERT's special tokens are not added tokens here: a literal "[SEP]" in a text stays text, and no input can insert a
+special token.
 """
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from simplified_tinybert.common.files import UserError, atomic_writer, shorten, warn
+from simplified_tinybert.common.file_kinds import failed_download, read_json
+from simplified_tinybert.common.files import UserError, atomic_writer, reason, shorten, warn
 from simplified_tinybert.common.text import read_text
-from simplified_tinybert.model.vocabulary import SPECIAL, Vocabulary
+from simplified_tinybert.model.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json")
-MARK = b"\xef\xbb\xbf"
-# Settings of a source that tokenizer.json replaces, or under which CrossEncoder would score pairs in another form
-LEFT_OUT = ("added_tokens_decoder", "auto_map", "fast_tokenizer_files", "init_inputs", "add_bos_token", "add_eos_token",
-            "padding_side", "truncation_side", "chat_template")
+# Settings that tokenizer.json replaces, or that would make CrossEncoder format pairs differently
+DROPPED_SETTINGS = ("added_tokens_decoder", "auto_map", "fast_tokenizer_files", "init_inputs", "add_bos_token",
+                    "add_eos_token", "padding_side", "truncation_side", "chat_template")
 
 
 def has_vocabulary(directory: Path) -> bool:
@@ -26,79 +27,73 @@ def has_vocabulary(directory: Path) -> bool:
 
 
 def load_vocabulary(directory: Path, lower_case: bool | None = None) -> Vocabulary:
-    """The tokenizer of a model directory. Raises UserError.
-
-    Casing: `lower_case` if given, else that of AutoTokenizer.
-    """
+    """Load the tokenizer of a model directory, with AutoTokenizer's casing unless given. Raises UserError."""
     vocabulary = read_tokenizer(directory)[0]
     _check_size(directory, vocabulary)
     if lower_case is not None:
         vocabulary = vocabulary.with_casing(lower_case)
-    _check_added(directory, vocabulary)
-    own = vocabulary.state["model"]["vocab"]
-    capitals = any(piece != piece.lower() for piece in own if not piece.startswith("["))
-    if lower_case is None and vocabulary.lower_case and capitals:
-        warn(f"{directory}: its tokens have capital letters, but its settings say that texts are lower-cased, as "
-             f"transformers reads them; if the model is cased: --no-do_lower_case, or \"do_lower_case\": false in "
+    _check_added_tokens(directory, vocabulary)
+    has_capitals = any(token != token.lower() for token in vocabulary.state["model"]["vocab"]
+                       if not token.startswith("["))
+    if lower_case is None and vocabulary.lower_case and has_capitals:
+        warn(f"{directory}: its tokens have capital letters, but its settings lower-case texts, according to "
+             f"transformers; if the model is cased, use --no-do_lower_case, or set \"do_lower_case\": false in "
              f"tokenizer_config.json")
     return vocabulary
 
 
 def read_tokenizer(directory: Path) -> tuple[Vocabulary, dict]:
-    """The tokenizer of a model directory, and the whole of it in the `tokenizers` format. Raises UserError."""
+    """Return the tokenizer of a model directory, and its full `tokenizers` JSON. Raises UserError."""
     _check_files(directory)
     try:
-        library = _library_tokenizer(directory)
-        backend = library.backend_tokenizer
+        backend = _library_tokenizer(directory).backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
         state, split_special = json.loads(backend.to_str()), bool(backend.encode_special_tokens)
-        added = _added_by_files(directory)
-    except Exception as error:                          # a malformed file makes the library raise almost anything
+        added = _added_tokens_in_files(directory)
+    except Exception as error:                          # the library raises almost any error for a malformed file
         settings = read_json(directory / "tokenizer_config.json")
-        odd = [f"{name} is {json.dumps(settings[name])}, not true or false" for name in (
+        invalid = [f"{name} is {json.dumps(settings[name])}, expected true or false" for name in (
             "do_lower_case", "tokenize_chinese_chars") if not isinstance(settings.get(name, True), bool)]
-        reason = odd[0] if odd else (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{directory}: transformers cannot read the tokenizer in its files ({reason}); expected that of "
-                        f"a BERT model") from error
+        raise UserError(f"{directory}: transformers cannot read its tokenizer files "
+                        f"({invalid[0] if invalid else reason(error)}); expected those of a BERT model") from error
     kind, vocab = state["model"].get("type"), state["model"].get("vocab")
     if kind != "WordPiece":
-        raise UserError(f"{directory}: holds a {kind} tokenizer; expected WordPiece, as BERT has")
-    # The library invents special tokens that no file has.
+        raise UserError(f"{directory}: holds a {kind} tokenizer; expected WordPiece, as in BERT")
+    # The library adds special tokens that are in no file
     state["added_tokens"] = [token for token in state["added_tokens"]
-                             if token["content"] not in SPECIAL or token["content"] in vocab.keys() | added]
-    pieces = vocab | {token["content"]: token["id"] for token in state["added_tokens"]}
-    missing = [piece for piece in ("[UNK]", "[CLS]", "[SEP]") if piece not in pieces]
+                             if token["content"] not in SPECIAL_TOKENS or token["content"] in vocab.keys() | added]
+    token_ids = vocab | {token["content"]: token["id"] for token in state["added_tokens"]}
+    missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in token_ids]
     if missing or state["model"]["unk_token"] not in vocab:
         raise UserError(f"{directory}: the vocabulary lacks {', '.join(missing or [state['model']['unk_token']])}; "
                         f"expected a BERT WordPiece vocabulary")
-    _check_pair(directory, backend, [pieces["[CLS]"], pieces["[SEP]"], pieces["[SEP]"]])
-    special = {piece: pieces[piece] for piece in SPECIAL if piece in pieces}
-    own = state | {"model": state["model"] | {"vocab": vocab | special}, "post_processor": None, "decoder": None,
-                   "added_tokens": [token for token in state["added_tokens"] if token["content"] not in SPECIAL]}
-    vocabulary = Vocabulary(pieces, own, split_special)
-    if vocabulary.tokenizer().get_vocab() != pieces:
-        raise UserError(f"{directory}: its added tokens leave gaps between ids, which a text cannot be cut by; save its "
-                        f"tokenizer anew with transformers")
+    _check_pair_format(directory, backend, [token_ids[token] for token in ("[CLS]", "[SEP]", "[SEP]")])
+    special = {token: token_ids[token] for token in SPECIAL_TOKENS if token in token_ids}
+    own_state = state | {"model": state["model"] | {"vocab": vocab | special}, "post_processor": None, "decoder": None,
+                         "added_tokens": [token for token in state["added_tokens"] if token["content"] not in special]}
+    vocabulary = Vocabulary(token_ids, own_state, split_special)
+    if vocabulary.tokenizer().get_vocab() != token_ids:
+        raise UserError(f"{directory}: its added tokens leave gaps between ids; save them again with transformers")
     return vocabulary, state
 
 
 def _library_tokenizer(directory: Path):
-    """The tokenizer that AutoTokenizer makes of a directory; of one that it cannot place, BertTokenizer."""
-    given = {}
+    """Load the tokenizer as AutoTokenizer does, or as BertTokenizer if AutoTokenizer cannot tell the class."""
+    options = {}
     if not (directory / "tokenizer.json").is_file() \
-            and (content := (directory / "vocab.txt").read_bytes()).startswith(MARK):      # which the library would keep
-        lines = content.removeprefix(MARK).decode("utf-8").removesuffix("\n").split("\n")
-        given = {"vocab": {line.rstrip(): number for number, line in enumerate(lines)}}
-    if _is_bert(directory):                # imported here for it takes a second, and AutoTokenizer takes several
+            and (content := (directory / "vocab.txt").read_bytes()).startswith(BOM_UTF8):     # the library keeps it
+        lines = content.removeprefix(BOM_UTF8).decode("utf-8").removesuffix("\n").split("\n")
+        options = {"vocab": {line.rstrip(): number for number, line in enumerate(lines)}}
+    if _is_bert(directory):                             # BertTokenizer imports in a second, AutoTokenizer in several
         from transformers.models.bert.tokenization_bert import BertTokenizer
-        return BertTokenizer.from_pretrained(directory, local_files_only=True, **given)
+        return BertTokenizer.from_pretrained(directory, local_files_only=True, **options)
     from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **given)
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
 
 
 def _is_bert(directory: Path) -> bool:
-    """Whether AutoTokenizer takes BertTokenizer for this directory, or cannot place it."""
+    """Whether AutoTokenizer would choose BertTokenizer for this directory, or cannot tell the class."""
     config, settings = (read_json(directory / name) for name in ("config.json", "tokenizer_config.json"))
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
     if name is None and config.get("model_type") is None:
@@ -107,133 +102,109 @@ def _is_bert(directory: Path) -> bool:
 
 
 def _check_files(directory: Path) -> None:
-    """Raise UserError for files that are damaged or not BERT's, in words clearer than the library's."""
-    for name in ("config.json", *TOKENIZER_FILES):
-        if (directory / name).is_file():
-            with open(directory / name, "rb") as handle:
-                start = handle.read(100).lstrip().lower()
-            if start.startswith((b"version https://git-lfs", b"<!doctype", b"<html")):
-                raise UserError(f"{directory / name}: is a {'web page' if start[:1] == b'<' else 'Git LFS pointer'}, not "
-                                f"the file itself; fetch that: git lfs pull in the clone, or hf download")
-        if name.endswith(".json"):
-            read_json(directory / name)
+    """Raise UserError for files that are damaged or not BERT's, with clearer messages than the library's."""
+    for name in ("config.json", *TOKENIZER_FILES[1:]):
+        read_json(directory / name)
     if not has_vocabulary(directory):
         raise UserError(f"{directory}: holds no vocabulary; expected vocab.txt or tokenizer.json of a BERT model")
-    if (directory / "vocab.txt").is_file():
-        read_text(directory / "vocab.txt")
+    path = directory / "vocab.txt"
+    if path.is_file():
+        if error := failed_download(path):
+            raise UserError(f"{path}: {error}")
+        read_text(path)
     path = directory / "tokenizer.json"
     if path.is_file():
         content = read_json(path)
         try:
             kind, vocab = content["model"].get("type", "WordPiece"), content["model"].get("vocab")
-            _names(content.get("added_tokens") or [])
+            _contents(content.get("added_tokens") or [])
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: is not a tokenizer file ({error!r}); fetch or write it again") from error
         if kind != "WordPiece" or not isinstance(vocab, dict):
-            raise UserError(f"{path}: holds a {kind} tokenizer; expected WordPiece, as BERT has")
+            raise UserError(f"{path}: holds a {kind} tokenizer; expected WordPiece, as in BERT")
         if not all(type(number) is int and 0 <= number < 2 ** 31 for number in vocab.values()):
-            raise UserError(f"{path}: holds ids that are not whole numbers from 0; fetch or write it again")
+            raise UserError(f"{path}: holds token ids that are not whole numbers from 0; fetch or write it again")
 
 
-def _names(tokens: Iterable[dict]) -> set[str]:
+def _contents(tokens: Iterable[dict]) -> set[str]:
     return {token["content"] for token in tokens}
 
 
-def _added_by_files(directory: Path) -> set[str]:
-    """Tokens that the files of a directory, known to be right, add to its vocabulary."""
+def _added_tokens_in_files(directory: Path) -> set[str]:
     decoder = read_json(directory / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    return (_names(read_json(directory / "tokenizer.json").get("added_tokens") or []) | _names(decoder.values())
+    return (_contents(read_json(directory / "tokenizer.json").get("added_tokens") or []) | _contents(decoder.values())
             | read_json(directory / "added_tokens.json").keys())
 
 
-def _check_pair(directory: Path, tokenizer: Tokenizer, expected: list[int]) -> None:
-    """Raise UserError if the library puts texts together in another way than [CLS] query [SEP] passage [SEP].
-
-    Without any special tokens it leaves that to whoever uses it.
-    """
+def _check_pair_format(directory: Path, tokenizer: Tokenizer, expected: list[int]) -> None:
+    """Raise UserError unless the library formats pairs as [CLS] query [SEP] passage [SEP], or adds no tokens."""
     pair = tokenizer.encode("", "")
     if pair.ids and (pair.ids, pair.type_ids) != (expected, [0, 0, 1]):
-        raise UserError(f"{directory}: its tokenizer puts the tokens {' '.join(pair.tokens)} (segments "
-                        f"{' '.join(map(str, pair.type_ids))}) around a pair; expected [CLS] [SEP] [SEP] (0 0 1), as "
-                        f"BERT has")
+        raise UserError(f"{directory}: its tokenizer formats an empty pair as {' '.join(pair.tokens)} (segments "
+                        f"{' '.join(map(str, pair.type_ids))}); expected [CLS] [SEP] [SEP] (0 0 1), as in BERT")
 
 
-def _check_added(directory: Path, vocabulary: Vocabulary) -> None:
-    """Raise UserError for added tokens with which the `tokenizers` library gives no or random ids."""
-    forms = {"": "nothing"}
+def _check_added_tokens(directory: Path, vocabulary: Vocabulary) -> None:
+    """Raise UserError for added tokens for which the `tokenizers` library returns no ids or random ids."""
+    seen = {"": "the empty string"}
     for token in vocabulary.state["added_tokens"]:
         name, form = shorten(token["content"]), vocabulary.normalized(token["content"])
-        if token["normalized"] and form in forms:
-            raise UserError(f"{directory}: its added token {name} and {forms[form]} are the same when normalized, so "
-                            f"that the tokenizers library takes any of them; remove one")
+        if token["normalized"] and form in seen:
+            raise UserError(f"{directory}: its added token {name} and {seen[form]} are equal after normalization, so "
+                            f"the tokenizers library picks either; remove one")
         if token["normalized"]:
-            forms[form] = name
+            seen[form] = name
 
 
 def _check_size(directory: Path, vocabulary: Vocabulary) -> None:
     """Raise UserError if the model has fewer embeddings than tokens."""
-    path = next((directory / name for name in ("config.json", "bert_config.json") if (directory / name).is_file()), None)
-    size, needed = read_json(path).get("vocab_size") if path else None, max(vocabulary.pieces.values()) + 1
+    paths = [directory / name for name in ("config.json", "bert_config.json") if (directory / name).is_file()]
+    size = read_json(paths[0]).get("vocab_size") if paths else None
+    needed = max(vocabulary.token_ids.values()) + 1
     if type(size) is int and size < needed:
-        last = max(vocabulary.pieces, key=vocabulary.pieces.get)
+        last = max(vocabulary.token_ids, key=vocabulary.token_ids.get)
         source = next((directory / name for name in ("tokenizer.json", *TOKENIZER_FILES) if (directory / name).is_file()
                        and last in (directory / name).read_text(encoding="utf-8")), directory / "tokenizer.json")
-        raise UserError(f"{source}: has {needed} tokens, the embedding matrix {size} rows (vocab_size in {path}): "
-                        f"these two files of the model do not go together; fetch both from one place or, if tokens "
-                        f"were added, call resize_token_embeddings({needed}) and save the model again")
-
-
-def read_json(path: Path) -> dict:
-    """The object of a JSON file, empty if there is none. Raises UserError."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON ({error}); fetch or write the file again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
-    return content
+        raise UserError(f"{source}: has {needed} tokens, the embedding matrix {size} rows (vocab_size in {paths[0]}); "
+                        f"fetch both files from the same model, or, if tokens were added, call "
+                        f"resize_token_embeddings({needed}) and save the model again")
 
 
 def save_tokenizer(source: Path, directory: Path, lower_case: bool, max_length: int) -> None:
-    """Write the tokenizer of directory `source`, with the casing in use, into `directory`.
+    """Write the tokenizer of directory `source`, with the given casing, into `directory`.
 
-    Where it is plainly BERT's, it is vocab.txt with the options of BertTokenizer; else tokenizer.json says all. Both
-    are written where they can be, for tools that know only one of them.
+    Writes vocab.txt and BertTokenizer's options if these describe it, and otherwise tokenizer.json. If `source` has a
+    tokenizer.json, both are written, since some tools read only one of them.
     """
-    vocabulary, whole = read_tokenizer(source)
+    vocabulary, state = read_tokenizer(source)
     vocabulary = vocabulary.with_casing(lower_case)
-    options, lines = vocabulary.bert_options(), vocab_lines(whole["model"]["vocab"])
+    options, lines = vocabulary.bert_options(), vocab_lines(state["model"]["vocab"])
     settings = read_json(source / "special_tokens_map.json") | read_json(source / "tokenizer_config.json")
-    settings = {name: value for name, value in settings.items() if name not in LEFT_OUT}
+    settings = {name: value for name, value in settings.items() if name not in DROPPED_SETTINGS}
     settings |= {"tokenizer_class": "BertTokenizer" if options else "PreTrainedTokenizerFast",
                  "model_max_length": max_length, "do_lower_case": lower_case,
                  "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
     settings |= options or {}
-    settings |= {f"{piece[1:-1].lower()}_token": piece if piece in vocabulary.pieces else "[UNK]" for piece in SPECIAL}
+    settings |= {f"{token[1:-1].lower()}_token": token if token in vocabulary.token_ids else "[UNK]"
+                 for token in SPECIAL_TOKENS}
     texts = {"tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}
     if lines:
         texts["vocab.txt"] = lines
     if not (options and lines) or (source / "tokenizer.json").is_file():
-        texts["tokenizer.json"] = json.dumps(as_bert_pairs(whole, vocabulary), ensure_ascii=False, indent=2) + "\n"
+        ends = {name: [f"[{name.upper()}]", vocabulary.token_ids[f"[{name.upper()}]"]] for name in ("sep", "cls")}
+        state |= {"normalizer": vocabulary.state["normalizer"], "post_processor": {"type": "BertProcessing"} | ends}
+        texts["tokenizer.json"] = json.dumps(state, ensure_ascii=False, indent=2) + "\n"
     for name in TOKENIZER_FILES:
         if name in texts:
             with atomic_writer(directory / name) as handle:
                 handle.write(texts[name])
         else:
-            (directory / name).unlink(missing_ok=True)     # of a model that was here before
-
-
-def as_bert_pairs(whole: dict, vocabulary: Vocabulary) -> dict:
-    """The tokenizer with the casing of `vocabulary`; pairs become [CLS] query [SEP] passage [SEP], as here."""
-    ends = {name: [f"[{name.upper()}]", vocabulary.pieces[f"[{name.upper()}]"]] for name in ("sep", "cls")}
-    return whole | {"normalizer": vocabulary.state["normalizer"], "post_processor": {"type": "BertProcessing"} | ends}
+            (directory / name).unlink(missing_ok=True)  # left over from another model
 
 
 def vocab_lines(vocab: dict[str, int]) -> str:
-    """The text of vocab.txt; empty if such a file cannot hold these tokens."""
-    pieces = sorted(vocab, key=vocab.get)
-    fits = [vocab[piece] for piece in pieces] == list(range(len(pieces))) and not any(
-        piece != piece.rstrip() or "\n" in piece or piece.startswith("\ufeff") for piece in pieces)
-    return "".join(f"{piece}\n" for piece in pieces) if fits else ""
+    """Return the text of vocab.txt; "" if such a file cannot hold these tokens."""
+    tokens = sorted(vocab, key=vocab.get)
+    representable = [vocab[token] for token in tokens] == list(range(len(tokens))) and not any(
+        token != token.rstrip() or "\n" in token or token.startswith("\ufeff") for token in tokens)
+    return "".join(f"{token}\n" for token in tokens) if representable else ""

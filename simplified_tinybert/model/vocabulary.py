@@ -1,4 +1,4 @@
-"""The tokens of a model and the tokenizer that finds them, as plain data, which processes can share."""
+"""A tokenizer as plain data, which can be sent to other processes."""
 import hashlib
 import json
 from dataclasses import dataclass
@@ -10,27 +10,27 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from simplified_tinybert.common.files import UserError
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 @dataclass
 class Vocabulary:
-    """Tokens with their ids, and the tokenizer that finds them in texts.
+    """Token ids, and the tokenizer that splits texts into these tokens.
 
-    `state` is the tokenizer in the JSON format of the `tokenizers` library, BERT's special tokens not among its added
-    tokens. With `split_special` no special token of a text is matched (`split_special_tokens` of `transformers`).
+    `state` is the tokenizer in the JSON format of the `tokenizers` library, without BERT's special tokens among its
+    added tokens. With `split_special`, special tokens in a text are split (`split_special_tokens` of `transformers`).
     """
-    pieces: dict[str, int]
+    token_ids: dict[str, int]
     state: dict
     split_special: bool = False
 
     @property
     def cls_id(self) -> int:
-        return self.pieces["[CLS]"]
+        return self.token_ids["[CLS]"]
 
     @property
     def sep_id(self) -> int:
-        return self.pieces["[SEP]"]
+        return self.token_ids["[SEP]"]
 
     def tokenizer(self) -> Tokenizer:
         tokenizer = Tokenizer.from_str(json.dumps(self.state))
@@ -42,38 +42,38 @@ class Vocabulary:
         return "a" in self.normalized("A")
 
     def normalized(self, text: str) -> str:
-        empty = {"type": "WordLevel", "vocab": {}, "unk_token": ""}                     # quickly built
+        empty = {"type": "WordLevel", "vocab": {}, "unk_token": ""}     # faster to build than the real model
         normalizer = Tokenizer.from_str(json.dumps(self.state | {"model": empty, "added_tokens": []})).normalizer
         return normalizer.normalize_str(text) if normalizer else text
 
     def with_casing(self, lower_case: bool) -> "Vocabulary":
-        """The same tokenizer, made to lower-case texts or to leave capitals. Raises UserError where it cannot be."""
+        """Return the same tokenizer with or without lower-casing. Raises UserError if that is impossible."""
         if self.lower_case == lower_case:
             return self
         normalizer = _with_casing(self.state["normalizer"], lower_case)
-        changed = Vocabulary(self.pieces, self.state | {"normalizer": normalizer}, self.split_special)
+        changed = Vocabulary(self.token_ids, self.state | {"normalizer": normalizer}, self.split_special)
         if lower_case and not changed.lower_case:
             steps = [*([normalizer] if normalizer else []), {"type": "Lowercase"}]
             changed.state["normalizer"] = {"type": "Sequence", "normalizers": steps}
         if changed.lower_case != lower_case:
-            raise UserError("--no-do_lower_case: the model's tokenizer lower-cases texts by a normalizer other than "
+            raise UserError("--no-do_lower_case: the model's tokenizer lower-cases texts with a normalizer other than "
                             "BertNormalizer and Lowercase; leave the flag out")
         return changed
 
     @property
     def splits_at_blanks(self) -> bool:
-        """Whether the tokens of a text are those of its parts between blanks.
+        """Whether a text can be split at blanks first, without changing its tokens.
 
-        BERT's cleaning never looks across a blank: it replaces single characters, and combining marks move no further
-        than the next character that is none. An added token may only match across one if it holds one.
+        BERT's normalizer never looks across a blank: it replaces single characters, and reorders combining marks only
+        up to the next base character. An added token can match across a blank only if it contains one.
         """
         normalizer, added = self.state["normalizer"] or {}, [token["content"] for token in self.state["added_tokens"]]
         return (normalizer.get("type") == "BertNormalizer" and normalizer["clean_text"]
                 and self.state["pre_tokenizer"] == {"type": "BertPreTokenizer"}
-                and not any(form.split() != [form] for word in added for form in (word, self.normalized(word))))
+                and not any(form.split() != [form] for token in added for form in (token, self.normalized(token))))
 
     def bert_options(self) -> dict | None:
-        """The options with which BertTokenizer of `transformers` is this tokenizer; None if it never is."""
+        """Return options of `transformers`' BertTokenizer that make it equal to this tokenizer, or None."""
         normalizer = self.state["normalizer"] or {}
         if normalizer.get("type") != "BertNormalizer":
             return None
@@ -82,7 +82,7 @@ class Vocabulary:
         return options if self._settings() == bert_vocabulary({}, *options.values())._settings() else None
 
     def _settings(self) -> dict:
-        """All that decides on tokens but the ids of the model's own tokens, and names for the same thing made equal."""
+        """Return everything but the token ids that determines the tokens of a text, in a normal form."""
         normalizer, added = self.state["normalizer"], self.state["added_tokens"]
         if normalizer and normalizer.get("strip_accents", "") is None:
             normalizer = normalizer | {"strip_accents": normalizer["lowercase"]}
@@ -91,12 +91,11 @@ class Vocabulary:
                 "split_special": self.split_special and any(token["special"] for token in added)}
 
     def checksum(self) -> str:
-        """SHA-256 of the tokens, their ids and, where the tokenizer is not plainly BERT's, its settings.
+        """Return a SHA-256 of token ids and settings. Models can share features if it and the casing are equal.
 
-        Equal for models that can share features, if these are of the same casing.
+        The settings count only if the tokenizer differs from BERT's own.
         """
-        ordered = sorted(self.pieces.items(), key=lambda item: item[1])
-        lines = [f"{number} {piece}" for piece, number in ordered]
+        lines = [f"{number} {token}" for token, number in sorted(self.token_ids.items(), key=lambda item: item[1])]
         settings = self._settings()
         if settings != bert_vocabulary({}, self.lower_case)._settings():
             lines.append(json.dumps(settings, sort_keys=True))
@@ -112,11 +111,11 @@ def _with_casing(normalizer: dict | None, lower_case: bool) -> dict | None:
     return normalizer | ({"lowercase": lower_case} if normalizer["type"] == "BertNormalizer" else {})
 
 
-def bert_vocabulary(pieces: dict[str, int], lower_case: bool, strip_accents: bool | None = None,
+def bert_vocabulary(token_ids: dict[str, int], lower_case: bool, strip_accents: bool | None = None,
                     split_chinese: bool = True) -> Vocabulary:
-    """BERT's own tokenizer with these tokens. `strip_accents` None: accents go when letters are lower-cased."""
-    tokenizer = Tokenizer(WordPiece(pieces, unk_token="[UNK]"))
+    """Return BERT's own tokenizer with these tokens. strip_accents None: accents are stripped if lower-casing."""
+    tokenizer = Tokenizer(WordPiece(token_ids, unk_token="[UNK]"))
     tokenizer.normalizer = BertNormalizer(handle_chinese_chars=split_chinese, strip_accents=strip_accents,
                                           lowercase=lower_case)
     tokenizer.pre_tokenizer = BertPreTokenizer()
-    return Vocabulary(dict(pieces), json.loads(tokenizer.to_str()))
+    return Vocabulary(dict(token_ids), json.loads(tokenizer.to_str()))

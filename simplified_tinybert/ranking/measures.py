@@ -1,36 +1,42 @@
-"""Measures of a ranking, for each query: reciprocal ranks computed here, all others by ir_measures."""
+"""Per-query measures of a ranking: reciprocal ranks are computed here, all others by ir_measures."""
 import difflib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simplified_tinybert.common.files import Problems, UserError
-from simplified_tinybert.ranking.trec import float32_ties, line_of_judgement, rank, sum_in_order
+from simplified_tinybert.common.files import Problems, UserError, say
+from simplified_tinybert.ranking.trec import (
+    Qrels,
+    Run,
+    float32_ties,
+    line_of_judgement,
+    rank,
+    sum_in_order,
+    warn_of_float32_ties,
+)
 
-LARGEST_GRADE = {"gdeval": 4}      # of what ir_measures computes by other programs, where it is below trec_eval's
-MRR_CUTOFFS = {"MRR": None, "MRR@10": 10, "MRR@100": 100}  # documents of a ranking that are looked at; None: all
+MRR_CUTOFFS = {"MRR": None, "MRR@10": 10, "MRR@100": 100}
+GDEVAL_LARGEST_GRADE = 4
 
 PerQuery = dict[str, float]  # query id → value
 Rankings = dict[str, list[str]]  # query id → document ids, best first
-Qrels = dict[str, dict[str, int]]  # query id → document id → grade
-Run = dict[str, dict[str, float]]  # query id → document id → score
 
 
 @dataclass
 class Evaluation:
-    """A run's measures, and the queries they were averaged over."""
+    """The measures of a run, and the queries they are averaged over."""
     queries: list[str]
     missing: list[str]          # judged, but not in the run
     not_judged: list[str]
-    float32_ties: int           # pairs of scores that trec_eval, in single precision, would take for equal
-    results: list[tuple[str, PerQuery, float]]          # (measure, value of each query, average)
+    float32_ties: int           # pairs of different scores that are equal in single precision
+    results: list[tuple[str, PerQuery, float]]          # measure, value of each query, average
 
 
 def evaluate(qrels: Qrels, run: Run, measures: list[Any], level: int, complete: bool) -> Evaluation:
-    """MRR and its cutoffs, then `measures` (of `parse_measures`), over the judged queries of the run.
+    """Compute MRR, its cutoffs and `measures` (from `parse_measures`) over the judged queries of the run.
 
-    With `complete` over all judged queries, those that are missing from the run as 0.
+    With `complete`, averages are over all judged queries; a query that the run lacks counts as 0.
     """
     missing = [query_id for query_id in qrels if query_id not in run]
     not_judged = [query_id for query_id in run if query_id not in qrels]
@@ -42,32 +48,22 @@ def evaluate(qrels: Qrels, run: Run, measures: list[Any], level: int, complete: 
     return Evaluation(list(rankings), missing, not_judged, ties, results)
 
 
-def check_common_queries(qrels_path: Path, qrels: Qrels, runs: dict[Path, Run], problems: Problems) -> None:
-    """Complain about judgements without lines, and about runs none of whose queries is judged."""
-    for path, content in ((qrels_path, qrels), *runs.items()):
-        if not content:
-            problems.add(f"{path}: is empty; there is nothing to evaluate")
-    for path, run in runs.items():
-        if qrels and run and not qrels.keys() & run.keys():
-            problems.add(f"{path}: none of its queries ({first_ten(run)}) is judged in {qrels_path} "
-                         f"({first_ten(qrels)}); do the two belong together?")
-
-
-def first_ten(ids: Collection[str]) -> str:
-    shown = ", ".join(list(ids)[:10])
-    return f"{shown}, ..." if len(ids) > 10 else shown
+def say_gaps(evaluation: Evaluation, source: str) -> None:
+    """Print where a measure is undefined, and warn of float32 ties; `source` precedes each message."""
+    for name, values, _ in evaluation.results:
+        if len(values) < len(evaluation.queries):
+            say(f"{source}{name} is defined for only {len(values)} queries; the average is over these")
+    warn_of_float32_ties(evaluation.float32_ties, source)
 
 
 def reciprocal_rank(ranking: Sequence[str], relevant: Collection[str], cutoff: int | None = None) -> float:
-    """1 / rank of the first relevant document among the first `cutoff`, 0 if there is none."""
-    for position, document_id in enumerate(ranking[:cutoff], start=1):
-        if document_id in relevant:
-            return 1 / position
-    return 0.0
+    """Return 1 / rank of the first relevant document among the first `cutoff`, or 0."""
+    return next((1 / position for position, document_id in enumerate(ranking[:cutoff], start=1)
+                 if document_id in relevant), 0.0)
 
 
 def reciprocal_ranks(qrels: Qrels, rankings: Rankings, level: int) -> Iterator[tuple[str, PerQuery, float]]:
-    """(name, value of each query, mean) for MRR and its cutoffs; relevant is what has a grade of at least `level`."""
+    """Yield (name, value of each query, mean) for MRR and its cutoffs; grades of `level` or more are relevant."""
     relevant = {query_id: {document_id for document_id, grade in qrels[query_id].items() if grade >= level}
                 for query_id in rankings}
     for name, cutoff in MRR_CUTOFFS.items():
@@ -77,96 +73,111 @@ def reciprocal_ranks(qrels: Qrels, rankings: Rankings, level: int) -> Iterator[t
 
 
 def parse_measures(names: list[str], level: int, problems: Problems) -> list[Any]:
-    """ir_measures' measures of these names, each relevance level that was left open set to `level`."""
-    try:
-        import ir_measures  # here, because it takes half a second that MRR alone need not cost
-    except ImportError:
-        raise UserError("--measures needs the package ir_measures: pip install ir_measures") from None
-    known = ir_measures.measures.registry
+    """Return the ir_measures objects of these names, with `level` as relevance level unless a name sets its own."""
     measures = {}
     for name in names:
-        measure = None
         try:
-            measure = ir_measures.parse_measure(name)
-            options = measure.SUPPORTED_PARAMS
-            takes = ", ".join(f"{option}{' (required)' if info.required else ''}" for option, info in options.items())
-            # A default of 1 means binary: for measures such as RBP, no level at all means graded relevance.
-            if level != 1 and "rel" in options and options["rel"].default == 1 and "rel" not in measure.params:
-                measure = measure(rel=level)
-            measure.validate_params()
-            if measure.params.get("cutoff", 1) < 1 or measure.params.get("rel", 1) < 1:
-                # pytrec_eval ends the whole process at P@0
-                problems.add(f"--measures {name}: cutoff and rel have to be 1 or more")
-            else:
-                ir_measures.evaluator([measure], {})  # finds out whether the package that computes it is installed
-                measures[str(measure)] = measure
-        except NameError:
-            word = name.partition("@")[0].partition("(")[0]
-            lower = {each.lower(): each for each in reversed(known)}  # of nDCG and its alias NDCG, the first
-            near = [lower[each] for each in difflib.get_close_matches(word.lower(), lower)]
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            problems.add(f"--measures {name}: unknown measure; {hint}ir_measures offers {', '.join(sorted(known))}")
-        except AssertionError:
-            problems.add(f"--measures {name}: a parameter is missing or wrong; {measure.NAME} takes: {takes}; written "
-                         f"like nDCG@10 or AP(rel=2)@100")
-        except (ValueError, TypeError) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
-            if measure is not None and "following providers" not in reason:     # packages to install
-                reason += f"; with its parameters as they are here, nothing computes {measure.NAME}; it takes: {takes}"
-            problems.add(f"--measures {name}: {reason}")
+            measure = _parse_measure(name, level)
+            measures[str(measure)] = measure
+        except ValueError as error:
+            problems.add(f"--measures {name}: {error}")
     return list(measures.values())
+
+
+def choose_measures(names: list[str], level: int, problems: Problems) -> tuple[list[str], list[object]]:
+    """Return the names of the measures as in results, and the measures that ir_measures computes."""
+    chosen, others = [], []
+    for name in names:
+        parsed = [] if name in MRR_CUTOFFS else parse_measures([name], level, problems)
+        chosen += [name] if name in MRR_CUTOFFS else map(str, parsed)
+        others += parsed
+    return list(dict.fromkeys(chosen)), others
+
+
+def _parse_measure(name: str, level: int) -> Any:
+    """Raises ValueError with the reason if ir_measures cannot compute the measure."""
+    try:
+        import ir_measures  # takes half a second, which MRR alone need not cost
+    except ImportError:
+        raise UserError("--measures needs the package ir_measures: pip install ir_measures") from None
+    measure = None
+    try:
+        measure = ir_measures.parse_measure(name)
+        parameters = measure.SUPPORTED_PARAMS
+        usage = ", ".join(f"{parameter}{' (required)' if info.required else ''}"
+                          for parameter, info in parameters.items())
+        # Binary measures have rel=1 by default. Measures such as RBP use graded relevance unless a rel is given.
+        if level != 1 and "rel" in parameters and parameters["rel"].default == 1 and "rel" not in measure.params:
+            measure = measure(rel=level)
+        measure.validate_params()
+        positive = measure.params.get("cutoff", 1) >= 1 and measure.params.get("rel", 1) >= 1
+        if positive:                                    # pytrec_eval would end the process at P@0
+            ir_measures.evaluator([measure], {})        # fails unless the package that computes it is installed
+    except NameError:
+        known = ir_measures.measures.registry
+        word = name.partition("@")[0].partition("(")[0]
+        spellings = {each.lower(): each for each in reversed(known)}  # the first of nDCG and its alias NDCG
+        close = [spellings[each] for each in difflib.get_close_matches(word.lower(), spellings)]
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ValueError(f"unknown measure; {hint}ir_measures offers {', '.join(sorted(known))}") from None
+    except AssertionError:
+        raise ValueError(f"a parameter is missing or wrong; {measure.NAME} takes {usage}; examples: nDCG@10, "
+                         f"AP(rel=2)@100") from None
+    except (ValueError, TypeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        if measure is not None and "following providers" not in reason:     # which names packages to install
+            reason += f"; ir_measures cannot compute {measure.NAME} with these parameters; it takes {usage}"
+        raise ValueError(reason) from error
+    if not positive:
+        raise ValueError("cutoff and rel must be 1 or more")
+    return measure
 
 
 def check_grades(measures: list[Any], path: Path, qrels: Qrels, runs: dict[Path, Run], complete: bool,
                  problems: Problems) -> None:
-    """Complain about measures that cannot be computed with a grade of the queries that are averaged over.
-
-    `qrels` were read from `path`, to which the message leads.
-    """
-    grades = ((grade, query_id, document_id) for query_id, of_query in qrels.items()
+    """Check that every measure can handle the grades of the averaged queries. `path` is the file of the qrels."""
+    grades = ((grade, query_id, document_id) for query_id, judgements in qrels.items()
               if complete or any(query_id in run for run in runs.values())
-              for document_id, grade in of_query.items())
-    largest, query_id, document_id = max(grades, default=(0, "", ""))
+              for document_id, grade in judgements.items())
+    grade, query_id, document_id = max(grades, default=(0, "", ""))
     for measure in measures:
-        provider = _provider(measure)
-        limit = LARGEST_GRADE.get(provider, largest)
-        if largest > limit:
+        if grade > GDEVAL_LARGEST_GRADE and _provider(measure) == "gdeval":
             line = line_of_judgement(path, query_id, document_id)
-            problems.add(f"{path}{f':{line}' if line else ''}: found grade {largest}; --measures {measure} is computed "
-                         f"by {provider}, which takes grades up to {limit}; leave the measure out, or map the grades "
-                         f"to 0 to {limit}")
+            problems.add(f"{path}{f':{line}' if line else ''}: found grade {grade}; --measures {measure} is computed "
+                         f"by gdeval, which takes grades up to {GDEVAL_LARGEST_GRADE}; leave the measure out, or map "
+                         f"the grades to 0 to {GDEVAL_LARGEST_GRADE}")
 
 
 def _provider(measure: Any) -> str | None:
-    """Name of the part of ir_measures that computes this measure: the first of those installed that can."""
+    """Return the name of the first installed provider of ir_measures that computes this measure."""
     import ir_measures
     return next((provider.NAME for provider in ir_measures.DefaultPipeline.providers
                  if provider.supports(measure) and provider.is_available()), None)
 
 
 def other_measures(measures: list[Any], qrels: Qrels, rankings: Rankings) -> Iterator[tuple[str, PerQuery, float]]:
-    """(name, value of each query, average) for ir_measures' measures, all of them on our order of the documents.
+    """Yield (name, value of each query, average) for measures of ir_measures, all computed on these rankings.
 
-    A measure may be undefined for a query, which then has no value.
+    A measure may be undefined for a query; the query then has no value.
     """
     if not measures:
         return
     import ir_measures
-    # Each provider of ir_measures sorts anew and has a tie rule of its own. Scores that count down from the number of
-    # documents leave it no ties to break; they are whole numbers, which single precision holds exactly.
-    # Queries get numbers, for gdeval knows no other ids, and of "trec-12" it takes the 12.
+    # Each provider of ir_measures sorts documents by its own tie rule. Scores that count down from the number of
+    # documents leave no ties; they are integers, which single precision represents exactly.
+    # Queries are numbered because gdeval accepts only numeric ids: of "trec-12" it takes the 12.
     numbers = {query_id: str(number) for number, query_id in enumerate(rankings, start=1)}
     run = {numbers[query_id]: {document_id: float(len(ranking) - position)
                                for position, document_id in enumerate(ranking)}
            for query_id, ranking in rankings.items() if ranking}
     judged = {number: qrels[query_id] for query_id, number in numbers.items()}
-    for measure in measures:  # one by one: in company, ir_measures fills in zeros where a measure is not defined
+    for measure in measures:  # one call each: in a joint call, ir_measures adds zeros where a measure is undefined
         try:
             calculated = {metric.query_id: metric.value for metric in ir_measures.iter_calc([measure], judged, run)}
-        except Exception as error:  # providers run programs of their own and raise what these make them raise
+        except Exception as error:  # providers run other programs and raise any exception
             raise UserError(f"--measures {measure}: ir_measures could not compute it: {error}") from error
         values = {query_id: calculated[number] for query_id, number in numbers.items() if number in calculated}
-        aggregator = measure.aggregator()  # a mean for nearly all, a sum for counts such as NumRel
+        aggregator = measure.aggregator()  # the sum for counts such as NumRel, the mean for most others
         for value in values.values():
             aggregator.add(value)
         yield str(measure), values, aggregator.result()

@@ -1,25 +1,48 @@
-"""Scoring pairs: batches of similar length, logits in input order, the score of a pair; by one process or several."""
+"""Score pairs in one process or several: batches of similar length, logits in input order, relevance scores."""
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import BertConfig
 
 from simplified_tinybert.common.device import read_ahead
-from simplified_tinybert.common.files import UserError
+from simplified_tinybert.common.files import Problems, UserError, say
 from simplified_tinybert.common.processes import Processes
 from simplified_tinybert.data.features import Examples, FeatureSummary, read_chunks
-from simplified_tinybert.model.bert import CrossEncoder
+from simplified_tinybert.model.bert import CrossEncoder, count_parameters, describe
 from simplified_tinybert.model.cpu_linear import pack_linear_layers, quantize_linear_layers
 from simplified_tinybert.model.precision import to_half
+from simplified_tinybert.model.pretrained import load_ranker
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}     # a CPU is fastest while a batch's activations stay in its cache
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}     # a CPU is fastest while a batch's activations fit its cache
+
+
+def check_int8(int8: bool, half: bool, device: torch.device, problems: Problems) -> None:
+    if int8 and (half or device.type != "cpu"):
+        problems.add("--int8: needs a CPU and excludes --fp16 and --bf16; add --device cpu, or leave it out")
+
+
+def load_scorer(directory: Path, config: BertConfig, device: torch.device, dtype: torch.dtype | None = None,
+                int8: bool = False, label: str = "model") -> tuple[CrossEncoder, int]:
+    """Load a model, prepared for scoring, and return it with its number of parameters. Raises UserError.
+
+    Prints a line that starts with `label`, and the loader's notes.
+    """
+    model, notes = load_ranker(directory, config)
+    say(f"{label:<12} {describe(model)}")
+    for note in notes:
+        say(f"note         {note}")
+    parameters = count_parameters(model)
+    prepare(model.to(device), dtype, int8)
+    return model, parameters
 
 
 def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> None:
-    """Bring the model, in place, into the form that scores fastest on its device in the precision asked for."""
+    """Convert the model, in place, to the form that scores fastest in this precision; None: float32."""
     if dtype:
         to_half(model, dtype)
     elif int8:
@@ -30,18 +53,18 @@ def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> None:
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """At most so many positions of a batch, padding included, and so many pairs (None: any number)."""
+    """Largest number of tokens of a batch, including padding, and of pairs; None: any number of pairs."""
     tokens: int
     pairs: int | None = None
 
     @classmethod
     def of(cls, device: torch.device) -> "BatchLimits":
-        """What is fastest on a device."""
+        """Return the fastest limits for a device."""
         return cls(BATCH_TOKENS[device.type])
 
 
 def token_batches(lengths: np.ndarray, limits: BatchLimits) -> Iterator[np.ndarray]:
-    """Indices of each batch: longest pairs first."""
+    """Yield the indices of each batch, longest pairs first."""
     order = np.argsort(-lengths.astype(np.int64), kind="stable")
     start = 0
     while start < len(order):
@@ -52,7 +75,7 @@ def token_batches(lengths: np.ndarray, limits: BatchLimits) -> Iterator[np.ndarr
 
 
 def relevance(logits: np.ndarray, score: str) -> np.ndarray:
-    """Scores (N) in float64 from float32 logits (N, 2)."""
+    """Convert float32 logits (N, 2) to scores (N) in float64: "log_odds" or "probability"."""
     logits = logits.astype(np.float64)
     log_odds = logits[:, 1] - logits[:, 0]
     return log_odds if score == "log_odds" else np.exp(-np.logaddexp(0.0, -log_odds))
@@ -60,9 +83,9 @@ def relevance(logits: np.ndarray, score: str) -> np.ndarray:
 
 def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarray], device: torch.device,
                 progress: tqdm) -> np.ndarray:
-    """Logits (N, C) of the pairs of a chunk in float32, in input order; zeros for those in none of the batches."""
+    """Return the logits (N, C) of a chunk in float32 and input order; zeros for pairs that are in no batch."""
     logits = np.zeros((len(chunk), model.config.num_labels), dtype=np.float32)
-    pending = []                                          # results stay on the device until the chunk is through
+    pending = []                                        # on the device: copying each batch would wait for it
     with torch.inference_mode():
         for indices in batches:
             pending.append((indices, model(chunk.batch(indices).to(device)).logits.float()))
@@ -74,12 +97,11 @@ def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarr
 
 def scored_chunks(model: CrossEncoder, features: FeatureSummary, limits: BatchLimits, processes: Processes,
                   done: int = 0, passing: bool = False) -> Iterator[tuple[Examples, np.ndarray]]:
-    """Yield the chunks of feature files with their logits (N, C), after the first `done` pairs.
+    """Yield the chunks of feature files with their logits (N, C), skipping the first `done` pairs.
 
-    Every process gets all logits, whoever computed them. A `passing` progress bar leaves nothing on the terminal.
-
-    Batches, which follow from the lengths alone, are dealt out in turn. The processes exchange their logits after as
-    many chunks as there are processes, so that they seldom wait for each other.
+    Every process yields all logits. The batches follow from the lengths alone and are dealt out in turn. Logits are
+    exchanged once for as many chunks as there are processes, so that processes seldom wait for each other. A `passing`
+    progress bar disappears at the end.
     """
     chunks = read_ahead(chunk for path in features.paths for chunk in read_chunks(path))
     seen, turns, device = 0, cycle(range(processes.count)), model.classifier.weight.device
@@ -91,19 +113,19 @@ def scored_chunks(model: CrossEncoder, features: FeatureSummary, limits: BatchLi
             logits = []
             for chunk in window:
                 batches = token_batches(chunk.lengths, limits)
-                mine = [indices for indices in batches if next(turns) == processes.rank]
-                logits.append(score_chunk(model, chunk, mine, device, progress))
-            merged = [processes.merge(own) for own in logits]
+                own_batches = [indices for indices in batches if next(turns) == processes.rank]
+                logits.append(score_chunk(model, chunk, own_batches, device, progress))
+            merged = [processes.merge(own_logits) for own_logits in logits]
             for chunk, values in zip(window, merged):
                 yield chunk, check_finite(chunk, values)
             seen += sum(map(len, window))
-            progress.update(seen - progress.n)          # what the other processes computed
+            progress.update(seen - progress.n)          # pairs of the other processes
 
 
 def check_finite(chunk: Examples, logits: np.ndarray) -> np.ndarray:
-    """The logits. Raises UserError if there is one that is not a number."""
+    """Return the logits. Raises UserError if one is NaN or infinite."""
     bad = ~np.isfinite(logits).all(axis=1)
     if bad.any():
-        raise UserError(f"the model's logits of {chunk.ids[int(bad.argmax())]} are not numbers; try --bf16 in place of "
-                        f"--fp16, or neither; else the model's weights are broken")
+        raise UserError(f"the model's logits of {chunk.ids[int(bad.argmax())]} are NaN or infinite; with --fp16, try "
+                        f"--bf16 or neither; otherwise the model's weights are damaged")
     return logits

@@ -1,7 +1,4 @@
-"""How many pairs a second models score, beside each other on the same pairs; and on what machine.
-
-Models run in turn (A B C A B C ...), so that whatever else the machine does meets all of them.
-"""
+"""Measure how many pairs per second several models score on the same pairs, and describe the machine."""
 import datetime
 import os
 import platform
@@ -19,11 +16,13 @@ from simplified_tinybert.data.features import Examples, joined, read_chunks
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.ranking.scoring import BatchLimits, check_finite, score_chunk, token_batches
 
+SPEED_PAIRS = {"cpu": 256, "cuda": 16384}
+
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What a reader must know to judge a figure."""
+    """Return hardware, system and package versions, as needed to judge a measured speed."""
     names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    facts = {"CPU": names[0] if names else platform.processor() or platform.machine(),
+    found = {"CPU": names[0] if names else platform.processor() or platform.machine(),
              "instructions": torch.backends.cpu.get_cpu_capability(),
              "cores": f"{os.cpu_count()}, threads used: {torch.get_num_threads()}",
              "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2 ** 30:.0f} GiB",
@@ -32,41 +31,39 @@ def machine(device: torch.device) -> dict[str, str]:
              "system": platform.platform(), "python": platform.python_version()}
     for package in ("torch", "transformers", "tokenizers", "sentence-transformers"):
         try:
-            facts[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
-            facts[package] = "not installed"
-    facts["load before"] = ", ".join(f"{load:.1f}" for load in os.getloadavg())
-    return facts | {"date": datetime.date.today().isoformat()}
+            found[package] = "not installed"
+    found["load before"] = ", ".join(f"{load:.1f}" for load in os.getloadavg())
+    return found | {"date": datetime.date.today().isoformat()}
 
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if Path(path).is_file() else []
 
 
-def synchronise(device: torch.device) -> None:
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Return the wall-clock time of a call, including what it leaves running on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def seconds(run: Callable[[], object], device: torch.device) -> float:
-    synchronise(device)
     start = time.perf_counter()
     run()
-    synchronise(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
 def sample_pairs(paths: list[Path], total: int, count: int) -> Examples:
-    """`count` of the `total` pairs of feature files, or all if there are fewer, at equal distances."""
+    """Return `count` evenly spaced pairs of the `total` pairs in feature files; all of them if there are fewer."""
     count = min(count, total)
-    wanted, seen, parts = np.arange(count) * total // count, 0, []
+    chosen, seen, samples = np.arange(count) * total // count, 0, []
     for path in paths:
         for chunk in read_chunks(path):
-            here = wanted[(wanted >= seen) & (wanted < seen + len(chunk))] - seen
-            if len(here):
-                parts.append(_take(chunk, here))
+            indices = chosen[(chosen >= seen) & (chosen < seen + len(chunk))] - seen
+            if len(indices):
+                samples.append(_take(chunk, indices))
             seen += len(chunk)
-    return joined(parts)
+    return joined(samples)
 
 
 def _take(examples: Examples, indices: np.ndarray) -> Examples:
@@ -77,9 +74,10 @@ def _take(examples: Examples, indices: np.ndarray) -> Examples:
 
 def measure(models: dict[str, CrossEncoder], pairs: Examples, device: torch.device, rounds: int) \
         -> dict[str, list[float]]:
-    """Pairs per second of each model in each round, after a pass that is not counted. Raises UserError for bad logits.
+    """Return the pairs per second of each model in each round, after an uncounted pass.
 
-    The models are prepared for scoring, and on the device.
+    The models must be on the device and prepared for scoring. They run in turn (A B C A B C ...), so that other load on
+    the machine affects all of them. Raises UserError for logits that are not finite.
     """
     def score(model: CrossEncoder) -> np.ndarray:
         batches = token_batches(pairs.lengths, BatchLimits.of(device))
@@ -88,8 +86,8 @@ def measure(models: dict[str, CrossEncoder], pairs: Examples, device: torch.devi
     for model in models.values():
         check_finite(pairs, score(model))
     rates = {name: [] for name in models}
-    for turn in range(rounds):
+    for number in range(1, rounds + 1):
         for name, model in models.items():
             rates[name].append(len(pairs) / seconds(lambda: score(model), device))  # noqa: B023
-        say(f"round {turn + 1}      " + ", ".join(f"{name} {found[-1]:,.1f} pairs/s" for name, found in rates.items()))
+        say(f"round {number}      " + ", ".join(f"{name} {values[-1]:,.1f} pairs/s" for name, values in rates.items()))
     return rates

@@ -1,4 +1,4 @@
-"""The rankers of a report: their runs, models, recorded or measured speeds, and values by query."""
+"""The systems of a report: their runs, models, values by query, and recorded or measured speeds."""
 import datetime
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,105 +13,94 @@ from simplified_tinybert.common.records import read_record, script_of
 from simplified_tinybert.common.text import argument_text
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model.bert import CrossEncoder, count_parameters
-from simplified_tinybert.model.pretrained import load_ranker
 from simplified_tinybert.model.weights import weights_checksum
-from simplified_tinybert.ranking.measures import MRR_CUTOFFS, PerQuery, Qrels, Run, evaluate, first_ten, parse_measures
-from simplified_tinybert.ranking.scoring import prepare
+from simplified_tinybert.ranking.measures import PerQuery, evaluate, say_gaps
+from simplified_tinybert.ranking.scoring import load_scorer
 from simplified_tinybert.ranking.speed import measure
+from simplified_tinybert.ranking.trec import Qrels, Run, first_ten
 
 
 @dataclass
 class System:
-    """A row of the table. `rates`: pairs per second in each round, or the one figure that was recorded."""
+    """A row of the table."""
     name: str
     run: Path
     model: str | None = None
     directory: Path | None = None
     config: BertConfig | None = None
     parameters: int | None = None
-    rates: list[float] = field(default_factory=list)
-    where: str = ""                                     # device, precision, processes of the rates
-    record: dict = field(default_factory=dict)          # reranker.py's
+    rates: list[float] = field(default_factory=list)    # pairs per second: of each round, or one recorded value
+    where: str = ""                                     # device, precision and processes of the rates
+    record: dict = field(default_factory=dict)          # written by reranker.py
     values: dict[str, PerQuery] = field(default_factory=dict)               # measure → query → value
-    averages: dict[str, float | None] = field(default_factory=dict)         # None: defined for no query
+    averages: dict[str, float | None] = field(default_factory=dict)         # None: not defined for any query
 
     def speed(self) -> float | None:
         return median(self.rates) if self.rates else None
 
     def speed_up(self, other: "System") -> float | None:
-        """How many times the other's speed, median over the rounds; None if they were not measured alike."""
+        """Return the median over the rounds of own speed / other speed; None unless both were measured alike."""
         if not (self.rates and other.rates and self.where == other.where):
             return None
-        return median(mine / theirs for mine, theirs in zip(self.rates, other.rates))
+        return median(own / others for own, others in zip(self.rates, other.rates))
 
     def retained(self, teacher: "System", measure: str) -> float | None:
-        """Share of the teacher's average; None where one of the two is not defined, or the teacher's is 0."""
-        mine, theirs = self.averages[measure], teacher.averages[measure]
-        return mine / theirs if mine is not None and theirs else None
+        """Return the average as a share of the teacher's; None if that is not defined."""
+        average, teachers = self.averages[measure], teacher.averages[measure]
+        return average / teachers if average is not None and teachers else None
 
 
 def find_systems(rows: list[list[str]], problems: Problems) -> list[System]:
-    """Systems of (name, run[, model]) as words; models are looked up and records read, no weights are loaded."""
+    """Create systems from (name, run[, model]), with configurations and records but without loading weights."""
     systems = []
-    for words in rows:
-        words = [argument_text(words[0]), *words[1:]]           # the name, which is written to files
-        if not 2 <= len(words) <= 3 or not words[0].strip() or not words[0].isprintable() or not Path(words[1]).name:
-            problems.add(f"--system {' '.join(map(repr, words))}: expected a name, a run and at most one model; quote "
-                         f"names with blanks")
-        elif words[0] in [system.name for system in systems]:
-            problems.add(f"--system {words[0]!r}: stands there twice; give each system a name of its own")
+    for name, *files in rows:
+        name = argument_text(name)
+        if len(files) not in (1, 2) or not name.strip() or not name.isprintable() or not Path(files[0]).name:
+            problems.add(f"--system {' '.join(map(repr, [name, *files]))}: expected a name, a run and at most one "
+                         f"model; quote a name that contains spaces")
+        elif name in [system.name for system in systems]:
+            problems.add(f"--system {name!r}: is given twice; give each system its own name")
         else:
-            systems.append(System(words[0], Path(words[1]), words[2] if len(words) == 3 else None))
+            systems.append(System(name, Path(files[0]), files[1] if len(files) == 2 else None))
     found = find_models({system.name: system.model for system in systems}, problems)
     for system in systems:
         system.directory, system.config = found.get(system.name, (None, None))
-        try:
-            _take_record(system)
-        except UserError as error:
-            problems.add(str(error))
+        with problems.collect():
+            _read_size_and_speed(system)
     return systems
 
 
-def _take_record(system: System) -> None:
-    """Size and speed as reranker.py recorded them beside the scores of this run, if it did; else the size alone."""
+def _read_size_and_speed(system: System) -> None:
+    """Fill in size and speed from reranker.py's record next to the run. Without it, only the size is known."""
     if system.config:
-        with torch.device("meta"):                      # counts without weights
+        with torch.device("meta"):                      # parameters without memory
             system.parameters = count_parameters(CrossEncoder(system.config))
     names = [system.run.with_suffix(".tsv.run.json").name, *["scores.tsv.run.json"] * (system.run.name == "run.trec")]
     paths = [path for name in names if (path := system.run.with_name(name)).is_file()]
-    path = next((path for path in paths if script_of(path) != "prepare_examples.py"), None)     # which tells of pairs
+    # prepare_examples.py writes bm25.tsv.run.json for its pairs, which may lie next to the run bm25.txt.
+    path = next((path for path in paths if script_of(path) != "prepare_examples.py"), None)
     if path is None:
         return
     date = datetime.datetime.fromtimestamp(path.stat().st_mtime).isoformat(timespec="seconds")
     system.record = {"file": str(path), "date": date, **read_record(path)}
     settings, rate = system.record["settings"], system.record.get("pairs_per_second")
     system.parameters = system.record.get("parameters", system.parameters)
-    if rate:                                            # 0 or missing: the run was interrupted
+    if rate:                                            # missing if the run was interrupted
         processes, device = system.record.get("processes", 1), system.record.get("device", "unknown device")
-        how = [flag for flag in ("fp16", "bf16", "int8") if settings.get(flag)]
-        how += [f"{processes} processes"] if processes > 1 else []
-        system.rates, system.where = [rate], ", ".join([device, *how])
+        details = [flag for flag in ("fp16", "bf16", "int8") if settings.get(flag)]
+        details += [f"{processes} processes"] if processes > 1 else []
+        system.rates, system.where = [rate], ", ".join([device, *details])
     if system.directory and "weights" in settings and settings["weights"] != weights_checksum(system.directory):
-        warn(f"{system.run}: was scored with other weights than those of {system.directory} ({path}); if the model was "
-             f"not merely converted, re-rank again")
-
-
-def choose_measures(names: list[str], level: int, problems: Problems) -> tuple[list[str], list[object]]:
-    """Names of the measures as results have them, and the ones among them that ir_measures computes."""
-    chosen, others = [], []
-    for name in names:
-        parsed = [] if name in MRR_CUTOFFS else parse_measures([name], level, problems)
-        chosen += [name] if name in MRR_CUTOFFS else map(str, parsed)
-        others += parsed
-    return list(dict.fromkeys(chosen)), others
+        warn(f"{system.run}: was scored with other weights than those in {system.directory} ({path}); re-rank again, "
+             f"unless the model was only converted")
 
 
 def evaluate_systems(systems: list[System], qrels: Qrels, runs: dict[Path, Run], measures: list[object], level: int,
                      complete: bool) -> list[str]:
-    """Fill in values and averages; returns the queries averaged over: judged and in all runs, or all judged ones."""
+    """Fill in values and averages. Returns the averaged queries: all judged ones if `complete`, else common ones."""
     common = [query_id for query_id in qrels if all(query_id in run for run in runs.values())]
     if not common and not complete:
-        raise UserError("no judged query is in all of the runs; report on runs of the same queries, or with --complete")
+        raise UserError("no judged query is in all runs; use runs of the same queries, or --complete")
     queries = list(qrels) if complete else common
     judged = {query_id: qrels[query_id] for query_id in queries}
     for system in systems:
@@ -119,31 +108,24 @@ def evaluate_systems(systems: list[System], qrels: Qrels, runs: dict[Path, Run],
         if missing:
             how = "counted as 0" if complete else "left out for all systems (--complete counts them as 0)"
             say(f"{system.run}: {len(missing)} judged queries are missing, {how}: {first_ten(missing)}")
-        found = evaluate(judged, runs[system.run], measures, level, complete)
-        system.values = {name: values for name, values, _ in found.results}
-        system.averages = {name: average if values else None for name, values, average in found.results}
-        for name, values in system.values.items():
-            if len(values) < len(queries):
-                say(f"{system.run}: {name} is defined for {len(values)} of the queries only; its average is over these")
-        if found.float32_ties:
-            warn(f"{system.run}: {found.float32_ties} pair(s) of differing scores are equal in single precision, as "
-                 f"trec_eval reads them; its figures may differ")
+        evaluation = evaluate(judged, runs[system.run], measures, level, complete)
+        say_gaps(evaluation, f"{system.run}: ")
+        for name, values, average in evaluation.results:
+            system.values[name], system.averages[name] = values, average if values else None
     return queries
 
 
 def measure_systems(systems: list[System], pairs: Examples, device: torch.device, dtype: torch.dtype | None, int8: bool,
                     rounds: int) -> None:
-    """Load all models, and fill in their parameters and speeds on the same pairs; recorded speeds are dropped."""
+    """Load all models and measure their speeds on the same pairs. Recorded speeds are dropped."""
     models = {}
     for system in systems:
         system.rates, system.where = [], ""
         if system.directory:
-            models[system.name], notes = load_ranker(system.directory, system.config)
-            for note in notes:
-                say(f"note         {system.name}: {note}")
-            system.parameters = count_parameters(models[system.name])
-            prepare(models[system.name].to(device), dtype, int8)
+            models[system.name], system.parameters = load_scorer(system.directory, system.config, device, dtype, int8,
+                                                                 label=system.name)
     precision = "int8" if int8 else str(dtype or torch.float32).removeprefix("torch.")
-    for name, rates in measure(models, pairs, device, rounds).items():
-        system = next(system for system in systems if system.name == name)
-        system.rates, system.where = rates, f"{device}, {precision}"
+    rates = measure(models, pairs, device, rounds)
+    for system in systems:
+        if system.name in rates:
+            system.rates, system.where = rates[system.name], f"{device}, {precision}"

@@ -1,7 +1,7 @@
-"""TREC runs and judgements, and the one rule by which every script puts documents in order.
+"""Read TREC runs and relevance judgements (qrels), and rank documents by trec_eval's rule.
 
-Run:    query_id Q0 document_id rank score run_tag      six columns, white space between them
-Qrels:  query_id 0 document_id grade                    four columns, the grade an integer
+Run:    query_id Q0 document_id rank score run_tag      columns separated by white space
+Qrels:  query_id 0 document_id grade                    the grade is an integer
 """
 import math
 import re
@@ -15,64 +15,67 @@ from pathlib import Path
 
 import numpy as np
 
-from simplified_tinybert.common.files import Problems, shorten, warn
+from simplified_tinybert.common.files import Problems, check_input_file, shorten, warn
 from simplified_tinybert.common.text import read_lines
 
 RUN_COLUMNS = ("query_id", "Q0", "document_id", "rank", "score", "run_tag")
 QRELS_COLUMNS = ("query_id", "0", "document_id", "grade")
-GRADES = range(-10 ** 9, 10 ** 4 + 1)   # trec_eval counts by grade: with 100,000, nDCG takes 13 s a query
+GRADES = range(-10 ** 9, 10 ** 4 + 1)   # trec_eval counts documents by grade: at 100,000, nDCG takes 13 s per query
 NO_RANK = -1
 
-# What C's isspace() splits at, and so trec_eval: a no-break space, for one, is part of an id.
-_COLUMN = re.compile(r"[^ \t\v\f\r]+")
+Qrels = dict[str, dict[str, int]]  # query id → document id → grade
+Run = dict[str, dict[str, float]]  # query id → document id → score
 
 
 def rank(scores: Mapping[str, float]) -> list[str]:
-    """Documents by descending score in double precision, equal scores by descending id: trec_eval's rule.
+    """Sort documents by descending score in double precision and equal scores by descending id, as trec_eval does.
 
-    Ids are compared as strings, so that "D9" stands before "D10" in a tie; neither the order of the file nor its rank
-    column has a say.
+    Ids are compared as strings: "D9" ranks above "D10". The order of the lines and the rank column are ignored.
     """
     return sorted(scores, key=lambda document_id: (scores[document_id], document_id), reverse=True)
 
 
 def float32_ties(scores: Collection[float]) -> int:
-    """How many neighbouring pairs of different scores become equal in single precision.
-
-    trec_eval keeps scores as C floats, so it orders such a pair by document id instead of by score.
-    """
+    """Count the neighbouring pairs of different scores that become equal in single precision."""
     different = np.unique(np.fromiter(scores, dtype=np.float64, count=len(scores)))
-    with np.errstate(over="ignore"):  # two scores beyond 3.4e38 both become infinite: a tie like any other
+    with np.errstate(over="ignore"):    # scores beyond 3.4e38 all become infinite, and tie
         single = different.astype(np.float32)
     return int(np.count_nonzero(single[1:] == single[:-1]))
 
 
+def warn_of_float32_ties(ties: int, source: str = "") -> None:
+    """Warn if trec_eval, which stores scores as C floats, would order `ties` pairs by id instead of by score."""
+    if ties:
+        warn(f"{source}{ties} pair(s) of different scores are equal in single precision; trec_eval orders them by "
+             f"document id, and its results may differ. Scores from reranker.py --score log_odds lie further apart")
+
+
 def sum_in_order(values: Iterable[float]) -> float:
-    """Plain left-to-right addition: from Python 3.12 on the built-in sum() compensates and ends in other digits."""
+    """Add from left to right; from Python 3.12 on, sum() compensates rounding and ends in other digits."""
     return reduce(add, values, 0.0)
 
 
 def split_passage_id(passage_id: str) -> tuple[str, str | None]:
-    """Document id and what follows its last "_"; the second is None if there is no "_"."""
+    """Split at the last "_" into document id and suffix; without a "_" the suffix is None."""
     document_id, underscore, suffix = passage_id.rpartition("_")
     return (document_id, suffix) if underscore else (passage_id, None)
 
 
 def parse_score(text: str) -> float | None:
-    """The finite number that `text` stands for, or None; unlike float(), 1_000 is none."""
+    """Return the score, or None unless it is a finite number without underscores."""
     try:
         score = float(text)
     except ValueError:
         return None
     if "_" in text or not math.isfinite(score):
         return None
-    return score + 0.0  # -0.0 becomes 0.0: the two are equal, so which of them is printed must not depend on the order
+    return score + 0.0  # -0.0 becomes 0.0, so that the printed score does not depend on the order of the lines
 
 
 def parse_grade(text: str) -> int:
-    """Raises ValueError with what was found and expected, unless it is a whole number that trec_eval can hold."""
+    """Raises ValueError with the reason unless the text is an integer that trec_eval can hold."""
     if not re.fullmatch(r"[+-]?[0-9]{1,1000}", text):
-        raise ValueError(f"grade {shorten(text)} is not a whole number; expected one such as 0 or 2")
+        raise ValueError(f"grade {shorten(text)}: expected an integer, for example 2")
     if int(text) not in GRADES:
         raise ValueError(f"grade {shorten(text)} is too large for trec_eval; expected {GRADES.start:,} to "
                          f"{GRADES.stop - 1:,}")
@@ -80,8 +83,8 @@ def parse_grade(text: str) -> int:
 
 
 def split_columns(line: str) -> list[str]:
-    """The columns of a line of a run or of qrels."""
-    return _COLUMN.findall(line)
+    """Split at C's isspace(), as trec_eval does: a no-break space is part of an id."""
+    return re.findall(r"[^ \t\v\f\r]+", line)
 
 
 def _read_columns(path: Path, names: tuple[str, ...], problems: Problems) -> Iterator[tuple[int, list[str]]]:
@@ -96,16 +99,16 @@ def _read_columns(path: Path, names: tuple[str, ...], problems: Problems) -> Ite
 
 @dataclass
 class RankCheck:
-    """Does the rank column of a run tell of another order than the scores, which are what counts?
+    """Compare the order of a run's rank column with the order of its scores, which decides.
 
-    `add` takes its lines, `finish` looks at those of a query once all are there. Where the lines of a query have the
-    same rank, or a rank that is no number, they tell of no order.
+    Call `add` for each line, `finish` for each query after the last line, then `warn`. Queries are skipped if a rank is
+    not a number or if all ranks are equal.
     """
     source: str
     queries: int = 0
-    differing: int = 0          # queries whose order is another by rank
-    tied: int = 0               # of these, those that differ between equal scores only
-    first: str = ""             # what is said of the first of them
+    differing: int = 0          # queries with another order by rank
+    tied: int = 0               # those among them that differ only between equal scores
+    first: str = ""             # description of the first difference
     lines: dict[str, tuple[array, array]] = field(default_factory=dict)    # query id → ranks, line numbers
 
     def add(self, number: int, query_id: str, rank_text: str) -> None:
@@ -114,7 +117,7 @@ class RankCheck:
         numbers.append(number)
 
     def finish(self, query_id: str, scores: Mapping[str, float]) -> None:
-        """`scores`: of the query's documents, in the order of their lines."""
+        """Check a query. `scores` holds its documents in the order of their lines."""
         ranks, numbers = self.lines.pop(query_id)
         self.queries += 1
         if NO_RANK in ranks or len(ranks) != len(scores):
@@ -122,37 +125,36 @@ class RankCheck:
         lines = sorted(zip(scores.values(), scores, ranks, numbers), reverse=True)     # the order of `rank`
         wrong = [(upper, lower) for upper, lower in pairwise(lines) if upper[2] > lower[2]]
         if wrong:
-            (score, document_id, place, number), (lower_score, lower_id, lower_place, _) = wrong[0]
+            (score, document_id, upper_rank, number), (lower_score, lower_id, lower_rank, _) = wrong[0]
             self.differing += 1
             self.tied += all(upper[0] == lower[0] for upper, lower in wrong)
             self.first = self.first or (
-                f"{self.source}:{number}: query {shorten(query_id)}: document {shorten(document_id)} of rank {place} "
-                f"stands before {shorten(lower_id)} of rank {lower_place}, for its score is {score!r}, the other's "
+                f"{self.source}:{number}: query {shorten(query_id)}: document {shorten(document_id)} has rank "
+                f"{upper_rank} and score {score!r}, document {shorten(lower_id)} has rank {lower_rank} and score "
                 f"{lower_score!r}")
 
     def warn(self) -> None:
-        """Say in one line how many queries have another order by rank."""
         if self.differing:
-            tied = f", in {self.tied} of them only where scores are equal" if self.tied else ""
+            tied = f", in {self.tied} of them only between equal scores" if self.tied else ""
             warn(f"{self.first}; rank and score disagree in {self.differing} of {self.queries} queries{tied}. The "
-                 f"scores count, equal ones by descending document id (trec_eval's rule)")
+                 f"score decides, between equal scores the descending document id (trec_eval's rule)")
 
 
-def read_run(path: Path, problems: Problems) -> dict[str, dict[str, float]]:
-    """{query_id: {document_id: score}} in file order; what is wrong with the file is added to `problems`.
+def read_run(path: Path, problems: Problems) -> Run:
+    """Read a run in file order. Input errors are added to `problems`.
 
-    A warning says where the rank column tells of another order than the scores.
+    Warns if the rank column disagrees with the scores.
     """
-    run: dict[str, dict[str, float]] = {}
+    run: Run = {}
     ranks, before = RankCheck(str(path)), problems.count
     for number, (query_id, _, document_id, rank_text, text, _) in _read_columns(path, RUN_COLUMNS, problems):
         scores = run.setdefault(query_id, {})
         score = parse_score(text)
         if score is None:
-            problems.add(f"{path}:{number}: score {shorten(text)} is not a finite number; expected one such as 0.25")
+            problems.add(f"{path}:{number}: score {shorten(text)}: expected a finite number, for example 0.25")
         elif document_id in scores:
-            problems.add(f"{path}:{number}: document {shorten(document_id)} is ranked a second time for query "
-                         f"{shorten(query_id)}; each may occur once")
+            problems.add(f"{path}:{number}: document {shorten(document_id)} is a duplicate for query "
+                         f"{shorten(query_id)}; remove one")
         else:
             scores[document_id] = score
             ranks.add(number, query_id, rank_text)
@@ -163,9 +165,9 @@ def read_run(path: Path, problems: Problems) -> dict[str, dict[str, float]]:
     return run
 
 
-def read_qrels(path: Path, problems: Problems) -> dict[str, dict[str, int]]:
-    """{query_id: {document_id: grade}} in file order; what is wrong with the file is added to `problems`."""
-    qrels: dict[str, dict[str, int]] = {}
+def read_qrels(path: Path, problems: Problems) -> Qrels:
+    """Read judgements in file order. Input errors are added to `problems`."""
+    qrels: Qrels = {}
     for number, (query_id, _, document_id, text) in _read_columns(path, QRELS_COLUMNS, problems):
         grades = qrels.setdefault(query_id, {})
         try:
@@ -174,17 +176,44 @@ def read_qrels(path: Path, problems: Problems) -> dict[str, dict[str, int]]:
             problems.add(f"{path}:{number}: {error}")
             continue
         if document_id in grades:
-            problems.add(f"{path}:{number}: document {shorten(document_id)} is judged a second time for query "
-                         f"{shorten(query_id)} (grade {grade}, before that {grades[document_id]}); each may occur once")
+            problems.add(f"{path}:{number}: document {shorten(document_id)} is a duplicate for query "
+                         f"{shorten(query_id)} (grade {grade}, first {grades[document_id]}); remove one")
         else:
             grades[document_id] = grade
     return qrels
 
 
+def read_runs(qrels_path: Path, run_paths: Iterable[Path], problems: Problems) -> tuple[Qrels, dict[Path, Run]]:
+    """Read judgements and runs, and check that they share queries. Input errors are added to `problems`."""
+    qrels, runs, before = {}, {}, problems.count
+    if check_input_file(qrels_path, problems, "relevance judgements"):
+        qrels = read_qrels(qrels_path, problems)
+    for path in dict.fromkeys(run_paths):
+        if check_input_file(path, problems, "run"):
+            runs[path] = read_run(path, problems)
+    if problems.count == before:
+        check_common_queries(qrels_path, qrels, runs, problems)
+    return qrels, runs
+
+
+def check_common_queries(qrels_path: Path, qrels: Qrels, runs: dict[Path, Run], problems: Problems) -> None:
+    """Check that no file is empty and that each run has a judged query. Input errors are added to `problems`."""
+    for path, content in ((qrels_path, qrels), *runs.items()):
+        if not content:
+            problems.add(f"{path}: is empty; there is nothing to evaluate")
+    for path, run in runs.items():
+        if qrels and run and not qrels.keys() & run.keys():
+            problems.add(f"{path}: none of its queries ({first_ten(run)}) is judged in {qrels_path} "
+                         f"({first_ten(qrels)}); do the two files belong together?")
+
+
+def first_ten(ids: Collection[str]) -> str:
+    return ", ".join(list(ids)[:10]) + (", ..." if len(ids) > 10 else "")
+
+
 def line_of_judgement(path: Path, query_id: str, document_id: str) -> int | None:
-    """The line of qrels, as read before, on which a document is judged for a query; None if that cannot be read again.
-    """
-    if not path.is_file():                              # a pipe
+    """Find the line of a judgement by reading the qrels again; None for a pipe."""
+    if not path.is_file():
         return None
     return next((number for number, columns in _read_columns(path, QRELS_COLUMNS, Problems())
                  if (columns[0], columns[2]) == (query_id, document_id)), None)

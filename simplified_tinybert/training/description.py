@@ -1,15 +1,17 @@
-"""What a training says before its first step, and the model card of its student."""
+"""What a training run prints before its first step, and the model card of its student."""
 import argparse
+
+import numpy as np
 
 from simplified_tinybert.common.files import say
 from simplified_tinybert.model.bert import CrossEncoder, describe, uniform_layer_map
 from simplified_tinybert.training.flags import Stage
-from simplified_tinybert.training.loop import Trainer, epoch_batches, padding_share
+from simplified_tinybert.training.loop import Trainer, epoch_batches
 from simplified_tinybert.training.objective import formula
 
 
 def describe_run(trainer: Trainer, stages: list[Stage], student_name: str, teacher_name: str | None) -> None:
-    """Print what follows from the settings."""
+    """Print models, examples and stages."""
     student, teacher, examples = trainer.student, trainer.teacher, trainer.examples
     say(f"student      {describe(student)}: {student_name}")
     if teacher:
@@ -18,18 +20,17 @@ def describe_run(trainer: Trainer, stages: list[Stage], student_name: str, teach
         layers = stage.objective.layer_map or uniform_layer_map(student.config.num_hidden_layers,
                                                                 teacher.config.num_hidden_layers)
         say("layer map    student ← teacher: 0 ← 0 (embeddings), "
-            + ", ".join(f"{layer} ← {source}" for layer, source in enumerate(layers, start=1)))
+            + ", ".join(f"{layer} ← {teacher_layer}" for layer, teacher_layer in enumerate(layers, start=1)))
     labelled = int((examples.labels >= 0).sum())
-    say(f"examples     {len(examples):,}, "
-        + (f"{100 * float((examples.labels == 1).sum()) / labelled:.1f} % relevant, " if labelled else "")
-        + f"{float(examples.lengths.mean(dtype=float)):.1f} tokens on average")
+    relevant = f"{100 * float((examples.labels == 1).sum()) / labelled:.1f} % relevant, " if labelled else ""
+    say(f"examples     {len(examples):,}, {relevant}{float(examples.lengths.mean(dtype=float)):.1f} tokens on average")
     for number, stage in enumerate(stages, start=1):
         if len(stages) > 1:
             say(f"stage {number} of {len(stages)}")
         describe_stage(trainer, stage)
     if trainer.processes.count > 1:
-        say(f"processes    {trainer.processes.count}, each computes its part of {trainer.settings.batch_size} "
-            f"examples; the first on {trainer.processes.device}")
+        say(f"processes    {trainer.processes.count}, each computes part of every batch of "
+            f"{trainer.settings.batch_size} examples; the first on {trainer.processes.device}")
 
 
 def describe_stage(trainer: Trainer, stage: Stage) -> None:
@@ -37,23 +38,29 @@ def describe_stage(trainer: Trainer, stage: Stage) -> None:
     steps, per_epoch = (count(len(examples), settings) for count in (stage.total_steps, stage.steps_per_epoch))
     padding = padding_share(examples.lengths, epoch_batches(examples.lengths, settings, 0), stage.pad_to(settings))
     soft = weights.get("soft", 0)
-    say(f"objective    {formula(weights)}"
-        + (f" (soft is a mean over the 2 classes: soft cross-entropy weighs {soft / 2:g})" if soft else ""))
+    note = f" (soft is a mean over the 2 classes: soft cross-entropy weighs {soft / 2:g})" if soft else ""
+    say(f"objective    {formula(weights)}{note}")
     say(f"steps        {steps:,} = {stage.epochs:g} epochs × {per_epoch:,} steps of {settings.batch_size} × "
         f"{settings.accumulation} examples, {100 * padding:.1f} % of positions are padding; learning rate "
         f"{stage.learning_rate:g}, warm-up over {round(settings.warmup_proportion * steps):,}")
 
 
+def padding_share(lengths: np.ndarray, batches: list[np.ndarray], pad_to: int | None) -> float:
+    """Return the fraction of positions that are padding if batches are padded to `pad_to` or their longest example."""
+    padded = sum(len(batch) * (pad_to or int(lengths[batch].max())) for batch in batches)
+    return 1.0 - float(lengths.sum(dtype=np.int64)) / padded
+
+
 def general_card(args: argparse.Namespace, student: CrossEncoder) -> str:
-    """The README.md of a general student."""
+    """Return the README.md of a general student."""
     return "\n".join(["---", "library_name: transformers", "---", f"# General student: {describe(student)}", "",
                       f"Made with `general_distill.py` from the teacher `{args.teacher_model}`; all settings are in "
-                      f"run.json.", "It is not fine-tuned: `distill.py --general_student_model` takes it.", ""])
+                      f"run.json.", "It is not fine-tuned: use it with `distill.py --general_student_model`.", ""])
 
 
-def model_card(args: argparse.Namespace, student: CrossEncoder, taught: bool) -> str:
-    """The README.md of a student; `taught`: whether its objective looks at the teacher."""
-    teacher = f" and the teacher `{args.teacher_model}`" if taught else ""
+def model_card(args: argparse.Namespace, student: CrossEncoder, has_teacher: bool) -> str:
+    """Return the README.md of a student."""
+    teacher = f" and the teacher `{args.teacher_model}`" if has_teacher else ""
     lines = ["---", "pipeline_tag: text-ranking", "library_name: transformers", "---",
              f"# BERT re-ranker: {describe(student)}", "",
              f"Made with `distill.py --distill_model {args.distill_model}` from the student "
@@ -61,5 +68,5 @@ def model_card(args: argparse.Namespace, student: CrossEncoder, taught: bool) ->
              "Input: `[CLS] query [SEP] passage [SEP]`; class 1 of the two is relevance. In sentence-transformers:",
              "`CrossEncoder(directory).predict(pairs, apply_softmax=True)[:, 1]`."]
     if student.config.pooled_relu:
-        lines += ["", "The head is classifier(relu(pooled)): score with reranker.py, other tools leave the relu out."]
+        lines += ["", "The head is classifier(relu(pooled)): score with reranker.py; other tools omit the relu."]
     return "\n".join(lines) + "\n"

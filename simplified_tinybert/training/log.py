@@ -1,4 +1,4 @@
-"""The log of a training, as JSON lines and for TensorBoard: means of the loss terms over intervals, dev measures."""
+"""The training log, as JSON lines and for TensorBoard: mean losses per interval, dev measures."""
 import json
 import math
 import sys
@@ -12,61 +12,61 @@ from torch import Tensor
 from simplified_tinybert.common.files import atomic_writer, name_in_errors
 from simplified_tinybert.common.processes import Processes
 
-TERMS = ("loss", "cls_loss", "att_loss", "rep_loss", "soft_loss", "hard_loss")
+LOSSES = ("loss", "cls_loss", "att_loss", "rep_loss", "soft_loss", "hard_loss")
 GRADIENTS = {"att_loss": "att_grad", "rep_loss": "rep_grad", "soft_loss": "soft_grad", "hard_loss": "hard_grad"}
 
 
 class TrainingLog:
-    """Means of the loss terms to train_loss.jsonl, dev measures to dev.jsonl, both to TensorBoard.
+    """Writes mean losses to train_loss.jsonl and dev measures to dev.jsonl, both also to TensorBoard.
 
-    The first process writes, in `directory`. Rows of steps after `finished_steps`, of a run that was resumed, are dropped.
+    Only the first process writes. When a run is resumed, rows after `finished_steps` are dropped.
     """
 
     def __init__(self, directory: Path, tensorboard_dir: Path | None, device: torch.device, processes: Processes,
                  finished_steps: int = 0):
-        self.losses, self.dev, self.best = directory / "train_loss.jsonl", directory / "dev.jsonl", -math.inf
+        self.loss_file, self.dev_file, self.best = directory / "train_loss.jsonl", directory / "dev.jsonl", -math.inf
         self.processes, self.tensorboard = processes, None
-        self.sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)            # of this process
-        self.steps, self.examples, self.since = 0, 0, time.perf_counter()
-        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)   # first whose loss was no number; 0: none
+        self.sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=device)           # of this process
+        self.steps, self.examples, self.start = 0, 0, time.perf_counter()
+        self.bad_step = torch.zeros((), dtype=torch.int64, device=device)   # first with a NaN or infinite loss; 0: none
         if not processes.first:
             return
-        # TensorBoard looks for this name; with it, it does without TensorFlow, which takes seconds and talks much
+        # With a module of this name, TensorBoard does not import TensorFlow, which is slow and prints much
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
 
-        self.tensorboard = SummaryWriter(str(tensorboard_dir or directory / "tensorboard"), purge_step=finished_steps + 1)
-        keep_rows(self.losses, finished_steps)
-        for row in keep_rows(self.dev, finished_steps):
-            self.best = max(self.best, first_measure(row))
+        self.tensorboard = SummaryWriter(str(tensorboard_dir or directory / "tensorboard"),
+                                         purge_step=finished_steps + 1)
+        keep_rows(self.loss_file, finished_steps)
+        self.best = max(map(first_measure, keep_rows(self.dev_file, finished_steps)), default=-math.inf)
 
-    def add(self, terms: dict[str, Tensor], weight: float) -> None:
-        """Count the terms of one batch with its share `weight` of the step's examples; asks nothing of the device."""
+    def add(self, losses: dict[str, Tensor], weight: float) -> None:
+        """Add the losses of a batch with its weight in the step. Does not wait for the device."""
         zero = self.sums.new_zeros(())
-        self.sums += weight * torch.stack([terms.get(name, zero).detach().double() for name in TERMS])
+        self.sums += weight * torch.stack([losses.get(name, zero).detach().double() for name in LOSSES])
 
     def step(self, number: int, examples: int) -> None:
-        """Count a whole step; asks nothing of the device."""
+        """Count a finished step. Does not wait for the device."""
         self.steps += 1
         self.examples += examples
         bad = ~torch.isfinite(self.sums[0]) & (self.bad_step == 0)
         self.bad_step = torch.where(bad, number, self.bad_step)
 
     def write(self, global_step: int, learning_rate: float, norms: dict[str, float]) -> dict[str, float]:
-        """Append a row for the steps since the last one, with the norms of gradients at the last."""
+        """Append a row for the steps since the last row; norms: of the gradients at the last step."""
         sums = self.processes.total(self.sums).tolist()
-        seconds = time.perf_counter() - self.since
-        row = {"global_step": global_step, **{name: value / self.steps for name, value in zip(TERMS, sums)},
+        seconds = time.perf_counter() - self.start
+        row = {"global_step": global_step, **{name: value / self.steps for name, value in zip(LOSSES, sums)},
                "learning_rate": learning_rate, "examples_per_second": self.examples / seconds, **norms}
-        self._append(self.losses, row)
+        self._append(self.loss_file, row)
         self.sums.zero_()
-        self.steps, self.examples, self.since = 0, 0, time.perf_counter()
+        self.steps, self.examples, self.start = 0, 0, time.perf_counter()
         return row
 
     def write_dev(self, global_step: int, measures: dict[str, float]) -> bool:
-        """Append a row of dev measures. True, in the first process, if the first of them is better than ever before."""
+        """Append a row of dev measures. Returns True, in the first process, if the first measure is the best so far."""
         row = {"global_step": global_step, **measures}
-        self._append(self.dev, row, "dev/")
+        self._append(self.dev_file, row, "dev/")
         better = self.processes.first and first_measure(row) > self.best
         self.best = max(self.best, first_measure(row))
         return better
@@ -80,18 +80,18 @@ class TrainingLog:
             self.tensorboard.add_scalar(prefix + name, value, row["global_step"])
         self.tensorboard.flush()
 
-    def leave_out(self, seconds: float) -> None:
-        """Do not count time that was not spent on training."""
-        self.since += seconds
+    def exclude(self, seconds: float) -> None:
+        """Exclude time that was not spent on training from the speed."""
+        self.start += seconds
 
     def state(self) -> dict:
         return {"sums": self.sums.cpu(), "steps": self.steps, "examples": self.examples,
-                "seconds": time.perf_counter() - self.since}
+                "seconds": time.perf_counter() - self.start}
 
     def restore(self, state: dict) -> None:
         self.sums.copy_(state["sums"])
         self.steps, self.examples = state["steps"], state["examples"]
-        self.since = time.perf_counter() - state["seconds"]
+        self.start = time.perf_counter() - state["seconds"]
 
     def close(self) -> None:
         if self.tensorboard:
@@ -99,7 +99,7 @@ class TrainingLog:
 
 
 def keep_rows(path: Path, finished_steps: int) -> list[dict]:
-    """Cut the rows of steps after `finished_steps` off a log, and a torn last one. Returns the rest."""
+    """Remove rows after `finished_steps`, and an incomplete last row, from a log. Returns the remaining rows."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     kept = [row for row in map(json.loads, text.split("\n")[:-1]) if row["global_step"] <= finished_steps]
     lines = "".join(json.dumps(row) + "\n" for row in kept)
@@ -110,5 +110,5 @@ def keep_rows(path: Path, finished_steps: int) -> list[dict]:
 
 
 def first_measure(row: dict[str, float]) -> float:
-    """Of a row of dev.jsonl: what decides which student is the best."""
+    """Return the value that selects the best student from a row of dev.jsonl."""
     return list(row.values())[1]

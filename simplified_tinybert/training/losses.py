@@ -1,8 +1,8 @@
-"""The terms of the distillation objectives (section 3 of the paper), one pure function each.
+"""The loss terms of the distillation objectives (section 3 of the paper), as pure functions.
 
-Shapes: B examples, L positions (padding included), H heads, d and d' head widths of student and teacher, D hidden
-width of the teacher. Teachers' tensors carry no gradient. Numbers are those of the original implementation; where
-it differs from the usual definition, the function says so.
+Shapes: B examples, L positions (including padding), H heads, d and d' head sizes of student and teacher, D hidden size
+of the teacher. The teacher's tensors carry no gradient. Values equal those of the original implementation; docstrings
+say where it differs from the usual definition.
 """
 import torch
 import torch.nn.functional as F
@@ -14,22 +14,22 @@ PADDING_MODES = ("reference", "masked")
 def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """Soft-label loss: cross-entropy between the softened class distributions, logits (B, C).
 
-    As in the original the mean is taken over the batch *and* the C classes, so that with two classes the term is half
-    of the usual cross-entropy, and there is no factor temperature².
+    As in the original, the mean is over the batch *and* the C classes: with two classes, it is half of the usual
+    cross-entropy. There is no factor temperature².
     """
-    dtype = _accumulate(student_logits)
+    dtype = _loss_dtype(student_logits)
     teacher_probability = F.softmax(teacher_logits.to(dtype) / temperature, dim=-1)
     return -(teacher_probability * F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)).mean()
 
 
 def hard_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
     """Hard-label loss: cross-entropy of the logits (B, C) with the labels (B)."""
-    return F.cross_entropy(student_logits.to(_accumulate(student_logits)), labels)
+    return F.cross_entropy(student_logits.to(_loss_dtype(student_logits)), labels)
 
 
 def direct_attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_queries: Tensor, teacher_keys: Tensor,
                           attention_mask: Tensor, padding: str = "reference") -> Tensor:
-    """Definition of `attention_loss`, which computes the same faster. Read this one; tests compare the two."""
+    """Definition of `attention_loss`, which computes the same value faster. Tests compare the two."""
     keep = attention_mask[:, None, None, :].to(student_queries.dtype)                    # (B, 1, 1, L)
     student = student_queries @ student_keys.transpose(-1, -2) / student_queries.shape[-1] ** 0.5    # (B, H, L, L)
     teacher = teacher_queries @ teacher_keys.transpose(-1, -2) / teacher_queries.shape[-1] ** 0.5
@@ -44,17 +44,17 @@ def attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_querie
                    attention_mask: Tensor, padding: str = "reference") -> Tensor:
     """Attention loss of one pair of layers: mean squared difference of the scaled scores before the softmax.
 
-    Queries and keys (B, H, L, d) of the student and (B, H, L, d') of the teacher, attention_mask (B, L) of ones and
-    zeros. With padding="reference" scores towards padded keys count as zero in both models, scores of padded queries
-    count in full, and the mean is over B·H·L·L; with "masked" only pairs of real tokens count, in numerator and mean.
+    Queries and keys are (B, H, L, d) for the student and (B, H, L, d') for the teacher; attention_mask (B, L) holds
+    ones and zeros. With padding="reference", scores of padded keys are zero in both models, scores of padded queries
+    count in full, and the mean is over B·H·L·L. With "masked", only pairs of real tokens count.
 
-    The L×L score matrices are never formed. With Q, K of the student and Q', K' of the teacher, scaled by d^-¼ and
-    d'^-¼, the matrix of differences is A·Bᵀ for A = [Q, -Q'] and B = M·[K, K'] (M zeroes padded keys), and its squared
-    norm is the sum of AᵀA ∘ BᵀB: two Gram matrices of (d+d')×(d+d'), whose cost is linear in L. Where the widths are
-    equal, A = [Q-Q', Q'] and B = M·[K, K-K'] give the same matrix, and in float32 no digits are lost when the student
-    comes close to its teacher. With unequal widths rounding is about 1e-7 of the teacher's mean squared score.
+    The L×L score matrices are never formed. Let Q, K be the student's queries and keys times d^-¼, and Q', K' the
+    teacher's times d'^-¼. The matrix of differences is A·Bᵀ with A = [Q, -Q'] and B = M·[K, K'], where M zeroes padded
+    keys. Its squared norm is the sum of AᵀA ∘ BᵀB: two Gram matrices of (d+d')×(d+d'), at a cost linear in L. If
+    d = d', A = [Q-Q', Q'] and B = M·[K, K-K'] give the same matrix, without cancellation in float32 when the student
+    is close to its teacher. If not, the rounding error is about 1e-7 of the teacher's mean squared score.
     """
-    dtype = _accumulate(student_queries)
+    dtype = _loss_dtype(student_queries)
     keep = attention_mask[:, None, :, None].to(dtype)                                    # (B, 1, L, 1)
     student_queries, student_keys = (_scaled(tensor, dtype) for tensor in (student_queries, student_keys))
     teacher_queries, teacher_keys = (_scaled(tensor, dtype) for tensor in (teacher_queries, teacher_keys))
@@ -69,7 +69,7 @@ def attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_querie
         real = keep.sum(dim=2).square().sum()                                            # pairs of real tokens
     else:
         real = keep.shape[0] * keep.shape[2] ** 2
-    with torch.autocast(queries.device.type, enabled=False):    # half precision would drown the difference in rounding
+    with torch.autocast(queries.device.type, enabled=False):    # half precision would lose the difference
         query_gram = queries.transpose(-1, -2) @ queries                                 # (B, H, d+d', d+d')
         key_gram = keys.transpose(-1, -2) @ keys
     return (query_gram * key_gram).sum() / (real * queries.shape[1])
@@ -79,9 +79,9 @@ def hidden_loss(student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: 
                 padding: str = "reference") -> Tensor:
     """Hidden-state loss of one pair of layers: mean squared difference of projected student and teacher (B, L, D).
 
-    With padding="reference" the mean is over all positions, padding included; with "masked" over real tokens only.
+    The mean is over all positions with padding="reference", over real tokens with "masked".
     """
-    dtype = _accumulate(student_hidden)
+    dtype = _loss_dtype(student_hidden)
     squared = (student_hidden.to(dtype) - teacher_hidden.to(dtype)).square()
     if padding == "reference":
         return squared.mean()
@@ -90,10 +90,10 @@ def hidden_loss(student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: 
 
 
 def _scaled(projection: Tensor, dtype: torch.dtype) -> Tensor:
-    """Queries or keys times d^-¼, so that products of two are scaled scores."""
+    """Multiply queries or keys by d^-¼: their products are then scaled scores."""
     return projection.to(dtype) * projection.shape[-1] ** -0.25
 
 
-def _accumulate(tensor: Tensor) -> torch.dtype:
-    """Sums run in float32 at least: half precision is for the models, not for their losses."""
+def _loss_dtype(tensor: Tensor) -> torch.dtype:
+    """Losses are computed in float32 or float64, also if the models run in half precision."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

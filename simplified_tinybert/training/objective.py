@@ -18,14 +18,14 @@ from simplified_tinybert.training import losses
 
 METHODS = ("finetune", "standard", "tinybert", "simplified")
 
-Weights = dict[str, float]                              # term → weight; a term that is missing is not computed
+Weights = dict[str, float]                              # term → weight; a term without a weight is not computed
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSettings:
     """Which terms a stage minimizes, and how they are computed.
 
-    layer_map: teacher layer (from 1) that each student layer learns from; None: every k-th.
+    layer_map: teacher layer (from 1) for each student layer; None: every k-th.
     """
     weights: Weights
     padding: str = "reference"
@@ -39,7 +39,7 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True)
 class Passes:
-    """What a loss term sees: the forward passes of both models over one batch.
+    """Input of a loss term: the forward passes of both models over one batch.
 
     layers: (student layer, teacher layer) pairs, counted from 1; layer 0 is the embedding output.
     """
@@ -54,17 +54,17 @@ class Passes:
 def attention(passes: Passes) -> Tensor:
     """Attention loss, summed over the mapped layers."""
     student, teacher, mask = passes.student_out, passes.teacher_out, passes.batch.attention_mask
-    return sum(losses.attention_loss(student.queries[mine], student.keys[mine], teacher.queries[theirs],
-                                     teacher.keys[theirs], mask, passes.settings.padding)
-               for mine, theirs in passes.layers)
+    return sum(losses.attention_loss(student.queries[layer], student.keys[layer], teacher.queries[teacher_layer],
+                                     teacher.keys[teacher_layer], mask, passes.settings.padding)
+               for layer, teacher_layer in passes.layers)
 
 
 def hidden(passes: Passes) -> Tensor:
     """Hidden-state loss, summed over the embedding output and the mapped layers."""
     student, teacher, mask = passes.student_out, passes.teacher_out, passes.batch.attention_mask
-    return sum(losses.hidden_loss(passes.student.project(mine, student.hidden_states[mine]),
-                                  teacher.hidden_states[theirs], mask, passes.settings.padding)
-               for mine, theirs in [(0, 0), *passes.layers])
+    return sum(losses.hidden_loss(passes.student.project(layer, student.hidden_states[layer]),
+                                  teacher.hidden_states[teacher_layer], mask, passes.settings.padding)
+               for layer, teacher_layer in [(0, 0), *passes.layers])
 
 
 def soft(passes: Passes) -> Tensor:
@@ -77,19 +77,15 @@ def hard(passes: Passes) -> Tensor:
 
 @dataclass(frozen=True)
 class Term:
-    """A loss term.
-
-    part: column of the log that adds up the weighted terms of its kind. column: its own, unweighted, if it has one.
-    mean_over: what the term is a mean over with --padding masked: examples, their tokens, or their pairs of tokens.
-    """
+    """A loss term and its place in the log."""
     loss: Callable[[Passes], Tensor]
-    part: str
-    column: str | None
-    mean_over: str
+    part: str                                           # log column that sums the weighted terms of this kind
+    column: str | None                                  # log column of the unweighted term, if any
+    mean_over: str                                      # what the loss averages over with --padding masked
     needs: tuple[str, ...]
 
 
-# Name in the paper and in --loss_weights → the term
+# Name in the paper and in --loss_weights → term
 TERMS = {"attention": Term(attention, "att_loss", None, "pairs", ("teacher", "layers")),
          "hidden": Term(hidden, "rep_loss", None, "tokens", ("teacher", "layers")),
          "soft": Term(soft, "cls_loss", "soft_loss", "examples", ("teacher", "head")),
@@ -98,26 +94,27 @@ TERMS = {"attention": Term(attention, "att_loss", None, "pairs", ("teacher", "la
 
 def objective(student: CrossEncoder, teacher: CrossEncoder | None, batch: Batch,
               settings: ObjectiveSettings) -> dict[str, Tensor]:
-    """The terms of a batch by name, unweighted; each is a scalar."""
+    """Compute the unweighted terms of a batch: name → scalar."""
     pairs, teacher_out = [], None
     if settings.uses("layers"):
-        depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
-        pairs = list(enumerate(settings.layer_map or uniform_layer_map(*depths), start=1))
-    mine, theirs = zip(*pairs) if pairs else (None, None)
+        layer_map = settings.layer_map or uniform_layer_map(student.config.num_hidden_layers,
+                                                            teacher.config.num_hidden_layers)
+        pairs = list(enumerate(layer_map, start=1))
+    student_layers, teacher_layers = zip(*pairs) if pairs else (None, None)
     if settings.uses("teacher"):
         with torch.inference_mode():
-            teacher_out = teacher(batch, layers=theirs)
-    passes = Passes(student, student(batch, layers=mine), teacher_out, pairs, batch, settings)
+            teacher_out = teacher(batch, layers=teacher_layers)
+    passes = Passes(student, student(batch, layers=student_layers), teacher_out, pairs, batch, settings)
     return {name: TERMS[name].loss(passes) for name in TERMS if name in settings.weights}
 
 
 def mean_over(term: str, padding: str) -> str:
-    """What a term is a mean over. With --padding reference every example weighs the same, however short it is."""
+    """What a term averages over. With --padding reference, all examples weigh the same, however short they are."""
     return TERMS[term].mean_over if padding == "masked" else "examples"
 
 
 def total_loss(terms: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
-    """The minimized "loss" and its parts, as the log has them.
+    """Combine terms into the "loss" to minimize and the columns of the log.
 
     loss = att_loss + rep_loss + cls_loss, which are weighted; soft_loss and hard_loss are not.
     """
@@ -130,18 +127,18 @@ def total_loss(terms: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
 
 
 def stage_weights(method: str, alpha: float = 0.5, changed: Weights | None = None) -> list[Weights]:
-    """Weights of the terms in each stage of a method; those in `changed` replace the method's own.
+    """Return the weights of the terms in each stage of a method, with those in `changed` replaced.
 
-    A term of weight 0 in `changed` is left out. Of two stages, the first has the terms of the layers.
+    A `changed` weight of 0 leaves the term out. Of two stages, the first has the terms that compare layers.
     """
     stages = {"finetune": [{"hard": 1.0}],
               "standard": [{"soft": alpha, "hard": 1.0 - alpha}],
               "tinybert": [{"attention": 1.0, "hidden": 1.0}, {"soft": 1.0}],
               "simplified": [{"attention": 1.0, "hidden": 1.0, "soft": 1.0, "hard": 1.0}]}[method]
-    for term, weight in (changed or {}).items():
+    changed = changed or {}
+    for term, weight in changed.items():
         stages[0 if "layers" in TERMS[term].needs else -1][term] = weight
-    left_out = {term for term, weight in (changed or {}).items() if weight == 0}
-    return [{term: stage[term] for term in TERMS if term in stage and term not in left_out} for stage in stages]
+    return [{term: stage[term] for term in TERMS if term in stage and changed.get(term) != 0} for stage in stages]
 
 
 def parse_loss_weights(items: list[str]) -> Weights:

@@ -1,21 +1,19 @@
 """BertAdam, the optimizer of the original BERT and TinyBERT code, with one kernel launch for many parameters.
 
-It differs from AdamW: no bias correction, epsilon 1e-6 outside the square root of uncorrected moments, decay added to
-the update (scaled by the learning rate of the step), every parameter tensor's gradient clipped to norm 1 on its own.
+Differences from AdamW: no bias correction of the moments, epsilon 1e-6, weight decay added to the update before it is
+scaled by the learning rate, and each parameter tensor's gradient clipped to norm 1 separately.
 """
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
-NO_DECAY = ("bias", "LayerNorm.weight")
-
 
 def linear_warmup_decay(step: int, total_steps: int, warmup_proportion: float) -> float:
-    """Factor of the peak learning rate for the update that follows `step` finished ones.
+    """Return the factor of the peak learning rate after `step` finished steps.
 
-    Rises from 0 to 1 over the first `warmup_proportion` of the steps, then falls to 0 at `total_steps`; the first
-    update therefore has rate 0, as in the original.
+    It rises linearly from 0 to 1 during the warm-up, then falls to 0 at `total_steps`. As in the original, the first
+    step has rate 0.
     """
     progress = step / total_steps
     if progress < warmup_proportion:
@@ -24,17 +22,17 @@ def linear_warmup_decay(step: int, total_steps: int, warmup_proportion: float) -
 
 
 def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Two parameter groups: everything decays but biases and layer norms."""
-    decayed, kept = [], []
+    """Return two parameter groups; biases and layer norms have no weight decay."""
+    decay, no_decay = [], []
     for name, parameter in named_parameters:
-        (kept if name.endswith(NO_DECAY) else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        (no_decay if name.endswith(("bias", "LayerNorm.weight")) else decay).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
 class BertAdam(torch.optim.Optimizer):
-    """Adam as the original implementation has it. Parameters without a gradient are left alone.
+    """Adam as in the original implementation. Parameters without a gradient stay unchanged.
 
-    `schedule` maps the number of finished steps to a factor of `lr`. `learning_rate` is the rate of the last step.
+    `schedule` maps the number of finished steps to a factor of `lr`; `learning_rate` is the rate of the last step.
     """
 
     def __init__(self, groups: list[dict], lr: float, schedule: Callable[[int], float],
@@ -73,7 +71,7 @@ class BertAdam(torch.optim.Optimizer):
         torch._foreach_add_(parameters, updates, alpha=-learning_rate)
 
     def _clip_each(self, gradients: list[torch.Tensor]) -> None:
-        """Scale each gradient tensor with a norm over `max_grad_norm` down to it, in place."""
+        """Clip each gradient tensor to `max_grad_norm`, in place."""
         scales = torch._foreach_norm(gradients)
         torch._foreach_add_(scales, 1e-6)
         torch._foreach_reciprocal_(scales)

@@ -1,79 +1,74 @@
-"""A training run and its output directory: one writer at a time, a record of what made it, the finished student."""
+"""A training run and its output directory: a lock, run.json, and the finished student."""
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from simplified_tinybert.common.files import locked, say
+from simplified_tinybert.common.files import UserError, locked, say
 from simplified_tinybert.common.processes import Processes
-from simplified_tinybert.common.records import record
+from simplified_tinybert.common.records import read_record, record
 from simplified_tinybert.model.bert import CrossEncoder
-from simplified_tinybert.model.pretrained import save_cross_encoder
-from simplified_tinybert.training.checkpoints import find_run, remove_leftovers
-
-
-@dataclass(frozen=True, kw_only=True)
-class SavedAs:
-    """What stands beside the weights of a saved student. general: it is saved without its classifier."""
-    tokenizer_dir: Path | None
-    lower_case: bool
-    card: str
-    general: bool = False
-
-    def save(self, student: CrossEncoder, directory: Path) -> None:
-        save_cross_encoder(student, directory, self.tokenizer_dir, self.lower_case, self.card, self.general)
+from simplified_tinybert.training.checkpoints import newest_checkpoint, remove_leftovers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run in its output directory. metadata: what run.json holds beside the arguments; "settings" must not change.
-
-    saved_as is known once the models are loaded; `with_models` adds it.
-    """
+    """A run in its output directory. settings: what must not change when it is resumed."""
     args: argparse.Namespace
-    metadata: dict
+    settings: dict
     processes: Processes
-    finished: bool
-    checkpoint: Path | None                             # to continue from
-    saved_as: SavedAs | None = None
+    finished: bool = False
+    checkpoint: Path | None = None                      # to resume from
+    save_model: Callable[[CrossEncoder, Path], None] | None = None
 
     @property
     def output_dir(self) -> Path:
         return self.args.output_student_dir
 
-    def save(self, student: CrossEncoder, directory: Path) -> None:
-        self.saved_as.save(student, directory)
-
     def finish(self, student: CrossEncoder) -> None:
         """Write the finished student and mark the run as finished."""
         if self.processes.first:
-            self.save(student, self.output_dir)
-            self._record(finished=True)
+            self.save_model(student, self.output_dir)
+            self.record(finished=True)
             say(f"student      {self.output_dir}")
 
-    def _record(self, finished: bool) -> None:
-        record(self.output_dir / "run.json", self.args, **self.metadata, finished=finished)
+    def record(self, finished: bool) -> None:
+        record(self.output_dir / "run.json", self.args, settings=self.settings, device=str(self.processes.device),
+               finished=finished)
 
 
-def find_output_run(args: argparse.Namespace, metadata: dict, processes: Processes) -> Run:
-    """The run that --output_student_dir holds or will hold. Raises UserError if one with other settings is there."""
-    finished, checkpoint = find_run(args.output_student_dir, metadata["settings"])
-    processes.check_agreement(metadata["settings"] | {"checkpoint": checkpoint})
-    if finished:
-        say(f"{args.output_student_dir}: the student is already finished; remove the directory to make it again")
-    return Run(args=args, metadata=metadata, processes=processes, finished=finished, checkpoint=checkpoint)
+def find_run(args: argparse.Namespace, settings: dict, processes: Processes) -> Run:
+    """Return the run in --output_student_dir, or a new one. Raises UserError if that run has other settings."""
+    run = Run(args=args, settings=settings, processes=processes)
+    if (run.output_dir / "run.json").is_file():
+        content = read_record(run.output_dir / "run.json")
+        check_same_settings(run.output_dir, content["settings"], settings)
+        run = replace(run, finished=content.get("finished", False), checkpoint=newest_checkpoint(run.output_dir))
+    processes.check_agreement(settings | {"checkpoint": run.checkpoint})
+    if run.finished:
+        say(f"{run.output_dir}: the student is already finished; remove the directory to make it again")
+    return run
+
+
+def check_same_settings(output_dir: Path, before: dict, now: dict) -> None:
+    way_out = "name another directory, or remove this one to start again"
+    if before.keys() != now.keys():
+        raise UserError(f"{output_dir}: created by another version; only that version can resume it; {way_out}")
+    changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
+    if changed:
+        raise UserError(f"{output_dir}: holds a run with other settings ({'; '.join(changed)}); {way_out}")
 
 
 @contextmanager
-def output_run(run: Run, saved_as: SavedAs) -> Iterator[Run]:
-    """The run, in an output directory that no other process writes to meanwhile."""
-    run = replace(run, saved_as=saved_as)
+def output_run(run: Run, save_model: Callable[[CrossEncoder, Path], None]) -> Iterator[Run]:
+    """Lock the output directory against other jobs and start the run in it."""
+    run = replace(run, save_model=save_model)
     if not run.processes.first:
         yield run
         return
     run.output_dir.mkdir(parents=True, exist_ok=True)
     with locked(run.output_dir):
         remove_leftovers(run.output_dir)
-        run._record(finished=False)
+        run.record(finished=False)
         yield run
