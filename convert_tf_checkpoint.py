@@ -23,7 +23,6 @@ import argparse
 import glob
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,33 +178,26 @@ def read_variable(reader: Any, name: str, prefix: Path, problems: Problems) -> t
     return torch.from_numpy(np.ascontiguousarray(value.T if name.endswith("/kernel") else value))
 
 
-def collect_error(problems: Problems, function: Callable, *arguments: object) -> Any:
-    """Call the function. A UserError is added to `problems`, and the result is None."""
-    try:
-        return function(*arguments)
-    except UserError as error:
-        problems.add(str(error))
-        return None
-
-
 def check_all(args: argparse.Namespace) -> tuple[Path, list[Path], BertConfig, Vocabulary]:
     """Check the inputs without TensorFlow. Returns checkpoint, all input files, configuration and vocabulary."""
     problems, files, config, vocabulary = Problems(), [], None, None
     check_output_dir(args.output_dir, None, problems)
-    prefix = collect_error(problems, find_checkpoint, args.tf_checkpoint)
-    if prefix:
-        files = collect_error(problems, checkpoint_files, prefix) or []
-        for path in files:
-            if error := failed_download(path):
-                problems.add(f"{path}: {error}")
+    with problems.collect():
+        prefix = find_checkpoint(args.tf_checkpoint)
         args.bert_config = args.bert_config or prefix.with_name("bert_config.json")
         args.vocab = args.vocab or prefix.with_name("vocab.txt")
+        files = checkpoint_files(prefix)
+    for path in files:
+        if error := failed_download(path):
+            problems.add(f"{path}: {error}")
     if args.bert_config and check_input_file(args.bert_config, problems, "configuration (--bert_config)"):
-        config = collect_error(problems, read_config, args.bert_config)
+        with problems.collect():
+            config = read_config(args.bert_config)
     if args.vocab and args.vocab.name != "vocab.txt":
         problems.add(f"--vocab {args.vocab}: expected a file named vocab.txt; copy it under that name")
     elif args.vocab and check_input_file(args.vocab, problems, "vocabulary (--vocab)"):
-        vocabulary = collect_error(problems, load_vocabulary, args.vocab.parent, args.do_lower_case)
+        with problems.collect():
+            vocabulary = load_vocabulary(args.vocab.parent, args.do_lower_case)
     if config and vocabulary and len(vocabulary.token_ids) > config.vocab_size:
         problems.add(f"{args.vocab}: has {len(vocabulary.token_ids)} tokens, but {args.bert_config} says "
                      f"{config.vocab_size}; expected both files from the same model")

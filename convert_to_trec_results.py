@@ -21,6 +21,7 @@ Aggregations of the passage scores s_1 ... s_n of a document:
                                                     the &; 2-Max_and_AvgP means the same
 """
 import argparse
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,13 +58,13 @@ def read_scores(path: Path, problems: Problems) -> Iterator[tuple[int, str, str,
             continue
         *ids, score_text = columns
         score = parse_score(score_text)
-        if score is None:
+        if math.isnan(score):
             problems.add(f"{where}: score {shorten(score_text)}: expected a finite number, for example 0.25")
         for kind, text_id in zip(("query id", "passage id"), ids):
             if text_id.split() != [text_id]:
                 problems.add(f"{where}: {kind} {shorten(text_id)}: must not be empty or contain white space, which "
                              f"separates the columns of a TREC run")
-        yield line, *ids, 0.0 if score is None else score
+        yield line, *ids, score
 
 
 def passage_number(suffix: str | None) -> int | None:
@@ -79,9 +80,7 @@ def collect(path: Path, aggregation: Aggregation, problems: Problems) -> tuple[S
 
     Returns the states, the number of passages and the number of passage ids without "_".
     """
-    queries: States = {}
-    passages = without_underscore = 0
-    pairs = DuplicateFinder()
+    queries, pairs, passages, without_underscore = {}, DuplicateFinder(), 0, 0
     for line, query_id, passage_id, score in read_scores(path, problems):
         document_id, suffix = split_passage_id(passage_id)
         number = passage_number(suffix) if aggregation is FIRST_P else 0

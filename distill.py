@@ -74,8 +74,7 @@ def parse_args() -> argparse.Namespace:
     add("--features_file", type=Path, nargs="+", required=True, help="feature file(s) of labelled pairs")
     add("--teacher_model", help="directory or hub id of the teacher; not needed with finetune")
     add("--general_student_model", required=True, help="directory or hub id of the student to start from")
-    add("--distill_model", choices=METHODS, default="simplified",
-        help="method, see above (default: simplified)")
+    add("--distill_model", choices=METHODS, default="simplified", help="method, see above (default: simplified)")
     add("--loss_weights", nargs="+", default=[], metavar="TERM=WEIGHT",
         help="weights of attention, hidden, soft, hard, instead of the method's; 0 leaves a term out")
     add("--layer_map", type=int, nargs="+", metavar="LAYER",
@@ -163,8 +162,16 @@ def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
     """Find the inputs and check that they fit together. Raises UserError with all problems."""
     stages = check_numbers(args, problems)
     models = find_models(args, stages, problems)
-    features = summarise(args.features_file, problems)
-    max_seq_length = check_features(args, features, models, problems) if features else 0
+    features, max_seq_length = summarise(args.features_file, problems), 0
+    if features:
+        max_seq_length = checks.check_length(args.max_seq_length, features, problems)
+        for role, (directory, config) in models.items():
+            checks.check_model_fits(role, directory, config, features, max_seq_length, problems)
+        if features.labelled < features.examples:
+            problems.add(f"{features.examples - features.labelled} of {features.examples} examples have no label; "
+                         f"training needs features made with --set_name train")
+        if args.do_lower_case and not features.header["lower_case"]:
+            problems.add("--do_lower_case: the features are cased; tokenize again with --do_lower_case")
     dev_set = find_dev_set(args.dev_features_file, args.dev_qrels_file, problems)
     if dev_set and stages and not uses(stages, "head"):
         problems.add(f"--dev_features_file: with --loss_weights {' '.join(args.loss_weights)} the head is not trained "
@@ -173,20 +180,6 @@ def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
         checks.check_dev_set(dev_set.summary, features, models["general student"][1], problems)
     problems.raise_if_any()
     return Inputs(stages=stages, models=models, features=features, max_seq_length=max_seq_length, dev_set=dev_set)
-
-
-def check_features(args: argparse.Namespace, features: FeatureSummary, models: checks.Models,
-                   problems: Problems) -> int:
-    """Check that features and models fit together. Returns the sequence length to pad to."""
-    max_seq_length = checks.check_length(args.max_seq_length, features, problems)
-    for role, (directory, config) in models.items():
-        checks.check_model_fits(role, directory, config, features, max_seq_length, problems)
-    if features.labelled < features.examples:
-        problems.add(f"{features.examples - features.labelled} of {features.examples} examples have no label; "
-                     f"training needs features made with --set_name train")
-    if args.do_lower_case and not features.header["lower_case"]:
-        problems.add("--do_lower_case: the features are cased; tokenize again with --do_lower_case")
-    return max_seq_length
 
 
 def resumable_settings(args: argparse.Namespace, inputs: Inputs) -> dict:
@@ -242,9 +235,7 @@ def distill(args: argparse.Namespace, processes: Processes) -> None:
     with output_run(run, save_model) as run:
         trainer = Trainer(student, teacher, TrainingSet(examples, args.features_file), settings, run, inputs.dev_set)
         describe_run(trainer, inputs.stages, args.general_student_model, args.teacher_model)
-        for stage in inputs.stages:
-            trainer.train(stage)
-        trainer.finish()
+        trainer.train(inputs.stages)
 
 
 def main() -> None:

@@ -57,7 +57,6 @@ from simplified_tinybert.training.objective import ObjectiveSettings
 from simplified_tinybert.training.run import find_run, output_run
 
 COMPRESSION_TOKENS = 16384  # to fit a compressed student: takes 1 GB of memory for 6/384, 4 GB for 12/768
-WEIGHTS = {"attention": 1.0, "hidden": 1.0}
 # --compress_teacher copies embeddings of the teacher's shape, --init_from_teacher whole layers
 EMBEDDING_SHAPE = ("vocab_size", "max_position_embeddings", "type_vocab_size")
 LAYER_SHAPE = (*EMBEDDING_SHAPE, "hidden_size", "intermediate_size", "num_attention_heads")
@@ -96,18 +95,13 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def student_config(args: argparse.Namespace, teacher: BertConfig, problems: Problems) -> BertConfig | None:
-    """Return the student's configuration, checked against the teacher's; None if there is none."""
-    try:
-        config = read_config(args.student_config) if args.student_config else BertConfig(
-            **teacher.to_dict() | {"num_hidden_layers": args.student_layers})
-        config.num_labels = 2
-    except UserError as error:
-        problems.add(str(error))
-        return None
+def student_config(args: argparse.Namespace, teacher: BertConfig, problems: Problems) -> BertConfig:
+    """Return the student's configuration, checked against the teacher's. Raises UserError if there is none."""
+    config = read_config(args.student_config) if args.student_config else BertConfig(
+        **teacher.to_dict() | {"num_hidden_layers": args.student_layers})
+    config.num_labels = 2
     if config.num_hidden_layers < 1:
-        problems.add(f"a student of {config.num_hidden_layers} layers; expected 1 or more")
-        return None
+        raise UserError(f"a student of {config.num_hidden_layers} layers; expected 1 or more")
     check_pair(teacher, config, problems)
     if config.vocab_size != teacher.vocab_size:
         problems.add(f"{args.student_config}: vocab_size is {config.vocab_size}, the teacher's {teacher.vocab_size}; "
@@ -149,7 +143,8 @@ def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
     config = vocabulary = None
     teacher = find_models({"teacher": args.teacher_model}, problems).get("teacher")
     if teacher:
-        config = student_config(args, teacher[1], problems)
+        with problems.collect():
+            config = student_config(args, teacher[1], problems)
         with problems.collect():
             vocabulary = load_vocabulary(teacher[0])
     corpus = check_corpus(args.docs or args.corpus, args.documents, problems)
@@ -206,16 +201,15 @@ def general_distill(args: argparse.Namespace, processes: Processes) -> None:
         compress(student, teacher, sample_batches(examples, args.seed))
     start = ("the teacher's layers" if args.init_from_teacher else
              "the compressed teacher" if args.compress_teacher else "random weights")
-    stage = Stage(objective=ObjectiveSettings(weights=WEIGHTS, padding=args.padding), epochs=args.num_train_epochs,
-                  learning_rate=args.learning_rate)
+    stage = Stage(objective=ObjectiveSettings(weights={"attention": 1.0, "hidden": 1.0}, padding=args.padding),
+                  epochs=args.num_train_epochs, learning_rate=args.learning_rate)
     save_model = partial(pretrained.save_cross_encoder, tokenizer_directory=inputs.teacher[0],
                          lower_case=inputs.vocabulary.lower_case, card=general_card(args, student), general=True)
     settings = TrainingSettings.from_args(args, dtype, args.max_seq_length)
     with output_run(run, save_model) as run:
         trainer = Trainer(student, teacher, TrainingSet(examples), settings, run)
         describe_run(trainer, [stage], start, args.teacher_model)
-        trainer.train(stage)
-        trainer.finish()
+        trainer.train([stage])
 
 
 def main() -> None:

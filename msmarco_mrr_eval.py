@@ -108,8 +108,7 @@ def comparison_rows(run: Evaluation, others: dict[Path, Evaluation], permutation
                 continue
             found, tests = family[path], []
             for test in TESTS:
-                p, corrected = found.p[test], found.holm[test]
-                tests += [format_p(p), format_p(corrected) + "*" * (corrected is not None and corrected < LEVEL)]
+                tests += [format_p(found.p[test]), format_p(found.holm[test]) + "*" * found.significant(test)]
             yield [name, str(path), str(found.queries), *(f"{mean:.4f}" for mean in found.means),
                    f"{found.difference:+.4f}", f"{found.wins}/{found.ties}/{found.losses}", *tests]
 

@@ -48,6 +48,7 @@ from simplified_tinybert.common.files import (
     say,
 )
 from simplified_tinybert.common.records import record_file, record_path
+from simplified_tinybert.common.text import in_groups
 from simplified_tinybert.data.collection import Collection, count_candidates, open_collection
 from simplified_tinybert.data.ir_dataset import open_dataset
 from simplified_tinybert.data.passages import PassageSource, PassageWindow, SkippedLog
@@ -55,8 +56,6 @@ from simplified_tinybert.data.sampling import (
     Sampling,
     TrainingQuery,
     draw_queries,
-    in_groups,
-    is_usable,
     negatives,
     positives,
     relevant_documents,
@@ -70,6 +69,7 @@ INPUTS = {"docs": "documents", "queries": "queries", "qrels": "judgements", "can
 TRAIN_ONLY = {"qrels": None, "relevance_level": 1, "negatives": 1.0, "max_queries": None, "positive_passages": None,
               "retrieved_positives": False, "seed": 42, "filter_model": None, "filter_threshold": None,
               "max_seq_length": 256, "device": "auto", "bf16": False}
+GROUP = 8192        # passages that are scored together
 FILTER_ONLY = ("filter_threshold", "max_seq_length", "device", "bf16")
 
 
@@ -130,12 +130,9 @@ def check_args(args: argparse.Namespace, problems: Problems) -> None:
         args.positive_passages = 1
     rules = [("window", args.window >= 1, "1 word or more"),
              ("stride", 1 <= args.stride <= max(1, args.window), "1 to --window, otherwise words would be lost"),
-             ("first_passages", args.first_passages is None or args.first_passages >= 1, "1 or more"),
-             ("depth", args.depth is None or args.depth >= 1, "1 or more"),
-             ("relevance_level", args.relevance_level >= 1, "1 or more"),
              ("negatives", 0 <= args.negatives < 1e6, "0 or more"),
-             ("positive_passages", args.positive_passages is None or args.positive_passages >= 1, "1 or more"),
-             ("max_queries", args.max_queries is None or args.max_queries >= 1, "1 or more"),
+             *((name, getattr(args, name) is None or getattr(args, name) >= 1, "1 or more") for name in
+               ("first_passages", "depth", "relevance_level", "positive_passages", "max_queries")),
              ("filter_threshold", args.filter_threshold is None or 0 <= args.filter_threshold <= 1, "0 to 1")]
     check_ranges(args, problems, rules)
     paths = {path: content for name, content in INPUTS.items() if (path := getattr(args, name))}
@@ -144,13 +141,6 @@ def check_args(args: argparse.Namespace, problems: Problems) -> None:
     check_output_files([args.output, *side_files(args.output)], problems, inputs=paths)
     if args.cache_file_dir.exists() and not args.cache_file_dir.is_dir():
         problems.add(f"--cache_file_dir {args.cache_file_dir}: is a file; name a directory")
-
-
-def open_filter(args: argparse.Namespace, problems: Problems) -> "PassageFilter | None":
-    if not args.filter_model:
-        return None
-    from simplified_tinybert.data.passage_filter import PassageFilter  # slow to import
-    return PassageFilter(args.filter_model, args.max_seq_length, args.device, args.bf16, problems)
 
 
 def test_lines(collection: Collection, passages: PassageSource, progress: tqdm) -> Iterator[str]:
@@ -169,7 +159,7 @@ def test_lines(collection: Collection, passages: PassageSource, progress: tqdm) 
 def train_lines(queries: Iterable[TrainingQuery], sampling: Sampling, ranker: "PassageFilter | None",
                 passages: PassageSource, counts: Counter) -> Iterator[str]:
     """Yield the output lines of all `queries` and update `counts`."""
-    for group in in_groups(queries):
+    for group in in_groups(queries, lambda query: sum(len(found) for _, found in query.sources), GROUP):
         for query, kept in zip(group, positives(group, sampling, ranker and ranker.probabilities, passages.skipped)):
             drawn, requested = negatives(query, len(kept), sampling, passages)
             if not kept or requested and not drawn:
@@ -201,7 +191,8 @@ def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[st
     window = PassageWindow(args.window, args.stride, args.title, args.first_passages)
     passages, counts = PassageSource(collection.documents, window, skipped), Counter()
     if args.set_name == "train":
-        usable = [query_id for query_id in sizes if is_usable(collection, query_id, args.relevance_level)]
+        usable = [query_id for query_id in sizes if collection.queries.get(query_id)
+                  and relevant_documents(collection, query_id, args.relevance_level)]
         chosen = set(usable) if args.max_queries is None else draw_queries(usable, args.max_queries, args.seed)
         sampling = Sampling(args.relevance_level, args.negatives, args.positive_passages,
                             args.filter_threshold or 0.0, args.retrieved_positives, args.seed)
@@ -227,7 +218,10 @@ def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[st
 def main() -> None:
     args, problems = parse_args(), Problems()
     check_args(args, problems)
-    dataset, ranker = open_dataset(args, problems), open_filter(args, problems)
+    dataset, ranker = open_dataset(args, problems), None
+    if args.filter_model:
+        from simplified_tinybert.data.passage_filter import PassageFilter  # slow to import
+        ranker = PassageFilter(args.filter_model, args.max_seq_length, args.device, args.bf16, problems)
     problems.raise_if_any()
     collection = open_collection(args, dataset, problems)
     sizes = count_candidates(collection, problems)

@@ -24,18 +24,15 @@ student.trec, scores.tsv.run.json for run.trec), possibly at different times and
 """
 import argparse
 import datetime
-import json
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import transformers
 
 from simplified_tinybert.common.checks import check_model_fits
 from simplified_tinybert.common.device import keep_freed_memory, select_device
 from simplified_tinybert.common.files import Problems, atomic_writer, check_output_files, check_ranges, run_main, say
-from simplified_tinybert.common.records import plain
+from simplified_tinybert.common.records import record
 from simplified_tinybert.common.text import argument_text
 from simplified_tinybert.data.features import Examples, FeatureSummary, summarise
 from simplified_tinybert.model.precision import select_precision, warn_if_emulated
@@ -131,15 +128,11 @@ def check_features(paths: list[Path], systems: list[System], problems: Problems)
 
 def compare_systems(args: argparse.Namespace, systems: list[System], measures: list[str]) -> Comparisons:
     """Compare every other system with the teacher and with the baseline."""
-    comparisons = {}
-    for role in MARKS:
-        reference = next((system for system in systems if system.name == getattr(args, role)), None)
-        if reference:
-            others = [system for system in systems if system is not reference]
-            comparisons[role] = {
-                measure: compare_pairs({system.name: (system.values[measure], reference.values[measure])
-                                        for system in others}, args.permutations, args.seed) for measure in measures}
-    return comparisons
+    references = {role: system for role in MARKS for system in systems if system.name == getattr(args, role)}
+    return {role: {measure: compare_pairs({system.name: (system.values[measure], reference.values[measure])
+                                           for system in systems if system is not reference},
+                                          args.permutations, args.seed) for measure in measures}
+            for role, reference in references.items()}
 
 
 def table_cells(report: Report, test: str) -> tuple[list[str], list[list[str]]]:
@@ -163,12 +156,8 @@ def table_cells(report: Report, test: str) -> tuple[list[str], list[list[str]]]:
 
 def significance_marks(name: str, measure: str, comparisons: Comparisons, test: str) -> str:
     """Return the daggers of a system."""
-    marks = ""
-    for role, families in comparisons.items():
-        comparison = families[measure].get(name)
-        p = comparison.holm[test] if comparison else None
-        marks += MARKS[role] if p is not None and p < LEVEL else ""
-    return marks
+    return "".join(MARKS[role] for role, families in comparisons.items()
+                   if name in families[measure] and families[measure][name].significant(test))
 
 
 def notes(args: argparse.Namespace, report: Report) -> list[str]:
@@ -206,17 +195,14 @@ def write_report(args: argparse.Namespace, report: Report) -> None:
     footnotes = notes(args, report)
     table = "\n\n".join([markdown(headings, rows), *footnotes]) + "\n"
     content = {"date": datetime.datetime.now().isoformat(timespec="seconds"),
-               "arguments": {name: plain(value) for name, value in vars(args).items()},
-               "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                            "transformers": transformers.__version__},
                "machine": report.machine, "queries": report.queries, "notes": footnotes,
                "speed_pairs": len(report.pairs) if report.pairs else None,
-               "systems": [as_json(system, report) for system in report.systems],
+               "systems": [system.as_json(report.teacher, report.measures) for system in report.systems],
                "comparisons": {role: {measure: {name: asdict(comparison) for name, comparison in family.items()}
                                       for measure, family in families.items()}
                                for role, families in report.comparisons.items()}}
-    for name, text in (("table.md", table), ("table.tex", latex(headings, rows, "Effectiveness and cost.", footnotes)),
-                       ("report.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")):
+    record(args.output_dir / "report.json", args, **content)
+    for name, text in (("table.md", table), ("table.tex", latex(headings, rows, "Effectiveness and cost.", footnotes))):
         with atomic_writer(args.output_dir / name) as handle:
             handle.write(text)
     figure, measure = args.output_dir / "effectiveness.png", report.measures[0]
@@ -228,17 +214,6 @@ def write_report(args: argparse.Namespace, report: Report) -> None:
         figure.unlink(missing_ok=True)                  # it belongs to an earlier report
         say("no speeds are known, so no figure is drawn; use --features_file to measure them")
     print(f"{args.output_dir / 'table.md'}:", table, sep="\n", end="")
-
-
-def as_json(system: System, report: Report) -> dict:
-    config = system.config
-    return {"name": system.name, "run": str(system.run), "model": system.model,
-            "layers": config.num_hidden_layers if config else None, "width": config.hidden_size if config else None,
-            "parameters": system.parameters, "pairs_per_second": system.speed(), "rounds": system.rates,
-            "speed_of": system.where, "speed_up": system.speed_up(report.teacher),
-            "averages": {measure: system.averages[measure] for measure in report.measures},
-            "retained": {measure: system.retained(report.teacher, measure) for measure in report.measures},
-            "values": {measure: system.values[measure] for measure in report.measures}, "record": system.record or None}
 
 
 def main() -> None:

@@ -33,14 +33,13 @@ from simplified_tinybert.common.files import (
     UserError,
     check_output_file,
     check_ranges,
-    locked,
     name_in_errors,
     process_number,
     run_main,
     say,
     sync_directory,
 )
-from simplified_tinybert.common.processes import Processes, process_group
+from simplified_tinybert.common.processes import Processes, locked, process_group
 from simplified_tinybert.common.records import read_record, record, record_file, record_path
 from simplified_tinybert.data.features import Examples, FeatureSummary, summarise
 from simplified_tinybert.model.precision import select_precision, warn_if_emulated

@@ -20,6 +20,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from simplified_tinybert.common.duplicates import DuplicateFinder
@@ -28,6 +29,7 @@ from simplified_tinybert.common.files import (
     atomic_writer,
     check_input_file,
     check_output_file,
+    check_ranges,
     run_main,
     say,
     shorten,
@@ -73,10 +75,8 @@ def check_line(text: str, set_name: str) -> list[str]:
                 "use --set_name test if these are test pairs" if set_name == "train" and len(columns) == 3 else
                 "replace tabs inside texts by spaces" if len(columns) > 4 else "separate columns by one tab")
         return [f"found {len(columns)} tab-separated columns ({shorten(text)}); expected {COLUMNS[set_name]}; {hint}"]
-    errors = []
-    for name, value in zip(("query", "passage"), columns[1:3]):
-        if not value.strip():
-            errors.append(f"the {name} is empty; add a text or remove the line")
+    errors = [f"the {name} is empty; add a text or remove the line"
+              for name, value in zip(("query", "passage"), columns[1:3]) if not value.strip()]
     if len(columns) == 4 and columns[3] not in ("0", "1"):
         errors.append(f"found label {shorten(columns[3])}; expected 0 or 1")
     if not columns[0]:
@@ -115,11 +115,6 @@ def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
     return pairs
 
 
-def texts_of(path: Path) -> Iterator[str]:
-    """Yield the queries and passages of a checked file."""
-    return chain.from_iterable(line.split("\t")[1:3] for _, line in read_lines(path, Problems()))
-
-
 def block_tokenizer(vocabulary: Vocabulary, max_seq_length: int, by_words: bool) -> Callable[[bytes], Examples]:
     tokenizer = CachedTokenizer(vocabulary, max_seq_length, by_words)
     return lambda block: tokenize(lines_of(block), tokenizer)
@@ -132,19 +127,17 @@ def in_chunks(blocks: Iterable[Examples]) -> Iterator[Examples]:
         pending.append(block)
         count += len(block)
         while count >= CHUNK_EXAMPLES:
-            chunk, rest = joined(pending).split(CHUNK_EXAMPLES)
-            yield chunk
-            pending, count = [rest], len(rest)
+            examples = joined(pending)
+            yield examples.take(np.arange(CHUNK_EXAMPLES))
+            pending, count = [examples.take(np.arange(CHUNK_EXAMPLES, count))], count - CHUNK_EXAMPLES
     if count:
         yield joined(pending)
 
 
 def main() -> None:
     args, problems = parse_args(), Problems()
-    if not 8 <= args.max_seq_length < 2 ** 16:
-        problems.add(f"--max_seq_length {args.max_seq_length}: expected 8 to 65535 tokens")
-    if args.num_workers < 0:
-        problems.add(f"--num_workers {args.num_workers}: expected 0 (one per core) or more")
+    check_ranges(args, problems, [("max_seq_length", 8 <= args.max_seq_length < 2 ** 16, "8 to 65535 tokens"),
+                                  ("num_workers", args.num_workers >= 0, "0 (one per core) or more")])
     check_output_file(args.output_features_file, problems, inputs=[args.raw_data_file])
     readable = check_input_file(args.raw_data_file, problems, "pairs", read_twice=True)
     with problems.collect():
@@ -155,7 +148,8 @@ def main() -> None:
     workers, full = min(args.num_workers or default_workers(), 1 + pairs // PAIRS_PER_PROCESS), 0
     say(f"{pairs:,} pairs; vocabulary of {len(vocabulary.token_ids):,} tokens, "
         f"{'lower-cased' if vocabulary.lower_case else 'cased'}")
-    by_words = words_suffice(vocabulary, texts_of(args.raw_data_file))
+    texts = chain.from_iterable(line.split("\t")[1:3] for _, line in read_lines(args.raw_data_file, Problems()))
+    by_words = words_suffice(vocabulary, texts)
     with open_binary(args.raw_data_file) as source, atomic_writer(args.output_features_file, "wb") as handle:
         writer = FeatureWriter(handle, args.set_name, args.max_seq_length, vocabulary)
         with tqdm(total=pairs, desc="tokenizing", unit=" pairs", unit_scale=True) as progress:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import BertConfig
 
 from benchmarks.common import ROOT
@@ -100,17 +99,9 @@ def tokenizer(directory: Path) -> Callable[[list[str], int], Examples]:
     return lambda lines, length: tokenize(lines, CachedTokenizer(vocabulary, length))
 
 
-def subset(examples: Examples, indices: np.ndarray) -> Examples:
-    tokens = [examples.tokens[examples.offsets[i]:examples.offsets[i + 1]] for i in indices]
-    return Examples(np.concatenate(tokens), examples.lengths[indices], examples.query_lengths[indices],
-                    examples.labels[indices], [examples.ids[i] for i in indices])
-
-
-def score(model: CrossEncoder, examples: Examples, device: torch.device) -> np.ndarray:
+def score(model: CrossEncoder, examples: Examples) -> np.ndarray:
     """Return probabilities of relevance (N), as reranker.py computes them."""
-    batches = scoring.token_batches(examples.lengths, scoring.BatchLimits.of(device))
-    logits = scoring.score_chunk(model, examples, batches, device, tqdm(disable=True))
-    return scoring.relevance(logits, "probability")
+    return scoring.relevance(scoring.score_all(model, examples), "probability")
 
 
 def start_up(model_dir: Path, features_file: Path, scores_file: Path, device: torch.device) -> dict[str, float]:

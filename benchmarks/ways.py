@@ -30,7 +30,7 @@ class Sample:
     def part(self, size: int) -> "Sample":
         """Return `size` pairs with the same distribution of lengths, in random order."""
         chosen = samples.evenly(self.examples.lengths, min(size, len(self.lines)))
-        return Sample([self.lines[index] for index in chosen], ours.subset(self.examples, chosen), self.max_length)
+        return Sample([self.lines[index] for index in chosen], self.examples.take(chosen), self.max_length)
 
 
 def real_sample(raw_data_file: Path | None, vocabulary: Path, size: int) -> Sample:
@@ -49,7 +49,7 @@ def equal_sample(pairs: Sample, vocabulary: Path, length: int, size: int) -> Sam
         lines.append(f"q0#D{number}_0\t{texts[number % len(texts)][0]}\t{passage}")
     examples = ours.tokenizer(vocabulary)(lines, length)
     full = np.flatnonzero(examples.lengths == length)
-    return Sample([lines[index] for index in full], ours.subset(examples, full), length)
+    return Sample([lines[index] for index in full], examples.take(full), length)
 
 
 def ways(directory: Path, sample: Sample, device: torch.device, batch_sizes: list[int],
@@ -62,13 +62,13 @@ def ways(directory: Path, sample: Sample, device: torch.device, batch_sizes: lis
     bf16_model = ours.load_scorer(directory, device, torch.bfloat16)
     scorers = {ORIGINAL: lambda: original_scores(original, [batch.to(device) for batch in batches]).numpy(),
                **sentence_transformers(directory, sample, device, batch_sizes),
-               OURS: lambda: ours.score(model, sample.examples, device),
-               OURS_TEXTS: lambda: ours.score(model, tokenize(sample.lines, sample.max_length), device),
-               OURS_BF16: lambda: ours.score(bf16_model, sample.examples, device)}
+               OURS: lambda: ours.score(model, sample.examples),
+               OURS_TEXTS: lambda: ours.score(model, tokenize(sample.lines, sample.max_length)),
+               OURS_BF16: lambda: ours.score(bf16_model, sample.examples)}
     if device.type == "cpu":
         try:
             int8_model = ours.load_scorer(directory, device, int8=True)
-            scorers[OURS_INT8] = lambda: ours.score(int8_model, sample.examples, device)
+            scorers[OURS_INT8] = lambda: ours.score(int8_model, sample.examples)
         except UserError as error:
             say(f"{error}: left out")
     return {name: scorer for name, scorer in scorers.items() if name in names}

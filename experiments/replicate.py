@@ -33,7 +33,8 @@ from experiments.results import write_results
 from experiments.settings import keep_inputs, read_settings
 from experiments.study import Study
 from simplified_tinybert.common.checks import check_pair, find_models
-from simplified_tinybert.common.files import Problems, check_input_file, locked, run_main, say
+from simplified_tinybert.common.files import Problems, check_input_file, run_main, say
+from simplified_tinybert.common.processes import locked
 from simplified_tinybert.common.records import file_identity
 from simplified_tinybert.data.collection import by_query, read_rows
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
@@ -115,8 +116,8 @@ def run(study: Study, steps: int | None) -> None:
         if step.teachers:
             study.make_other_teachers()
         tuned = study.tune([(study.sizes[name], method) for name in step.students for method in step.methods])
-        study.distill("students", [(pair, rates[0], seed) for pair, rates in tuned.items()
-                                   for seed in study.settings.seeds])
+        study.distill("students", [(pair, rates[0], seed) for seed in study.settings.seeds      # all methods first
+                                   for pair, rates in tuned.items()])
         finished |= tuned
         write_results(study, finished)
 

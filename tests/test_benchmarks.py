@@ -36,7 +36,7 @@ def test_the_baseline_scores_like_the_original_and_reranker_py(golden, directori
     assert original.original_scores(model, [batch]).tolist() == pytest.approx(expected, abs=1e-6)
     chunk, = read_chunks(write_features(tmp_path / "test.pkl", random_rows(50), set_name="test"))
     padded = [chunk.batch(np.arange(start, start + 25), 32) for start in (0, 25)]
-    scores = ours.score(ours.load_scorer(directories[name], torch.device("cpu")), chunk, torch.device("cpu"))
+    scores = ours.score(ours.load_scorer(directories[name], torch.device("cpu")), chunk)
     np.testing.assert_allclose(original.original_scores(model, padded), scores, rtol=0, atol=1e-6)
     assert scores.std() > 1e-3
 

@@ -25,7 +25,8 @@ from tokenizers.models import WordPiece
 from transformers import AutoModelForSequenceClassification
 
 import distill
-from simplified_tinybert.common.files import UserError, locked
+from simplified_tinybert.common.files import UserError
+from simplified_tinybert.common.processes import locked
 from simplified_tinybert.data.features import read_chunks
 from simplified_tinybert.model.pretrained import load_cross_encoder
 from simplified_tinybert.training.description import padding_share

@@ -61,7 +61,7 @@ def rewrite(path, changed, digest=True):
     """Write frames; with `digest`, adjust the checksum so that it does not reveal the change."""
     if digest:
         total = hashlib.sha256()
-        features._digest_header(total, changed[0])
+        total.update(features._header_bytes(changed[0]))
         for chunk in changed[1:-1]:
             features._digest_chunk(total, chunk)
         changed[-1] = changed[-1] | {"sha256": total.hexdigest()}

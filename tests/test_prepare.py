@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 import prepare_examples
 import tokenize_to_features
 from simplified_tinybert.common.files import Problems, UserError
-from simplified_tinybert.data import sampling
 from simplified_tinybert.data.collection import by_query, read_rows
 from simplified_tinybert.data.documents import Document
 from simplified_tinybert.data.features import read_chunks
@@ -361,7 +360,7 @@ def scores_by_the_scripts(files: Files) -> dict[str, float]:
 def test_the_filter_keeps_what_the_reranker_scores_highest(ranked, run_here, monkeypatch, group):
     scores = scores_by_the_scripts(ranked)
     texts = {row[0]: row[1:] for row in ranked.rows("pairs.tsv")}
-    monkeypatch.setattr(sampling, "GROUP", group)
+    monkeypatch.setattr(prepare_examples, "GROUP", group)
     flags = [*ranked.flags(True), "--window", 8, "--stride", 4, "--filter_model", ranked.model, "--max_seq_length", 32]
     stderr = run_here(prepare_examples, "train", *flags)
     assert "filter       " in stderr and not skipped(ranked)
@@ -509,7 +508,7 @@ def test_an_output_must_not_be_an_input(files, run_here):
 def test_grouping_by_query_keeps_all_rows(pairs, depth):
     pairs.sort(key=lambda pair: pair[0])                                        # contiguous queries
     problems = Problems()
-    rows = [(line, f"q{q}", f"D{d}", float(d % 3)) for line, (q, d) in enumerate(pairs, 1)]
+    rows = [(line, f"q{q}", f"D{d}", float(d % 3), "") for line, (q, d) in enumerate(pairs, 1)]
     found = dict(by_query(rows, "run", None, problems))
     assert {(int(q[1:]), int(d[1:])) for q, documents in found.items() for d in documents} == set(pairs)
     assert dict(by_query(rows, "run", depth, problems)) == {q: found[q][:depth] for q in found}
@@ -523,7 +522,7 @@ def test_compressed_runs_of_three_columns(tmp_path):
     problems = Problems()
     with gzip.open(tmp_path / "run.gz", "wt") as handle:
         handle.write("q D1 2\nq D2 1\n")
-    assert list(read_rows(tmp_path / "run.gz", problems)) == [(1, "q", "D1", -2.0), (2, "q", "D2", -1.0)]
+    assert list(read_rows(tmp_path / "run.gz", problems)) == [(1, "q", "D1", -2.0, ""), (2, "q", "D2", -1.0, "")]
     assert not problems.count
 
 

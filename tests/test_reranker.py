@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import reranker
-from simplified_tinybert.common.files import UserError, locked
+from simplified_tinybert.common.files import UserError
+from simplified_tinybert.common.processes import locked
 from simplified_tinybert.data import features
 from simplified_tinybert.model.bert import Batch
 from simplified_tinybert.model.pretrained import load_cross_encoder

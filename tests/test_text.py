@@ -45,7 +45,7 @@ READERS = {
     "qrels": (read_qrels, "q1 0 D1 1\nq2 0 D1 2\n", {"q1": {"D1": 1}, "q2": {"D1": 2}}),
     "run": (read_run, "q1 Q0 D1 1 2.5 t\nq2 Q0 D1 1 1.5 t\n", {"q1": {"D1": 2.5}, "q2": {"D1": 1.5}}),
     "candidates": (lambda path, problems: list(read_rows(path, problems)), "q1 Q0 D1 1 2.5 t\nq2 Q0 D1 1 1.5 t\n",
-                   [(1, "q1", "D1", 2.5), (2, "q2", "D1", 1.5)]),
+                   [(1, "q1", "D1", 2.5, "1"), (2, "q2", "D1", 1.5, "1")]),
     "scores": (scores_of, "q1\tD1_0\t2.5\nq2\tD1_0\t1.5\n", [(1, "q1", "D1_0", 2.5), (2, "q2", "D1_0", 1.5)]),
     "pairs": (lambda path, problems: tokenize_to_features.check_pairs(path, "test", problems),
               "q1#D1_0\tflow\twing\nq2#D1_0\tflow\twing\n", 2),

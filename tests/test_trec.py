@@ -1,5 +1,6 @@
 """Readers of runs and qrels, and the ranking rule."""
 import gzip
+import math
 import os
 import random
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simplified_tinybert.common.files import Problems
-from simplified_tinybert.data.collection import read_rows
+from simplified_tinybert.data.collection import by_query, read_rows
 from simplified_tinybert.ranking.trec import float32_ties, parse_score, rank, read_qrels, read_run, sum_in_order
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -89,7 +90,8 @@ def test_sum_in_order_does_not_compensate():
     ("1_000", None), ("", None), ("0,5", None), ("0x10", None), ("abc", None),
 ])
 def test_parse_score(text, value):
-    assert parse_score(text) == value
+    found = parse_score(text)
+    assert found == value or value is None and math.isnan(found)
 
 
 def test_negative_zero_is_zero():
@@ -159,7 +161,8 @@ def test_grades_that_trec_eval_cannot_hold_are_refused(tmp_path, grade):
     assert message.startswith(f"{path}:3: grade '{grade[:20]}") and "10,000" in message
 
 
-@pytest.mark.parametrize("reader", [read_run, lambda path, problems: list(read_rows(path, problems, True))])
+@pytest.mark.parametrize("reader", [read_run, lambda path, problems: list(
+    by_query(read_rows(path, problems), str(path), None, problems, check_ranks=True))])
 @pytest.mark.parametrize("lines, warning", [
     (["q D1 1 .5", "q D2 2 .5", "q D3 3 .5"],
      ":3: query 'q': document 'D3' has rank 3 and score 0.5, document 'D2' has rank 2 and score 0.5; rank and score "

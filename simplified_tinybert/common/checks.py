@@ -1,7 +1,4 @@
-"""Checks that the inputs of a run exist and fit together, before weights are loaded or a device is used.
-
-Input errors are added to `problems`, each with a way to fix it, so that one run shows them all.
-"""
+"""Checks that the inputs of a run fit together, before weights are loaded. Each problem gets a way to fix it."""
 import copy
 from pathlib import Path
 

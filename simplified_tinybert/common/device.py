@@ -27,24 +27,19 @@ def select_device(name: str, no_cuda: bool = False) -> torch.device:
     if not index.isdecimal():
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:1, or the index of one CUDA device")
     if process_count() > 1:
-        _check_one_device_per_process(name, available)
+        if name not in ("auto", "cuda"):
+            raise UserError(f"--device {name}: one device for {process_count()} processes; leave the flag out, and "
+                            f"each process takes its own device (CUDA_VISIBLE_DEVICES restricts the choice)")
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        if processes > available:                       # an error in every process of the machine
+            raise UserError(f"--device {name}: {available} CUDA devices are available for {processes} processes; start "
+                            f"one process per device (--nproc_per_node), or use --device cpu")
     if not available and name == index:
         warn(f"--device {name}: no CUDA device found, computing on the CPU")
         return torch.device("cpu")
     if int(index) >= available:
         raise UserError(f"--device {name}: {available} CUDA devices are available; use --device cpu")
     return torch.device("cuda", int(index))
-
-
-def _check_one_device_per_process(name: str, available: int) -> None:
-    """Raise UserError, in every process of the machine, if there are not enough CUDA devices."""
-    if name not in ("auto", "cuda"):
-        raise UserError(f"--device {name}: one device for {process_count()} processes; leave the flag out, and each "
-                        f"process takes its own device (CUDA_VISIBLE_DEVICES restricts the choice)")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    if processes > available:
-        raise UserError(f"--device {name}: {available} CUDA devices are available for {processes} processes; start one "
-                        f"process per device (--nproc_per_node), or use --device cpu")
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -1,8 +1,11 @@
-"""Recognise files that are not what they should be: archives, Git LFS pointers, web pages, broken JSON."""
+"""Recognise files that are not what they should be: archives, Git LFS pointers, web pages, broken JSON or pickles."""
 import json
+import pickle
+import pickletools
 import re
 from codecs import BOM_UTF8
 from pathlib import Path
+from typing import IO
 
 from simplified_tinybert.common.files import UserError, reason
 
@@ -22,7 +25,17 @@ ARCHIVES = {
     b"PAR1": ("a Parquet file", "pandas.read_parquet, then DataFrame.to_csv(sep='\\t')"),
 }
 LFS_POINTER = re.compile(rb"version https://[\w.-]+/spec/v1\b")
+INSTRUCTIONS = frozenset(      # of pickles without classes and functions
+    "PROTO FRAME STOP MARK EMPTY_DICT SETITEM SETITEMS MEMOIZE BINGET LONG_BINGET NEWTRUE NEWFALSE BININT BININT1 "
+    "BININT2 LONG1 SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8".split())
 WEB_PAGE = re.compile(rb"\s*<(!doctype|html|head|body|\?xml|error|!--)", re.IGNORECASE)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """A second barrier: rejects classes and functions even if INSTRUCTIONS let one through."""
+
+    def find_class(self, module: str, name: str) -> object:
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
 def archive_kind(start: bytes) -> tuple[str, str] | None:
@@ -68,3 +81,23 @@ def read_json(path: Path, what: str = "JSON file") -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not a valid {what}: holds a {type(content).__name__}; expected a JSON object")
     return content
+
+
+def load_frame(handle: IO[bytes], path: Path, where: str) -> dict:
+    """Read the next pickle frame of a feature file; nothing is executed. Raises UserError if it is not a plain dict."""
+    if not handle.peek(1):
+        raise UserError(f"{path}: is cut off {where}; create or copy the file again")
+    start = handle.tell()
+    try:
+        for instruction, _, _ in pickletools.genops(handle):
+            if instruction.name not in INSTRUCTIONS:
+                raise pickle.UnpicklingError(f"pickle instruction {instruction.name} is not allowed; nothing in the "
+                                             f"file was executed")
+        handle.seek(start)
+        frame = _PlainUnpickler(handle).load()
+    except Exception as error:          # a damaged pickle can raise almost any exception
+        raise UserError(f"{path}: is not a feature file, or damaged or cut off {where} "
+                        f"({error or type(error).__name__}); run tokenize_to_features.py again") from error
+    if not isinstance(frame, dict):
+        raise UserError(f"{path}: has a {type(frame).__name__} {where}; expected a feature file")
+    return frame

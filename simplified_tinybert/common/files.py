@@ -4,7 +4,6 @@ Readers collect errors in `Problems` and raise them together. Writers use `atomi
 end in `run_main`, which turns a `UserError` into a message and exit code 2.
 """
 import argparse
-import fcntl
 import io
 import os
 import shutil
@@ -94,12 +93,10 @@ def _exit_code(main: Callable[[], None]) -> int:
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         return _print_error(f"{name}{error.strerror or error}")
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
-    except Terminated:
-        say("terminated")
-        return 143
+    except (KeyboardInterrupt, Terminated) as error:
+        name, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        say(name)
+        return code
     except SystemExit as exit_:                         # argparse has printed its message
         return exit_.code
     return 0
@@ -161,8 +158,7 @@ def check_input_file(path: Path, problems: Problems, what: str, read_twice: bool
             problems.add(f"{path}: is not a regular file, but the {what} must be read twice; save them to a file")
         return not read_twice
     try:
-        with open(path, "rb"):
-            pass
+        open(path, "rb").close()
     except OSError as error:
         problems.add(f"{path}: cannot read the {what}: {error.strerror}")
         return False
@@ -171,14 +167,13 @@ def check_input_file(path: Path, problems: Problems, what: str, read_twice: bool
 
 def check_output_file(path: Path, problems: Problems, inputs: Collection[Path] = ()) -> None:
     """Report an output path that cannot be written or is also an input."""
-    directory = path.parent
     if path.is_dir():
         problems.add(f"{path}: is a directory; name a file to write")
     elif path.exists() and not path.is_file():
         problems.add(f"{path}: is a device or a pipe; name a file to write")
-    elif not directory.is_dir():
-        problems.add(f"{path}: its directory does not exist; create it first: mkdir -p {directory}")
-    elif not os.access(directory, os.W_OK):
+    elif not path.parent.is_dir():
+        problems.add(f"{path}: its directory does not exist; create it first: mkdir -p {path.parent}")
+    elif not os.access(path.parent, os.W_OK):
         problems.add(f"{path}: its directory is not writable")
     elif path.resolve() in [other.resolve() for other in inputs]:
         problems.add(f"{path}: is also an input; name another output")
@@ -250,21 +245,5 @@ def sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Lock a file or directory against other processes of this tool. Raises UserError if it is locked already."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{path}: another process is writing here; wait for it, or name another output") from error
-        except OSError:                                 # the file system has no locks
-            pass
-        yield
     finally:
         os.close(descriptor)

@@ -3,11 +3,13 @@
 torchrun numbers the processes in environment variables (RANK, LOCAL_RANK, WORLD_SIZE). A process started without it is
 the only one: nothing is exchanged, and scripts need no separate code path.
 """
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,10 +58,7 @@ class Processes:
         return total.to(tensor.device)
 
     def merge(self, values: np.ndarray) -> np.ndarray:
-        """Combine float32 arrays in which each element is nonzero in one process at most, bit for bit.
-
-        They are added as integers, which preserves -0.0 and every NaN.
-        """
+        """Add float32 arrays, each element nonzero in one process at most, as integers, which keeps -0.0 and NaN."""
         return self.total(torch.from_numpy(values.view(np.int32))).numpy().view(np.float32)
 
     @contextmanager
@@ -123,6 +122,22 @@ def process_group(device: torch.device) -> Iterator[Processes]:
                         f"({reason(error)})") from error
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lock a file or directory against other processes of this tool. Raises UserError if it is locked already."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{path}: another process is writing here; wait for it, or name another output") from error
+        except OSError:                                 # the file system has no locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class _ObjectiveModule(nn.Module):
     """The student's parameters and its objective, as DistributedDataParallel needs them (without buffers)."""
 
@@ -138,10 +153,7 @@ class _ObjectiveModule(nn.Module):
 
 def data_parallel(student: nn.Module, objective: Callable[..., dict[str, Tensor]],
                   processes: Processes, all_used: bool = True) -> Callable[..., dict[str, Tensor]]:
-    """Wrap `objective` so that its backward pass averages the student's gradients over the processes.
-
-    The student takes the weights of the first process. all_used: the objective uses every trainable parameter.
-    """
+    """Wrap `objective`: the student takes the first process's weights, and gradients are averaged over processes."""
     if processes.count == 1:
         return objective
     module = DistributedDataParallel(_ObjectiveModule(student, objective), gradient_as_bucket_view=True,

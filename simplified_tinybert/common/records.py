@@ -26,23 +26,23 @@ def record(path: Path, args: argparse.Namespace, **metadata: object) -> None:
 def read_record(path: Path) -> dict:
     """Read the record of a run with settings. Raises UserError if the file is something else."""
     content = _read_json(path)
-    if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+    if isinstance(content.get("settings"), dict):
         return content
     raise UserError(f"{path}: is damaged, or not the record of a run of this tool; remove it to start again")
 
 
 def script_of(path: Path) -> str | None:
     """Return the name of the script that wrote a record, or None."""
-    content = _read_json(path)
-    return content.get("script") if isinstance(content, dict) else None
+    return _read_json(path).get("script")
 
 
-def _read_json(path: Path) -> object:
-    """Return the content of a JSON file, or None if it is damaged."""
+def _read_json(path: Path) -> dict:
+    """Return the JSON object in a file; {} if the file is damaged or holds something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return None
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def plain(value: object) -> object:

@@ -7,11 +7,11 @@ script's function for further checks, check_numbers or check_settings; "parse" m
 together, with exit code 2.
 """
 import io
-import math
 import re
 import runpy
 import sys
 from contextlib import redirect_stderr
+from itertools import groupby
 from pathlib import Path
 
 from simplified_tinybert.common.files import Problems, check_input_file, run_main
@@ -22,13 +22,7 @@ from simplified_tinybert.ranking.trec import parse_score, read_qrels, read_run
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def number(value: str) -> float:
-    """Return a finite number, or NaN, which is in no range."""
-    score = parse_score(value)
-    return math.nan if score is None else score
-
-
-# Name → whether a value is valid, and what is expected instead
+# Name → whether a value is valid, and what is expected instead. NaN is in no range.
 POSITIVE = (re.compile("[1-9][0-9]{0,17}").fullmatch, "an integer from 1")
 RULES = {
     "AGGREGATION": (find_aggregation, NAMES),
@@ -37,8 +31,8 @@ RULES = {
     "DEVICE": (re.compile("auto|cpu|cuda|(cuda:)?[0-9]+").fullmatch,
                "auto, cpu, cuda, cuda:1, or a CUDA index such as 0"),
     "MAX_SEQ_LENGTH": (lambda value: POSITIVE[0](value) and 8 <= int(value) < 2 ** 16, "an integer from 8 to 65535"),
-    "LEARNING_RATE": (lambda value: number(value) >= 0, "a number from 0"),
-    "NUM_TRAIN_EPOCHS": (lambda value: number(value) > 0, "a number above 0"),
+    "LEARNING_RATE": (lambda value: parse_score(value) >= 0, "a number from 0"),
+    "NUM_TRAIN_EPOCHS": (lambda value: parse_score(value) > 0, "a number above 0"),
     **dict.fromkeys(("PROCESSES", "STUDENT_LAYERS", "DEPTH", "EVAL_STEP", "TRAIN_BATCH_SIZE", "TRAIN_LOSS_STEP",
                      "SAVE_MODEL_STEP"), POSITIVE)}
 NO_FLAG = (lambda value: not value.startswith("-"), "a name that does not begin with '-'; put ./ before it")
@@ -49,19 +43,16 @@ FILES = {"FEATURES_FILE": "features", "TRAIN_EXAMPLES": "examples", "TEST_PAIRS"
 def check_variables(variables: dict[str, str], problems: Problems) -> None:
     """Check values, and read the files that are needed last. Input errors are added to `problems`."""
     for name, value in variables.items():
+        valid, expected = RULES.get(name, NO_FLAG)
         if name in FILES:
             if value:
                 check_input_file(Path(value), problems, f"{FILES[name]} ({name})")
-            continue
-        valid, expected = RULES.get(name, NO_FLAG)
-        if not valid(value):
+        elif not valid(value):
             problems.add(f"{name}={value}: expected {expected}")
-    measures = []
-    if "MEASURES" in variables:
-        names = variables["MEASURES"].split()
-        if not names:
-            problems.add("MEASURES: is empty; expected measures such as nDCG@10 AP")
-        measures = parse_measures(names, 1, problems)
+    names = variables.get("MEASURES", "").split()
+    if "MEASURES" in variables and not names:
+        problems.add("MEASURES: is empty; expected measures such as nDCG@10 AP")
+    measures = parse_measures(names, 1, problems)
     qrels, run = (Path(variables.get(name, "")) for name in ("QRELS_FILE", "RUN_FILE"))
     if qrels.is_file():
         check_grades(measures, qrels, read_qrels(qrels, problems), {}, True, problems)
@@ -93,18 +84,13 @@ def check_command(how: str, name: str, arguments: list[str], length: int | None,
 
 
 def main() -> None:
-    groups = [[]]
-    for argument in sys.argv[1:]:
-        if argument == "--":
-            groups.append([])
-        else:
-            groups[-1].append(argument)
-    variables, problems = dict(argument.split("=", 1) for argument in groups[0]), Problems()
+    settings, *commands = [list(group) for separates, group in groupby(sys.argv[1:], "--".__eq__) if not separates]
+    variables, problems = dict(setting.split("=", 1) for setting in settings), Problems()
     check_variables(variables, problems)
     # Ready-made features have a length of their own.
     length = variables.get("MAX_SEQ_LENGTH", "") if "FEATURES_FILE" not in variables else ""
     length = int(length) if RULES["MAX_SEQ_LENGTH"][0](length) else None
-    for how, name, *arguments in groups[1:]:
+    for how, name, *arguments in commands:
         with problems.collect():
             check_command(how, name, arguments, length, problems)
     problems.raise_if_any()

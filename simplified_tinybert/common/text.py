@@ -7,10 +7,10 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from simplified_tinybert.common.file_kinds import archive_kind, lfs_pointer
 from simplified_tinybert.common.files import Problems, UserError
@@ -19,6 +19,7 @@ BUFFER = 2 ** 17        # bytes; Python's default of 8 KiB needs a system call e
 BLOCK = 2 ** 18         # bytes
 BOM = codecs.BOM_UTF8   # concatenated files have one at the start of each part
 GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
+Item = TypeVar("Item")
 
 ENCODINGS = {           # UTF-32 first: its little-endian byte order mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
@@ -34,17 +35,14 @@ def open_binary(path: Path) -> Iterator[IO[bytes]]:
     """
     with open(path, "rb", buffering=BUFFER) as handle:
         # peek() instead of reading and reopening: bytes read from a pipe would be lost
-        if handle.peek(2)[:2] == b"\x1f\x8b":
-            with gzip.open(handle) as unpacked:
-                try:
-                    start = unpacked.peek(BUFFER)
-                except GZIP_ERRORS as error:
-                    raise UserError(f"{path}:1: {gzip_damage(error)}") from error
-                _check_start(path, start)
-                yield unpacked
-        else:
-            _check_start(path, handle.peek(BUFFER))
-            yield handle
+        packed = handle.peek(2)[:2] == b"\x1f\x8b"
+        with gzip.open(handle) if packed else handle as source:
+            try:
+                start = source.peek(BUFFER)
+            except GZIP_ERRORS as error:
+                raise UserError(f"{path}:1: {gzip_damage(error)}") from error
+            _check_start(path, start)
+            yield source
 
 
 def _check_start(path: Path, start: bytes) -> None:
@@ -149,11 +147,21 @@ def read_text(path: Path) -> str:
                         f"{conversion_hint('LATIN1')}") from error
 
 
-def argument_text(argument: str) -> str:
-    """Return a command-line argument as typed, also in an ASCII locale, where Python decodes it to surrogates.
+def in_groups(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """Yield items in lists, each of which ends as soon as its sizes add up to `limit`."""
+    group, total = [], 0
+    for item in items:
+        group.append(item)
+        total += size(item)
+        if total >= limit:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
 
-    Bytes that are not UTF-8 become \\xNN.
-    """
+
+def argument_text(argument: str) -> str:
+    """Return an argument as typed, even if an ASCII locale made it surrogates. Bytes outside UTF-8 become \\xNN."""
     if any("\ud800" <= character <= "\udfff" for character in argument):
         return os.fsencode(argument).decode("utf-8", "backslashreplace")
     return argument

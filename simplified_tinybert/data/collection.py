@@ -3,6 +3,8 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +17,7 @@ from simplified_tinybert.ranking.trec import RUN_COLUMNS, RankCheck, parse_score
 
 FLAGS = {"docs": "--docs", "queries": "--queries", "qrels": "--qrels", "scoreddocs": "--candidates"}
 SHORT_RUN_COLUMNS = ("query_id", "document_id", "rank")                 # MS MARCO's format
-Row = tuple[int, str, str, float]                                       # line, query id, document id, score
+Row = tuple[int, str, str, float, str]              # line, query id, document id, score, rank of a TREC run or ""
 
 
 class Documents(Protocol):
@@ -45,10 +47,9 @@ def open_collection(args: argparse.Namespace, dataset: Documents | None, problem
         grades = read_qrels(args.qrels, problems) if args.qrels else dataset.grades(problems)
 
     def candidates(problems: Problems, check_ranks: bool = False) -> Iterator[tuple[str, list[str]]]:
-        if args.candidates:
-            return by_query(read_rows(args.candidates, problems, check_ranks), str(args.candidates), args.depth,
-                            problems)
-        return by_query(dataset.candidates(), f"--dataset {args.dataset}, candidate", args.depth, problems)
+        rows = read_rows(args.candidates, problems) if args.candidates else dataset.candidates()
+        source = str(args.candidates or f"--dataset {args.dataset}, candidate")
+        return by_query(rows, source, args.depth, problems, check_ranks)
 
     documents = open_documents(args.docs, args.cache_file_dir, problems) if args.docs else dataset
     return Collection(queries, grades, candidates, documents)
@@ -81,13 +82,9 @@ def query_id_error(query_id: str) -> str | None:
             f"query and passage in the ids of pairs")
 
 
-def read_rows(path: Path, problems: Problems, check_ranks: bool = False) -> Iterator[Row]:
-    """Yield the lines of a TREC run, or of a file of SHORT_RUN_COLUMNS with the negated rank as score.
-
-    With `check_ranks`, warn if the rank column of a TREC run contradicts the scores.
-    """
-    layout, ranks, before = None, RankCheck(str(path)), problems.count
-    query_id, scores = None, {}
+def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
+    """Yield the lines of a TREC run, or of a file of SHORT_RUN_COLUMNS with the negated rank as score."""
+    layout = None
     for number, line in read_lines(path, problems):
         columns = split_columns(line)
         layout = layout or (SHORT_RUN_COLUMNS if len(columns) == 3 else RUN_COLUMNS)
@@ -99,54 +96,52 @@ def read_rows(path: Path, problems: Problems, check_ranks: bool = False) -> Iter
         name = "score" if layout is RUN_COLUMNS else "rank"
         text = columns[layout.index(name)]
         score = parse_score(text)
-        if score is None:
+        if math.isnan(score):
             problems.add(f"{path}:{number}: {name} {shorten(text)} is not a finite number")
-            continue
-        if layout is RUN_COLUMNS and check_ranks:
-            if columns[0] != query_id:
-                if scores:
-                    ranks.finish(query_id, scores)
-                query_id, scores = columns[0], {}
-            ranks.add(number, query_id, columns[3])
-            scores[columns[2]] = score
-        yield (number, columns[0], columns[2], score) if layout is RUN_COLUMNS else (number, *columns[:2], -score)
-    if scores and problems.count == before:
-        ranks.finish(query_id, scores)
-        ranks.warn()
+        elif layout is RUN_COLUMNS:
+            yield number, columns[0], columns[2], score, columns[3]
+        else:
+            yield number, *columns[:2], -score, ""
 
 
-def by_query(rows: Iterable[Row], source: str, depth: int | None, problems: Problems) \
-        -> Iterator[tuple[str, list[str]]]:
+def by_query(rows: Iterable[Row], source: str, depth: int | None, problems: Problems,
+             check_ranks: bool = False) -> Iterator[tuple[str, list[str]]]:
     """Yield (query id, ids of its `depth` best documents in the order of `trec.rank`).
 
-    The rows of a query must be contiguous: memory holds the documents of one query, and all query ids.
+    The rows of a query must be contiguous: memory holds the documents of one query, and all query ids. With
+    `check_ranks`, warn if the ranks of a TREC run contradict the scores.
     """
-    first_lines, query_id, scores, before = {}, None, {}, problems.count
-    for number, row_query, document_id, score in rows:
-        if row_query != query_id:
-            if scores:
-                yield query_id, rank(scores)[:depth]
-            query_id, scores = row_query, {}
-            if error := query_id_error(query_id):
-                problems.add(f"{source}:{number}: {error}")
-            if query_id in first_lines:
-                problems.add(f"{source}:{number}: query {shorten(query_id)} also starts in line "
-                             f"{first_lines[query_id]}; the lines of a query must be contiguous. {sort_hint(source)}")
-            first_lines.setdefault(query_id, number)
-        if not math.isfinite(score):
-            problems.add(f"{source}:{number}: the score of document {shorten(document_id)} for query "
-                         f"{shorten(query_id)} is not a finite number")
-        if document_id in scores:
-            problems.add(f"{source}:{number}: document {shorten(document_id)} is a duplicate for query "
-                         f"{shorten(query_id)}; remove one")
-        elif document_id.split() != [document_id]:
-            problems.add(f"{source}:{number}: found document id {shorten(document_id)}; expected an id without white "
-                         f"space")
-        scores[document_id] = score
-    if scores:
+    first_lines, ranks, before = {}, RankCheck(source), problems.count
+    for query_id, query_rows in groupby(rows, itemgetter(1)):
+        scores = {}
+        for number, _, document_id, score, rank_text in query_rows:
+            if not scores:
+                if error := query_id_error(query_id):
+                    problems.add(f"{source}:{number}: {error}")
+                if query_id in first_lines:
+                    problems.add(f"{source}:{number}: query {shorten(query_id)} also starts in line "
+                                 f"{first_lines[query_id]}; the lines of a query must be contiguous. "
+                                 f"{sort_hint(source)}")
+                first_lines.setdefault(query_id, number)
+            if not math.isfinite(score):
+                problems.add(f"{source}:{number}: the score of document {shorten(document_id)} for query "
+                             f"{shorten(query_id)} is not a finite number")
+            if document_id in scores:
+                problems.add(f"{source}:{number}: document {shorten(document_id)} is a duplicate for query "
+                             f"{shorten(query_id)}; remove one")
+            elif document_id.split() != [document_id]:
+                problems.add(f"{source}:{number}: found document id {shorten(document_id)}; expected an id without "
+                             f"white space")
+            scores[document_id] = score
+            if check_ranks:
+                ranks.add(number, query_id, rank_text)
+        if check_ranks:
+            ranks.finish(query_id, scores)
         yield query_id, rank(scores)[:depth]
-    elif not first_lines and problems.count == before:
+    if not first_lines and problems.count == before:
         problems.add(f"{source}: contains no candidates; expected lines of {' '.join(RUN_COLUMNS)}")
+    if problems.count == before:
+        ranks.warn()
 
 
 def sort_hint(source: str) -> str:

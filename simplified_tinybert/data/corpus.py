@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from simplified_tinybert.common.files import Problems, UserError, check_input_file
-from simplified_tinybert.common.text import BLOCK, read_lines
+from simplified_tinybert.common.text import BLOCK, in_groups, read_lines
 from simplified_tinybert.common.workers import default_workers, map_in_order
 from simplified_tinybert.data.cache import map_chunks
 from simplified_tinybert.data.documents import read_documents
@@ -58,18 +58,15 @@ def check_corpus(paths: list[Path], kind: str, problems: Problems) -> str:
 
 
 def segments(texts: list[str], tokenizer: CachedTokenizer) -> Examples:
-    """Return the segments of documents."""
-    cls, sep = (np.array([special_id], tokenizer.dtype)
-                for special_id in (tokenizer.vocabulary.cls_id, tokenizer.vocabulary.sep_id))
-    arrays, lengths, room = [np.array([], tokenizer.dtype)], [], tokenizer.max_seq_length - 2
-    for text in tokenizer.tokenize_all(texts):
-        tokens = np.frombuffer(text, tokenizer.dtype)
+    pieces, lengths, size = [], [], tokenizer.dtype.itemsize
+    room = (tokenizer.max_seq_length - 2) * size
+    for tokens in tokenizer.tokenize_all(texts):
         for start in range(0, len(tokens), room):
             segment = tokens[start:start + room]
-            arrays += [cls, segment, sep]
-            lengths.append(len(segment) + 2)
-    lengths = np.array(lengths, np.uint16)
-    return Examples(np.concatenate(arrays), lengths, lengths, np.full(len(lengths), NO_LABEL, np.int8))
+            pieces += [tokenizer.cls, segment, tokenizer.sep]
+            lengths.append(len(segment) // size + 2)
+    tokens, lengths = np.frombuffer(b"".join(pieces), tokenizer.dtype), np.array(lengths, np.uint16)
+    return Examples(tokens, lengths, lengths, np.full(len(lengths), NO_LABEL, np.int8))
 
 
 def segment_function(vocabulary: Vocabulary, max_seq_length: int, by_words: bool) -> Callable[[list[str]], Examples]:
@@ -86,23 +83,11 @@ def map_corpus(paths: list[Path], kind: str, vocabulary: Vocabulary, max_seq_len
     def chunks() -> Iterator[Examples]:
         by_words = words_suffice(vocabulary, documents(paths, kind, Problems()))
         make = partial(segment_function, vocabulary, max_seq_length, by_words)
+        texts = tqdm(documents(paths, kind, Problems()), desc="tokenizing", unit=" documents", unit_scale=True)
         count = 0
-        for chunk in map_in_order(make, in_blocks(documents(paths, kind, Problems())), workers):
+        for chunk in map_in_order(make, in_groups(texts, len, BLOCK), workers):
             count += len(chunk)
             yield chunk
         if not count:                                   # the text consists of control characters
             raise UserError(f"{', '.join(map(str, paths))}: no tokens in the corpus")
     return map_chunks(cache_dir / f"corpus-{name}", token_dtype(vocabulary), chunks())
-
-
-def in_blocks(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Yield documents in lists of about BLOCK characters."""
-    block, size = [], 0
-    for text in tqdm(texts, desc="tokenizing", unit=" documents", unit_scale=True):
-        block.append(text)
-        size += len(text)
-        if size >= BLOCK:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block

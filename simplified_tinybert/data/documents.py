@@ -11,6 +11,7 @@ import shutil
 from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -60,31 +61,22 @@ def _document(columns: bytes) -> Document:
 
 
 def read_documents(path: Path, problems: Problems) -> Iterator[Document]:
-    """Yield all documents of a plain or gzip file in order. Input errors are added to `problems`.
-
-    Duplicate ids are not detected.
-    """
+    """Yield all documents of a plain or gzip file in order, duplicates too. Input errors are added to `problems`."""
     with problems.collect(), open_binary(path) as source:
         for _, _, line in _checked_lines(path, source, problems):
             yield _document(line.partition(b"\t")[2])
 
 
 def open_documents(path: Path, cache_dir: Path, problems: Problems) -> DocumentFile | None:
-    """Open a plain or gzip file of documents, and index it unless `cache_dir` has its index.
-
-    Input errors are added to `problems`; then nothing is cached.
-    """
+    """Open a document file, indexed in `cache_dir`. Input errors are added to `problems`; then nothing is cached."""
     status = path.stat()
     key = f"{VERSION}\n{path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
     directory = cache_dir / f"documents-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}"
-    try:
-        if not directory.is_dir():
-            with new_directory(directory) as temporary:
-                _write_index(path, temporary)
-    except UserError as error:
-        for message in str(error).splitlines():
-            problems.add(message)
-        return None
+    if not directory.is_dir():
+        with problems.collect(), new_directory(directory) as temporary:
+            _write_index(path, temporary)
+        if not directory.is_dir():                      # the file has errors
+            return None
     with open_binary(path) as source:
         text = directory / "documents.tsv" if isinstance(source, gzip.GzipFile) else path
     try:
@@ -118,10 +110,8 @@ def _write_index(path: Path, directory: Path) -> None:
     order = np.argsort(hashes, kind="stable")
     hashes = hashes[order]
     with open(directory / "documents.tsv" if copy else path, "rb") as handle:
-        for line, first_line, name in _duplicates(handle, hashes, offsets, order):
+        for line, first_line, name in islice(_duplicates(handle, hashes, offsets, order), problems.limit):
             problems.add(f"{path}:{line}: document {shorten(name)} is a duplicate of line {first_line}; remove one")
-            if problems.count == problems.limit:
-                break
     problems.raise_if_any()
     for name, values in (("hashes", hashes), ("offsets", offsets[order])):
         with atomic_writer(directory / f"{name}.npy", "wb") as handle:

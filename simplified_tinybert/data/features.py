@@ -12,7 +12,6 @@ pickle instruction before it executes any: a feature file cannot call a function
 """
 import hashlib
 import pickle
-import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
+from simplified_tinybert.common.file_kinds import load_frame
 from simplified_tinybert.common.files import Problems, UserError, check_input_file, shorten
 from simplified_tinybert.model.vocabulary import Vocabulary
 
@@ -30,21 +30,10 @@ FORMAT, VERSION = "simplified-tinybert features", 1
 CHUNK_EXAMPLES = 8192
 HEADER_FIELDS = {"format": str, "version": int, "set_name": str, "max_seq_length": int, "vocabulary": str,
                  "vocabulary_size": int, "lower_case": bool, "token_type": str}
-CHUNK_FIELDS = {"ids": str, "labels": bytes, "lengths": bytes, "query_lengths": bytes, "tokens": bytes}
+ARRAYS = ("labels", "lengths", "query_lengths", "tokens")
+CHUNK_FIELDS = {"ids": str, **dict.fromkeys(ARRAYS, bytes)}
 END_FIELDS = {"end": bool, "examples": int, "tokens": int, "sha256": str}
-INSTRUCTIONS = frozenset(
-    "PROTO FRAME STOP MARK EMPTY_DICT SETITEM SETITEMS MEMOIZE BINGET LONG_BINGET NEWTRUE NEWFALSE BININT BININT1 "
-    "BININT2 LONG1 SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8".split())
-
-
 NO_LABEL = -1
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """A second barrier: rejects classes and functions even if INSTRUCTIONS let one through."""
-
-    def find_class(self, module: str, name: str) -> object:
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
 def token_dtype(vocabulary: Vocabulary) -> str:
@@ -82,34 +71,30 @@ class Examples:
         tensors = (torch.from_numpy(array.astype(np.int64, copy=False)) for array in arrays)
         return Batch(*tensors, has_padding=not mask.all())
 
-    def split(self, count: int) -> tuple["Examples", "Examples"]:
-        """Return the first `count` examples and the rest."""
-        middle = self.offsets[count]
-        return tuple(Examples(self.tokens[tokens], self.lengths[rows], self.query_lengths[rows], self.labels[rows],
-                              self.ids[rows])
-                     for tokens, rows in ((slice(middle), slice(count)), (slice(middle, None), slice(count, None))))
+    def take(self, indices: np.ndarray) -> "Examples":
+        """Return the examples `indices`, which have ids."""
+        tokens = [self.tokens[start:end] for start, end in zip(self.offsets[indices], self.offsets[indices + 1])]
+        return Examples(np.concatenate([self.tokens[:0], *tokens]), self.lengths[indices], self.query_lengths[indices],
+                        self.labels[indices], [self.ids[index] for index in indices])
 
     def frame(self) -> dict:
-        """Return the chunk frame of a feature file."""
-        return {"ids": "\n".join(self.ids), "labels": self.labels.tobytes(), "lengths": self.lengths.tobytes(),
-                "query_lengths": self.query_lengths.tobytes(), "tokens": self.tokens.tobytes()}
+        return {"ids": "\n".join(self.ids), **{name: getattr(self, name).tobytes() for name in ARRAYS}}
 
 
 def joined(parts: list[Examples]) -> Examples:
-    arrays = [np.concatenate([getattr(part, name) for part in parts])
-              for name in ("tokens", "lengths", "query_lengths", "labels")]
-    return Examples(*arrays, [example_id for part in parts for example_id in part.ids])
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS}
+    return Examples(**arrays, ids=[example_id for part in parts for example_id in part.ids])
 
 
 class FeatureWriter:
     """Writes a feature file: the header at once, then chunks, and the closing frame in `close`."""
 
     def __init__(self, handle: IO[bytes], set_name: str, max_seq_length: int, vocabulary: Vocabulary):
-        self.handle, self.examples, self.tokens, self.digest = handle, 0, 0, hashlib.sha256()
+        self.handle, self.examples, self.tokens = handle, 0, 0
         header = {"format": FORMAT, "version": VERSION, "set_name": set_name, "max_seq_length": max_seq_length,
                   "vocabulary": vocabulary.checksum(), "vocabulary_size": max(vocabulary.token_ids.values()) + 1,
                   "lower_case": vocabulary.lower_case, "token_type": token_dtype(vocabulary)}
-        _digest_header(self.digest, header)
+        self.digest = hashlib.sha256(_header_bytes(header))
         self._dump(header)
 
     def write(self, examples: Examples) -> None:
@@ -135,12 +120,8 @@ def read_chunks(path: Path) -> Iterator[Examples]:
     """Yield the chunks of a feature file in order. Raises UserError if the file is damaged, cut off or malicious."""
     with open(path, "rb") as handle:
         header = _read_header(handle, path)
-        examples, tokens, digest = 0, 0, hashlib.sha256()
-        _digest_header(digest, header)
-        while True:
-            frame = _load_frame(handle, path, f"after {examples} examples")
-            if "end" in frame:
-                break
+        examples, tokens, digest = 0, 0, hashlib.sha256(_header_bytes(header))
+        while "end" not in (frame := load_frame(handle, path, f"after {examples} examples")):
             _check_fields(frame, CHUNK_FIELDS, path, f"chunk after {examples} examples")
             chunk = _unpack_chunk(frame, header, path)
             _digest_chunk(digest, frame)
@@ -178,7 +159,7 @@ def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
         with problems.collect():
             header = read_header(path)
             headers.append((path, header))
-            _digest_header(digest, header)
+            digest.update(_header_bytes(header))
             for chunk in read_chunks(path):
                 total.chunks.append(len(chunk))
                 total.examples += len(chunk)
@@ -210,27 +191,8 @@ def ids_of(paths: list[Path], indices: np.ndarray) -> list[str]:
     return [found[index] for index in indices]
 
 
-def _load_frame(handle: IO[bytes], path: Path, where: str) -> dict:
-    if not handle.peek(1):
-        raise UserError(f"{path}: is cut off {where}; create or copy the file again")
-    start = handle.tell()
-    try:
-        for instruction, _, _ in pickletools.genops(handle):
-            if instruction.name not in INSTRUCTIONS:
-                raise pickle.UnpicklingError(f"pickle instruction {instruction.name} is not allowed; nothing in the "
-                                             f"file was executed")
-        handle.seek(start)
-        frame = _PlainUnpickler(handle).load()
-    except Exception as error:          # a damaged pickle can raise almost any exception
-        raise UserError(f"{path}: is not a feature file, or damaged or cut off {where} "
-                        f"({error or type(error).__name__}); run tokenize_to_features.py again") from error
-    if not isinstance(frame, dict):
-        raise UserError(f"{path}: has a {type(frame).__name__} {where}; expected a feature file")
-    return frame
-
-
 def _read_header(handle: IO[bytes], path: Path) -> dict:
-    header = _load_frame(handle, path, "at its start")
+    header = load_frame(handle, path, "at its start")
     if header.get("format") != FORMAT:
         raise UserError(f"{path}: is not a feature file; create one with tokenize_to_features.py")
     _check_fields(header, {"version": int}, path, "header")
@@ -252,10 +214,10 @@ def _check_fields(frame: dict, fields: dict[str, type], path: Path, where: str) 
 
 def _unpack_chunk(frame: dict, header: dict, path: Path) -> Examples:
     """Return the examples of a chunk. Raises UserError if it contradicts itself or the header."""
+    types = {"labels": "<i1", "lengths": "<u2", "query_lengths": "<u2", "tokens": header["token_type"]}
     try:
-        chunk = Examples(np.frombuffer(frame["tokens"], header["token_type"]), np.frombuffer(frame["lengths"], "<u2"),
-                         np.frombuffer(frame["query_lengths"], "<u2"), np.frombuffer(frame["labels"], "<i1"),
-                         frame["ids"].split("\n"))
+        chunk = Examples(**{name: np.frombuffer(frame[name], types[name]) for name in ARRAYS},
+                         ids=frame["ids"].split("\n"))
         frame["ids"].encode("utf-8")                    # raises for surrogates, which no score file can hold
     except ValueError as error:
         raise UserError(f"{path}: is damaged: {error}") from error
@@ -270,11 +232,11 @@ def _unpack_chunk(frame: dict, header: dict, path: Path) -> Examples:
     return chunk
 
 
-def _digest_header(digest: "hashlib._Hash", header: dict) -> None:
-    digest.update(repr([header[name] for name in HEADER_FIELDS]).encode())
+def _header_bytes(header: dict) -> bytes:
+    return repr([header[name] for name in HEADER_FIELDS]).encode()
 
 
 def _digest_chunk(digest: "hashlib._Hash", chunk: dict) -> None:
     digest.update(chunk["ids"].encode("utf-8"))
-    for name in ("labels", "lengths", "query_lengths", "tokens"):
+    for name in ARRAYS:
         digest.update(chunk[name])

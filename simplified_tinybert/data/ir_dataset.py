@@ -1,7 +1,6 @@
 """A collection from the ir_datasets package (https://ir-datasets.com)."""
 import argparse
 import difflib
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,16 +14,17 @@ def open_dataset(args: argparse.Namespace, problems: Problems) -> Documents | No
     """Open --dataset. An unknown dataset, or one that lacks a part without a file flag, is added to `problems`."""
     parts = {"docs": args.docs, "queries": args.queries, "scoreddocs": args.candidates}
     parts |= {"qrels": args.qrels} if args.set_name == "train" else {}
-    if args.dataset:
-        with problems.collect():
-            dataset = Dataset(args.dataset)
-            dataset.check_parts([part for part, path in parts.items() if path is None])
-            return dataset
-    else:
-        for part, path in parts.items():
-            if path is None:
-                problems.add(f"{FLAGS[part]}: add this flag, or --dataset with a dataset that has {part}")
-    return None
+    dataset, missing = None, [part for part, path in parts.items() if path is None]
+    if not args.dataset:
+        for part in missing:
+            problems.add(f"{FLAGS[part]}: add this flag, or --dataset with a dataset that has {part}")
+        return None
+    with problems.collect():
+        dataset = Dataset(args.dataset)
+        for part in missing:
+            if not dataset.dataset.has(part):
+                problems.add(f"--dataset {args.dataset}: has no {part}; name a file with {FLAGS[part]}")
+    return dataset
 
 
 class Dataset:
@@ -41,13 +41,6 @@ class Dataset:
             similar += [other for other in known if name in other and other not in similar][:5]
             raise UserError(f"--dataset {name}: no such ir_datasets id; did you mean "
                             f"{' or '.join(similar) or 'another one'}? All ids: https://ir-datasets.com") from error
-
-    def check_parts(self, parts: list[str]) -> None:
-        """Raise UserError unless the dataset has these parts."""
-        missing = [part for part in parts if not self.dataset.has(part)]
-        if missing:
-            raise UserError("\n".join(f"--dataset {self.name}: has no {part}; name a file with {FLAGS[part]}"
-                                      for part in missing))
 
     def queries(self, problems: Problems) -> dict[str, str]:
         queries = {}
@@ -84,11 +77,9 @@ class Dataset:
     def candidates(self) -> Iterator[Row]:
         """Yield all candidates. Invalid scores become NaN, which `by_query` reports."""
         for number, row in enumerate(self._read("scoreddocs_iter"), start=1):
-            score = parse_score(str(getattr(row, "score", None)))
-            yield number, row.query_id, row.doc_id, math.nan if score is None else score
+            yield number, row.query_id, row.doc_id, parse_score(str(getattr(row, "score", None))), ""
 
     def get(self, document_id: str) -> Document | None:
-        """Return a document, or None if the id is unknown."""
         with self._name_in_errors():
             self.store = self.store or self.dataset.docs_store()
             try:
@@ -99,13 +90,7 @@ class Dataset:
 
     def _read(self, name: str) -> Iterator:
         with self._name_in_errors():
-            rows = iter(getattr(self.dataset, name)())
-        while True:
-            with self._name_in_errors():
-                row = next(rows, None)
-            if row is None:
-                return
-            yield row
+            yield from getattr(self.dataset, name)()
 
     @contextmanager
     def _name_in_errors(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 from itertools import chain
 
 import numpy as np
-from tqdm import tqdm
 
 from simplified_tinybert.common.device import keep_freed_memory, select_device
 from simplified_tinybert.common.files import Problems
@@ -12,14 +11,7 @@ from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.precision import select_precision, warn_if_emulated
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.weights import weights_checksum
-from simplified_tinybert.ranking.scoring import (
-    BatchLimits,
-    check_finite,
-    load_scorer,
-    relevance,
-    score_chunk,
-    token_batches,
-)
+from simplified_tinybert.ranking.scoring import load_scorer, relevance, score_all
 
 
 class PassageFilter:
@@ -28,17 +20,17 @@ class PassageFilter:
     def __init__(self, model: str, max_seq_length: int, device: str, bf16: bool, problems: Problems):
         self.max_seq_length, self.tokenizer = max_seq_length, None
         with problems.collect():
-            self.device = select_device(device)
-            self.dtype = select_precision(False, bf16, self.device, problems)
+            chosen = select_device(device)
+            dtype = select_precision(False, bf16, chosen, problems)
             self.directory = find_model(model)
             config, self.vocabulary = read_config(self.directory), load_vocabulary(self.directory)
             if not 8 <= max_seq_length <= config.max_position_embeddings:
                 problems.add(f"--max_seq_length {max_seq_length}: expected 8 to {config.max_position_embeddings}, the "
                              f"maximum of {self.directory}")
             if not problems.count:                      # loading takes seconds
-                warn_if_emulated(self.dtype, self.device)
-                keep_freed_memory(self.device)
-                self.model, _ = load_scorer(self.directory, config, self.device, self.dtype, label="filter")
+                warn_if_emulated(dtype, chosen)
+                keep_freed_memory(chosen)
+                self.model, _ = load_scorer(self.directory, config, chosen, dtype, label="filter")
 
     def checksum(self) -> str:
         return weights_checksum(self.directory)
@@ -49,8 +41,4 @@ class PassageFilter:
             by_words = words_suffice(self.vocabulary, chain.from_iterable(pairs))
             self.tokenizer = CachedTokenizer(self.vocabulary, self.max_seq_length, by_words)
         lines = [f"{number}\t{query}\t{passage}" for number, (query, passage) in enumerate(pairs)]
-        chunk = tokenize(lines, self.tokenizer)
-        batches = token_batches(chunk.lengths, BatchLimits.of(self.device))
-        with tqdm(disable=True) as progress:
-            logits = score_chunk(self.model, chunk, batches, self.device, progress)
-        return relevance(check_finite(chunk, logits), "probability")
+        return relevance(score_all(self.model, tokenize(lines, self.tokenizer)), "probability")

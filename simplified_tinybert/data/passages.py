@@ -51,8 +51,7 @@ class PassageWindow(NamedTuple):
 
 
 def window_starts(words: int, window: int, stride: int) -> range:
-    """Return the start of each window over a text of `words` words: 0, stride, 2 * stride ... until the end is covered.
-    """
+    """Return the starts of windows over a text of `words` words: 0, stride, 2 * stride ... until the end is covered."""
     remaining = max(0, words - window)                                  # words after the first window
     return range(0, -(-remaining // stride) * stride + 1, stride)
 

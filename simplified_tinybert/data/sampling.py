@@ -10,7 +10,6 @@ from simplified_tinybert.common.files import Problems
 from simplified_tinybert.data.collection import Collection
 from simplified_tinybert.data.passages import PassageSource, SkippedLog
 
-GROUP = 8192                    # passages that are scored together
 Item = TypeVar("Item")
 Scores = Callable[[list[tuple[str, str]]], np.ndarray]                  # (query, passage) pairs → probabilities (N)
 
@@ -34,11 +33,6 @@ class TrainingQuery(NamedTuple):
     others: list[str]                                                   # ids of candidates that are not relevant
 
 
-def is_usable(collection: Collection, query_id: str, level: int) -> bool:
-    """Return whether a query has a text and a relevant document."""
-    return bool(collection.queries.get(query_id)) and bool(relevant_documents(collection, query_id, level))
-
-
 def relevant_documents(collection: Collection, query_id: str, level: int) -> list[str]:
     return [document_id for document_id, grade in collection.grades.get(query_id, {}).items() if grade >= level]
 
@@ -59,19 +53,6 @@ def training_queries(collection: Collection, chosen: set[str], sampling: Samplin
             allowed = set(ranked if sampling.retrieved_positives else relevant)
             sources = [(document_id, found) for document_id, found in documents if document_id in allowed]
             yield TrainingQuery(query_id, collection.queries[query_id], documents, sources, others)
-
-
-def in_groups(queries: Iterable[TrainingQuery]) -> Iterator[list[TrainingQuery]]:
-    """Yield the queries in groups with about GROUP passages to score."""
-    group, passages = [], 0
-    for query in queries:
-        group.append(query)
-        passages += sum(len(found) for _, found in query.sources)
-        if passages >= GROUP:
-            yield group
-            group, passages = [], 0
-    if group:
-        yield group
 
 
 def positives(group: list[TrainingQuery], sampling: Sampling, scores_of: Scores | None,

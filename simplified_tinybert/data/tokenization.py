@@ -55,6 +55,8 @@ class CachedTokenizer:
         self.vocabulary, self.max_seq_length = vocabulary, max_seq_length
         self.by_words = vocabulary.splits_at_blanks if by_words is None else by_words
         self.dtype = np.dtype(token_dtype(vocabulary))
+        self.cls, self.sep = (np.array(vocabulary.token_ids[token], self.dtype).tobytes()
+                              for token in ("[CLS]", "[SEP]"))
         self.library = vocabulary.tokenizer()
         self.prefixes = TextCache(self._prefix_by_words if self.by_words else self._tokenize_text, cache_bytes)
         self.words = TextCache(self._tokenize_word, cache_bytes)
@@ -125,8 +127,7 @@ def tokenize(lines: list[str], tokenizer: CachedTokenizer) -> Examples:
     queries, passages = (tokenizer.tokenize_prefixes([row[column] for row in rows]) for column in (1, 2))
     query_lengths, passage_lengths = truncated_lengths(
         *(np.array([len(tokens) // size for tokens in side]) for side in (queries, passages)), tokenizer.max_seq_length)
-    cls, sep = (np.array(special_id, tokenizer.dtype).tobytes()
-                for special_id in (tokenizer.vocabulary.cls_id, tokenizer.vocabulary.sep_id))
+    cls, sep = tokenizer.cls, tokenizer.sep
     tokens = b"".join(chain.from_iterable(
         (cls, query[:query_end], sep, passage[:passage_end], sep) for query, query_end, passage, passage_end
         in zip(queries, (query_lengths * size).tolist(), passages, (passage_lengths * size).tolist())))

@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
-               "gelu_new": lambda hidden: F.gelu(hidden, approximate="tanh"),
-               "gelu_pytorch_tanh": lambda hidden: F.gelu(hidden, approximate="tanh")}
+               **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), lambda hidden: F.gelu(hidden, approximate="tanh"))}
 
 
 @dataclass
@@ -141,17 +140,14 @@ class CrossEncoder(nn.Module):
         self.projections = nn.ModuleList()
 
     def forward(self, batch: Batch, layers: list[int] | None = None) -> LayerOutputs:
-        """Return logits; with `layers`, also the embedding output, and states, queries and keys of these layers.
-
-        Layers count from 1. Without `layers`, the last layer computes only its [CLS] position.
-        """
+        """Return logits; with `layers` (from 1), also the embedding output, and states, queries, keys of the layers."""
         hidden = self.bert.embeddings(batch)                                                  # (B, L, D)
         mask = batch.attention_mask[:, None, None, :].bool() if batch.has_padding else None   # (B, 1, 1, L)
         outputs = LayerOutputs(logits=hidden)
         if layers is not None:
             outputs.hidden_states[0] = hidden
         for number, layer in enumerate(self.bert.encoder.layer, start=1):
-            is_last = number == len(self.bert.encoder.layer)
+            is_last = number == len(self.bert.encoder.layer)        # only [CLS] is needed of its output
             hidden, query, key = layer(hidden, mask, cls_only=layers is None and is_last)
             if layers is not None and number in layers:
                 outputs.hidden_states[number], outputs.queries[number], outputs.keys[number] = hidden, query, key
@@ -192,10 +188,7 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 def drop(inputs: Tensor, probability: float) -> Tensor:
-    """Dropout. On a CPU it uses 16 random bits per value, which is five times faster than PyTorch's.
-
-    The probability is rounded to a multiple of 2⁻¹⁶, and the kept values are scaled accordingly.
-    """
+    """Dropout. On a CPU: 16 random bits per value, 5 times faster than PyTorch's, and probability in steps of 2⁻¹⁶."""
     if probability == 0.0 or inputs.device.type != "cpu":
         return F.dropout(inputs, probability)
     dropped = round(probability * 2 ** 16)

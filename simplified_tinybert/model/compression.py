@@ -45,8 +45,7 @@ def compress(student: CrossEncoder, teacher: CrossEncoder, batches: Iterable[Bat
         compress_attention(layer, source, hidden, layer_input, basis)
         hidden = fit_norm(layer.attention.output.LayerNorm, attention_output(layer, hidden, batches) + hidden,
                           attention @ basis)
-        neurons = teacher_states.neurons[number].double()
-        hidden = compress_neurons(layer, source, hidden, neurons, attention, basis)
+        hidden = compress_neurons(layer, source, hidden, teacher_states.neurons[number].double(), attention, basis)
         hidden = fit_norm(layer.output.LayerNorm, hidden, output @ basis)
     pooler = teacher.bert.pooler.dense
     student.bert.pooler.dense.weight.copy_(basis.T @ pooler.weight.double() @ basis)
@@ -81,11 +80,8 @@ def attention_context(layer: Layer, hidden: Tensor, batch: Batch) -> Tensor:
 
 
 def principal_directions(states: list[Tensor], size: int) -> Tensor:
-    """Return orthonormal directions (D', size) in which the states vary most, each state weighted equally.
-
-    If size is D', the directions are the axes, so that the student equals the teacher.
-    """
-    if size == states[0].shape[1]:
+    """Return orthonormal directions (D', size) in which the states vary most, each state weighted equally."""
+    if size == states[0].shape[1]:                      # with the axes, the student equals the teacher
         return torch.eye(size, dtype=torch.float64, device=states[0].device)
     covariances = [torch.cov(state.double().T) for state in states]
     _, directions = torch.linalg.eigh(sum(each / each.trace() for each in covariances))      # ascending
@@ -116,8 +112,7 @@ def compress_attention(layer: Layer, source: Layer, hidden: Tensor, target: Tens
     output = source.attention.output.dense.weight.double()
     layer.attention.output.dense.bias.copy_(basis.T @ source.attention.output.dense.bias.double())
     for head in range(layer.heads):
-        rows = slice(head * size, (head + 1) * size)
-        source_rows = slice(head * source_size, (head + 1) * source_size)
+        rows, source_rows = (slice(head * width, (head + 1) * width) for width in (size, source_size))
         query, key, value = (compose(estimate, source_projections[name], source_rows)
                              for name in ("query", "key", "value"))                                      # (D + 1, d')
         left, right = low_rank(colour @ query @ key.T @ colour, size)

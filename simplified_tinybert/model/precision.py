@@ -45,19 +45,13 @@ def warn_if_emulated(dtype: torch.dtype | None, device: torch.device, advice: st
         return
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
         has_bf16(getattr(torch.cpu, "get_capabilities", dict)(), any(os.environ.get(name) for name in ISA_LIMITS))
-    if native:
-        return
-    factor = slowdown(dtype, device)
-    if is_emulated(native, factor):
+    if not native and is_emulated(native, factor := slowdown(dtype, device)):
         warn(f"--bf16: bfloat16 is emulated on this device: matrix products take {factor:.2g} times as long as in "
              f"float32; {advice}")
 
 
 def has_bf16(capabilities: Mapping[str, object], limited: bool) -> bool | None:
-    """Whether a CPU has bfloat16 instructions; None if its instruction set does not tell.
-
-    capabilities: result of torch.cpu.get_capabilities. limited: whether environment variables disable instructions.
-    """
+    """Whether a CPU of these `capabilities` has bfloat16 instructions; None: unknown, or perhaps `limited`."""
     if capabilities.get("architecture") != "x86_64":                    # on ARM, it also depends on PyTorch's kernels
         return None
     if not capabilities.get("avx512_bf16") and not capabilities.get("amx_bf16"):
@@ -71,13 +65,10 @@ def is_emulated(native: bool | None, factor: float) -> bool:
 
 
 def slowdown(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the time of a matrix product in `dtype` relative to float32: medians of five products of a millisecond.
-
-    On a CPU, this is the CPU time of one thread, which is independent of the load of the machine.
-    """
+    """Return the time of a matrix product in `dtype` relative to float32: medians of five products of a millisecond."""
     operands = {kind: (torch.ones(128, 384, dtype=kind, device=device),
                        torch.ones(384, 384, dtype=kind, device=device)) for kind in (torch.float32, dtype)}
-    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter     # the first ignores the machine's load
     times: dict[torch.dtype, list[float]] = {kind: [] for kind in operands}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -123,6 +114,7 @@ class ApexScaler:
 
     def __init__(self, student: CrossEncoder, optimizer: torch.optim.Optimizer, opt_level: str):
         self.amp, self.optimizer = import_apex_amp(), optimizer
+        self.state_dict, self.load_state_dict = self.amp.state_dict, self.amp.load_state_dict
         self.amp.initialize(student, optimizer, opt_level=opt_level)
 
     def backward(self, loss: Tensor) -> None:
@@ -131,9 +123,3 @@ class ApexScaler:
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
-
-    def state_dict(self) -> dict:
-        return self.amp.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.amp.load_state_dict(state)

@@ -126,8 +126,8 @@ def _check_names(missing: list[str], unexpected: list[str], directory: Path, pro
         problems.add(f"{directory}: the weights hold {abbreviate(unexpected)}, not expected in this model{hint}")
 
 
-def load_ranker(directory: Path, config: BertConfig | None = None, new_head: torch.Generator | None = None) \
-        -> tuple[CrossEncoder, list[str]]:
+def load_ranker(directory: Path, config: BertConfig | None = None,
+                new_head: torch.Generator | None = None) -> tuple[CrossEncoder, list[str]]:
     """Load a model with the classes not relevant and relevant, as `load_cross_encoder` does. Raises UserError.
 
     A model with one logit z gets the logits (0, z), whose softmax is the sigmoid of z. Warns if the configuration
@@ -220,25 +220,21 @@ def save_cross_encoder(model: CrossEncoder, directory: Path, tokenizer_directory
         _save_tensors(renamed, directory / PROJECTION_FILE)
     else:
         (directory / PROJECTION_FILE).unlink(missing_ok=True)           # left over from another model
-    architecture = "BertModel" if general else "BertForSequenceClassification"
     config = {key: value for key, value in model.config.to_dict().items() if key not in DROPPED_SETTINGS}
-    config |= {"architectures": [architecture], "model_type": "bert",
+    config |= {"architectures": ["BertModel" if general else "BertForSequenceClassification"], "model_type": "bert",
                "dtype": str(model.classifier.weight.dtype).removeprefix("torch.")}
     if model.config.num_labels == 2 and not general:
         config |= {"id2label": {"0": "not relevant", "1": "relevant"}, "label2id": {"not relevant": 0, "relevant": 1}}
-    _write_text(directory / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    with atomic_writer(directory / "config.json") as handle:
+        handle.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if tokenizer_directory and has_vocabulary(tokenizer_directory):
         save_tokenizer(tokenizer_directory, directory, lower_case, model.config.max_position_embeddings)
     if card:
-        _write_text(directory / "README.md", card)
+        with atomic_writer(directory / "README.md") as handle:
+            handle.write(card)
     _save_tensors(tensors, directory / "model.safetensors")
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     with atomic_writer(path, "wb") as handle:
         handle.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_writer(path) as handle:
-        handle.write(text)

@@ -147,13 +147,12 @@ def _check_pair_format(directory: Path, tokenizer: Tokenizer, expected: list[int
 def _check_added_tokens(directory: Path, vocabulary: Vocabulary) -> None:
     """Raise UserError for added tokens for which the `tokenizers` library returns no ids or random ids."""
     seen = {"": "the empty string"}
-    for token in vocabulary.state["added_tokens"]:
-        name, form = shorten(token["content"]), vocabulary.normalized(token["content"])
-        if token["normalized"] and form in seen:
+    for content in (token["content"] for token in vocabulary.state["added_tokens"] if token["normalized"]):
+        name, form = shorten(content), vocabulary.normalized(content)
+        if form in seen:
             raise UserError(f"{directory}: its added token {name} and {seen[form]} are equal after normalization, so "
                             f"the tokenizers library picks either; remove one")
-        if token["normalized"]:
-            seen[form] = name
+        seen[form] = name
 
 
 def _check_size(directory: Path, vocabulary: Vocabulary) -> None:
@@ -183,8 +182,7 @@ def save_tokenizer(source: Path, directory: Path, lower_case: bool, max_length: 
     settings = {name: value for name, value in settings.items() if name not in DROPPED_SETTINGS}
     settings |= {"tokenizer_class": "BertTokenizer" if options else "PreTrainedTokenizerFast",
                  "model_max_length": max_length, "do_lower_case": lower_case,
-                 "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
-    settings |= options or {}
+                 "model_input_names": ["input_ids", "token_type_ids", "attention_mask"], **(options or {})}
     settings |= {f"{token[1:-1].lower()}_token": token if token in vocabulary.token_ids else "[UNK]"
                  for token in SPECIAL_TOKENS}
     texts = {"tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}

@@ -24,14 +24,6 @@ class Vocabulary:
     state: dict
     split_special: bool = False
 
-    @property
-    def cls_id(self) -> int:
-        return self.token_ids["[CLS]"]
-
-    @property
-    def sep_id(self) -> int:
-        return self.token_ids["[SEP]"]
-
     def tokenizer(self) -> Tokenizer:
         tokenizer = Tokenizer.from_str(json.dumps(self.state))
         tokenizer.encode_special_tokens = self.split_special
@@ -91,13 +83,10 @@ class Vocabulary:
                 "split_special": self.split_special and any(token["special"] for token in added)}
 
     def checksum(self) -> str:
-        """Return a SHA-256 of token ids and settings. Models can share features if it and the casing are equal.
-
-        The settings count only if the tokenizer differs from BERT's own.
-        """
+        """Return a SHA-256 of token ids and settings. Models can share features if it and the casing are equal."""
         lines = [f"{number} {token}" for token, number in sorted(self.token_ids.items(), key=lambda item: item[1])]
         settings = self._settings()
-        if settings != bert_vocabulary({}, self.lower_case)._settings():
+        if settings != bert_vocabulary({}, self.lower_case)._settings():        # not BERT's own tokenizer
             lines.append(json.dumps(settings, sort_keys=True))
         return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -56,9 +56,8 @@ def wrong_weight_file(path: Path) -> str | None:
         return f"holds text, {shorten(text)}, perhaps an error message of a server; fetch it again"
     is_zip = start.startswith(b"PK\x03\x04")            # PyTorch's own format is a zip archive
     binary = {b"\x89HDF": "an HDF5 file of TensorFlow", b"GGUF": "a GGUF file", b"\x1f\x8b": "compressed by gzip"}
-    kind = next((kind for magic, kind in binary.items() if start.startswith(magic)), None)
-    if archive := None if is_zip else archive_kind(start):
-        kind = archive[0]
+    archive = None if is_zip else archive_kind(start)
+    kind = archive[0] if archive else next((kind for magic, kind in binary.items() if start.startswith(magic)), None)
     if kind:
         return f"is {kind}; expected a file of tensors"
     if path.suffix == ".safetensors" and (is_zip or start.startswith(b"\x80\x02")):
@@ -117,8 +116,7 @@ def abbreviate(names: Iterable[str]) -> str:
 
 def weights_checksum(directory: Path) -> str:
     """Return a SHA-256 over the weight files."""
-    digests = [bytes.fromhex(sha256_of(path)) for path in weight_files(directory)]
-    return hashlib.sha256(b"".join(digests)).hexdigest()
+    return hashlib.sha256(b"".join(bytes.fromhex(sha256_of(path)) for path in weight_files(directory))).hexdigest()
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

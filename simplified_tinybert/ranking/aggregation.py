@@ -27,9 +27,7 @@ def keep_best(best: float | None, score: float, number: int | None) -> float:
 
 def keep_first(first: tuple[int, float] | None, score: float, number: int) -> tuple[int, float]:
     # D1_0 and D1_p-0 have the same number. The better score wins, so that the order of the lines does not matter.
-    if first is None or (number, -score) < (first[0], -first[1]):
-        return number, score
-    return first
+    return (number, -score) if first is None else min(first, (number, -score))
 
 
 def keep_all(scores: array | None, score: float, number: int | None) -> array:
@@ -40,12 +38,9 @@ def keep_all(scores: array | None, score: float, number: int | None) -> array:
 
 def k_max_avg_p(k: int) -> Aggregation:
     def update(heap: list[float] | None, score: float, number: int | None) -> list[float]:
-        if heap is None:
-            return [score]
-        if len(heap) < k:
-            heapq.heappush(heap, score)
-        else:
-            heapq.heappushpop(heap, score)
+        heap = heap or []
+        push = heapq.heappush if len(heap) < k else heapq.heappushpop
+        push(heap, score)
         return heap
 
     # The original adds the k best from the best down. The order decides the last digits.
@@ -54,10 +49,9 @@ def k_max_avg_p(k: int) -> Aggregation:
 
 # As in the original, np.sum adds: its pairwise summation decides the last digits.
 MAX_P = Aggregation("MaxP", keep_best, lambda best: best)
-FIRST_P = Aggregation("FirstP", keep_first, lambda first: first[1])
+FIRST_P = Aggregation("FirstP", keep_first, lambda first: -first[1])
 SUM_P = Aggregation("SumP", keep_all, lambda scores: float(np.sum(scores)))
 AVG_P = Aggregation("AvgP", keep_all, lambda scores: float(np.sum(scores) / len(scores)))
-
 
 NAMES = "MaxP, FirstP, SumP, AvgP or k-Max&AvgP with k = 1, 2, 3, ... (in quotes, or spelled 2-Max_and_AvgP)"
 

@@ -6,15 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from simplified_tinybert.common.files import Problems, UserError, say
-from simplified_tinybert.ranking.trec import (
-    Qrels,
-    Run,
-    float32_ties,
-    line_of_judgement,
-    rank,
-    sum_in_order,
-    warn_of_float32_ties,
-)
+from simplified_tinybert.ranking import trec
+from simplified_tinybert.ranking.trec import Qrels, Run
 
 MRR_CUTOFFS = {"MRR": None, "MRR@10": 10, "MRR@100": 100}
 GDEVAL_LARGEST_GRADE = 4
@@ -40,8 +33,8 @@ def evaluate(qrels: Qrels, run: Run, measures: list[Any], level: int, complete: 
     """
     missing = [query_id for query_id in qrels if query_id not in run]
     not_judged = [query_id for query_id in run if query_id not in qrels]
-    rankings = {query_id: rank(scores) for query_id, scores in run.items() if query_id in qrels}
-    ties = sum(float32_ties(run[query_id].values()) for query_id in rankings)
+    rankings = {query_id: trec.rank(scores) for query_id, scores in run.items() if query_id in qrels}
+    ties = sum(trec.float32_ties(run[query_id].values()) for query_id in rankings)
     if complete:
         rankings |= {query_id: [] for query_id in missing}
     results = [*reciprocal_ranks(qrels, rankings, level), *other_measures(measures, qrels, rankings)]
@@ -53,7 +46,7 @@ def say_gaps(evaluation: Evaluation, source: str) -> None:
     for name, values, _ in evaluation.results:
         if len(values) < len(evaluation.queries):
             say(f"{source}{name} is defined for only {len(values)} queries; the average is over these")
-    warn_of_float32_ties(evaluation.float32_ties, source)
+    trec.warn_of_float32_ties(evaluation.float32_ties, source)
 
 
 def reciprocal_rank(ranking: Sequence[str], relevant: Collection[str], cutoff: int | None = None) -> float:
@@ -69,7 +62,7 @@ def reciprocal_ranks(qrels: Qrels, rankings: Rankings, level: int) -> Iterator[t
     for name, cutoff in MRR_CUTOFFS.items():
         values = {query_id: reciprocal_rank(ranking, relevant[query_id], cutoff)
                   for query_id, ranking in rankings.items()}
-        yield name, values, sum_in_order(values.values()) / len(values)
+        yield name, values, trec.sum_in_order(values.values()) / len(values)
 
 
 def parse_measures(names: list[str], level: int, problems: Problems) -> list[Any]:
@@ -142,7 +135,7 @@ def check_grades(measures: list[Any], path: Path, qrels: Qrels, runs: dict[Path,
     grade, query_id, document_id = max(grades, default=(0, "", ""))
     for measure in measures:
         if grade > GDEVAL_LARGEST_GRADE and _provider(measure) == "gdeval":
-            line = line_of_judgement(path, query_id, document_id)
+            line = trec.line_of_judgement(path, query_id, document_id)
             problems.add(f"{path}{f':{line}' if line else ''}: found grade {grade}; --measures {measure} is computed "
                          f"by gdeval, which takes grades up to {GDEVAL_LARGEST_GRADE}; leave the measure out, or map "
                          f"the grades to 0 to {GDEVAL_LARGEST_GRADE}")

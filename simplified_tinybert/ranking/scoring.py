@@ -81,18 +81,25 @@ def relevance(logits: np.ndarray, score: str) -> np.ndarray:
     return log_odds if score == "log_odds" else np.exp(-np.logaddexp(0.0, -log_odds))
 
 
-def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarray], device: torch.device,
-                progress: tqdm) -> np.ndarray:
+def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarray],
+                progress: tqdm | None = None) -> np.ndarray:
     """Return the logits (N, C) of a chunk in float32 and input order; zeros for pairs that are in no batch."""
-    logits = np.zeros((len(chunk), model.config.num_labels), dtype=np.float32)
+    logits, device = np.zeros((len(chunk), model.config.num_labels), np.float32), model.classifier.weight.device
     pending = []                                        # on the device: copying each batch would wait for it
     with torch.inference_mode():
         for indices in batches:
             pending.append((indices, model(chunk.batch(indices).to(device)).logits.float()))
-            progress.update(len(indices))
+            if progress is not None:
+                progress.update(len(indices))
     for indices, values in pending:
         logits[indices] = values.cpu().numpy()
     return logits
+
+
+def score_all(model: CrossEncoder, pairs: Examples) -> np.ndarray:
+    """Return the logits (N, C) of pairs in memory, in batches of the fastest size."""
+    batches = token_batches(pairs.lengths, BatchLimits.of(model.classifier.weight.device))
+    return check_finite(pairs, score_chunk(model, pairs, batches))
 
 
 def scored_chunks(model: CrossEncoder, features: FeatureSummary, limits: BatchLimits, processes: Processes,
@@ -104,7 +111,7 @@ def scored_chunks(model: CrossEncoder, features: FeatureSummary, limits: BatchLi
     progress bar disappears at the end.
     """
     chunks = read_ahead(chunk for path in features.paths for chunk in read_chunks(path))
-    seen, turns, device = 0, cycle(range(processes.count)), model.classifier.weight.device
+    seen, turns = 0, cycle(range(processes.count))
     while seen < done:
         seen += len(next(chunks))
     with tqdm(total=features.examples, initial=done, desc="scoring", unit=" pairs", leave=not passing,
@@ -114,9 +121,8 @@ def scored_chunks(model: CrossEncoder, features: FeatureSummary, limits: BatchLi
             for chunk in window:
                 batches = token_batches(chunk.lengths, limits)
                 own_batches = [indices for indices in batches if next(turns) == processes.rank]
-                logits.append(score_chunk(model, chunk, own_batches, device, progress))
-            merged = [processes.merge(own_logits) for own_logits in logits]
-            for chunk, values in zip(window, merged):
+                logits.append(score_chunk(model, chunk, own_batches, progress))
+            for chunk, values in zip(window, [processes.merge(own_logits) for own_logits in logits]):
                 yield chunk, check_finite(chunk, values)
             seen += sum(map(len, window))
             progress.update(seen - progress.n)          # pairs of the other processes

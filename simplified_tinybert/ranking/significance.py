@@ -31,6 +31,9 @@ class Comparison:
     p: dict[str, float | None]                          # test → p
     holm: dict[str, float | None]                       # test → p after Holm's correction, set by `compare_pairs`
 
+    def significant(self, test: str) -> bool:
+        return self.holm[test] is not None and self.holm[test] < LEVEL
+
 
 def compare_pairs(pairs: dict[Label, tuple[dict[str, float], dict[str, float]]], permutations: int = PERMUTATIONS,
                   seed: int = 42) -> dict[Label, Comparison]:

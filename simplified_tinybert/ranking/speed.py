@@ -4,17 +4,17 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from simplified_tinybert.common.files import say
 from simplified_tinybert.data.features import Examples, joined, read_chunks
 from simplified_tinybert.model.bert import CrossEncoder
-from simplified_tinybert.ranking.scoring import BatchLimits, check_finite, score_chunk, token_batches
+from simplified_tinybert.ranking.scoring import score_all
 
 SPEED_PAIRS = {"cpu": 256, "cuda": 16384}
 
@@ -61,15 +61,9 @@ def sample_pairs(paths: list[Path], total: int, count: int) -> Examples:
         for chunk in read_chunks(path):
             indices = chosen[(chosen >= seen) & (chosen < seen + len(chunk))] - seen
             if len(indices):
-                samples.append(_take(chunk, indices))
+                samples.append(chunk.take(indices))
             seen += len(chunk)
     return joined(samples)
-
-
-def _take(examples: Examples, indices: np.ndarray) -> Examples:
-    tokens = [examples.tokens[examples.offsets[index]:examples.offsets[index + 1]] for index in indices]
-    return Examples(np.concatenate(tokens), examples.lengths[indices], examples.query_lengths[indices],
-                    examples.labels[indices], [examples.ids[index] for index in indices])
 
 
 def measure(models: dict[str, CrossEncoder], pairs: Examples, device: torch.device, rounds: int) \
@@ -79,15 +73,11 @@ def measure(models: dict[str, CrossEncoder], pairs: Examples, device: torch.devi
     The models must be on the device and prepared for scoring. They run in turn (A B C A B C ...), so that other load on
     the machine affects all of them. Raises UserError for logits that are not finite.
     """
-    def score(model: CrossEncoder) -> np.ndarray:
-        batches = token_batches(pairs.lengths, BatchLimits.of(device))
-        return score_chunk(model, pairs, batches, device, tqdm(disable=True))
-
     for model in models.values():
-        check_finite(pairs, score(model))
+        score_all(model, pairs)
     rates = {name: [] for name in models}
     for number in range(1, rounds + 1):
         for name, model in models.items():
-            rates[name].append(len(pairs) / seconds(lambda: score(model), device))  # noqa: B023
+            rates[name].append(len(pairs) / seconds(partial(score_all, model, pairs), device))
         say(f"round {number}      " + ", ".join(f"{name} {values[-1]:,.1f} pairs/s" for name, values in rates.items()))
     return rates

@@ -49,6 +49,16 @@ class System:
         average, teachers = self.averages[measure], teacher.averages[measure]
         return average / teachers if average is not None and teachers else None
 
+    def as_json(self, teacher: "System", measures: list[str]) -> dict:
+        config = self.config
+        return {"name": self.name, "run": str(self.run), "model": self.model,
+                "layers": config.num_hidden_layers if config else None, "width": config.hidden_size if config else None,
+                "parameters": self.parameters, "pairs_per_second": self.speed(), "rounds": self.rates,
+                "speed_of": self.where, "speed_up": self.speed_up(teacher),
+                "averages": {measure: self.averages[measure] for measure in measures},
+                "retained": {measure: self.retained(teacher, measure) for measure in measures},
+                "values": {measure: self.values[measure] for measure in measures}, "record": self.record or None}
+
 
 def find_systems(rows: list[list[str]], problems: Problems) -> list[System]:
     """Create systems from (name, run[, model]), with configurations and records but without loading weights."""
@@ -98,10 +108,9 @@ def _read_size_and_speed(system: System) -> None:
 def evaluate_systems(systems: list[System], qrels: Qrels, runs: dict[Path, Run], measures: list[object], level: int,
                      complete: bool) -> list[str]:
     """Fill in values and averages. Returns the averaged queries: all judged ones if `complete`, else common ones."""
-    common = [query_id for query_id in qrels if all(query_id in run for run in runs.values())]
-    if not common and not complete:
+    queries = [query_id for query_id in qrels if complete or all(query_id in run for run in runs.values())]
+    if not queries:
         raise UserError("no judged query is in all runs; use runs of the same queries, or --complete")
-    queries = list(qrels) if complete else common
     judged = {query_id: qrels[query_id] for query_id in queries}
     for system in systems:
         missing = [query_id for query_id in qrels if query_id not in runs[system.run]]

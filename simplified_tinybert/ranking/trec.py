@@ -61,14 +61,14 @@ def split_passage_id(passage_id: str) -> tuple[str, str | None]:
     return (document_id, suffix) if underscore else (passage_id, None)
 
 
-def parse_score(text: str) -> float | None:
-    """Return the score, or None unless it is a finite number without underscores."""
+def parse_score(text: str) -> float:
+    """Return the score, or NaN unless it is a finite number without underscores."""
     try:
         score = float(text)
     except ValueError:
-        return None
+        return math.nan
     if "_" in text or not math.isfinite(score):
-        return None
+        return math.nan
     return score + 0.0  # -0.0 becomes 0.0, so that the printed score does not depend on the order of the lines
 
 
@@ -141,16 +141,12 @@ class RankCheck:
 
 
 def read_run(path: Path, problems: Problems) -> Run:
-    """Read a run in file order. Input errors are added to `problems`.
-
-    Warns if the rank column disagrees with the scores.
-    """
-    run: Run = {}
-    ranks, before = RankCheck(str(path)), problems.count
+    """Read a run in file order; warn if its ranks contradict its scores. Input errors are added to `problems`."""
+    run, ranks, before = {}, RankCheck(str(path)), problems.count
     for number, (query_id, _, document_id, rank_text, text, _) in _read_columns(path, RUN_COLUMNS, problems):
         scores = run.setdefault(query_id, {})
         score = parse_score(text)
-        if score is None:
+        if math.isnan(score):
             problems.add(f"{path}:{number}: score {shorten(text)}: expected a finite number, for example 0.25")
         elif document_id in scores:
             problems.add(f"{path}:{number}: document {shorten(document_id)} is a duplicate for query "

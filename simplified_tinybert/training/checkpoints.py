@@ -26,10 +26,7 @@ def check_output_dir(directory: Path, resume: bool | None, problems: Problems) -
 
 
 def replace_directory(directory: Path, save_model: Callable[[Path], None], state: dict | None = None) -> None:
-    """Write a model, and a training state if given, under a temporary name, then rename it.
-
-    Replaces an existing directory. A run killed between removal and renaming writes it again when resumed.
-    """
+    """Write a model, and a training state if given, under a temporary name; then replace `directory` by it."""
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         save_model(temporary)
@@ -37,7 +34,7 @@ def replace_directory(directory: Path, save_model: Callable[[Path], None], state
             with atomic_writer(temporary / STATE_FILE, "wb") as handle:
                 torch.save(state, handle)
         if directory.is_dir():
-            remove_directory(directory)
+            remove_directory(directory)                 # a run killed here writes it again when resumed
         os.rename(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -36,13 +36,12 @@ class TrainingSettings:
     def from_args(cls, args: argparse.Namespace, dtype: torch.dtype | None, max_seq_length: int,
                   eval_every: int = eval_every) -> "TrainingSettings":
         apex = args.fp16 and args.fp16_backend == "apex"
+        same = ("seed", "warmup_proportion", "weight_decay", "keep_checkpoints", "log_gradients", "tensorboard_dir")
         return cls(batch_size=args.train_batch_size, max_seq_length=max_seq_length,
-                   accumulation=args.gradient_accumulation_steps, seed=args.seed,
-                   warmup_proportion=args.warmup_proportion, weight_decay=args.weight_decay,
-                   group_by_length=args.padding == "masked", dtype=None if apex else dtype,
-                   apex_level=args.fp16_opt_level if apex else None, log_every=args.train_loss_step,
-                   save_every=args.save_model_step, eval_every=eval_every, keep_checkpoints=args.keep_checkpoints,
-                   log_gradients=args.log_gradients, tensorboard_dir=args.tensorboard_dir)
+                   accumulation=args.gradient_accumulation_steps, group_by_length=args.padding == "masked",
+                   dtype=None if apex else dtype, apex_level=args.fp16_opt_level if apex else None,
+                   log_every=args.train_loss_step, save_every=args.save_model_step, eval_every=eval_every,
+                   **{name: getattr(args, name) for name in same})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +72,8 @@ def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, learnin
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
     add("--no_cuda", action="store_true", help="compute on the CPU, whatever --device says")
     add("--padding", choices=PADDING_MODES, default=ObjectiveSettings.padding,
-        help="reference: pad to max_seq_length and count padding in the attention and hidden losses, as the original "
-             "does; masked: count real tokens only and batch examples of similar length, which is faster (default: "
-             "reference)")
+        help="reference (default): pad to max_seq_length and count padding in the attention and hidden losses, as the "
+             "original does; masked: count real tokens only and batch examples of similar length, which is faster")
     add("--train_batch_size", type=int, default=batch_size,
         help=f"examples per forward pass, over all processes (default: {batch_size})")
     add("--gradient_accumulation_steps", type=int, default=default.accumulation,
@@ -100,8 +98,7 @@ def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, learnin
     add("--save_model_step", type=int, default=default.save_every,
         help=f"steps between checkpoints (default: {default.save_every})")
     add("--keep_checkpoints", type=int, metavar="N", help="keep only the N newest checkpoints (default: all)")
-    add("--tensorboard_dir", type=Path,
-        help="directory for TensorBoard (default: tensorboard in --output_student_dir)")
+    add("--tensorboard_dir", type=Path, help="directory for TensorBoard (default: tensorboard in --output_student_dir)")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output_student_dir, if any")
 
 

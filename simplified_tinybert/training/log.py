@@ -17,10 +17,7 @@ GRADIENTS = {"att_loss": "att_grad", "rep_loss": "rep_grad", "soft_loss": "soft_
 
 
 class TrainingLog:
-    """Writes mean losses to train_loss.jsonl and dev measures to dev.jsonl, both also to TensorBoard.
-
-    Only the first process writes. When a run is resumed, rows after `finished_steps` are dropped.
-    """
+    """Writes train_loss.jsonl (mean losses) and dev.jsonl (dev measures), also to TensorBoard, in the first process."""
 
     def __init__(self, directory: Path, tensorboard_dir: Path | None, device: torch.device, processes: Processes,
                  finished_steps: int = 0):
@@ -49,8 +46,7 @@ class TrainingLog:
         """Count a finished step. Does not wait for the device."""
         self.steps += 1
         self.examples += examples
-        bad = ~torch.isfinite(self.sums[0]) & (self.bad_step == 0)
-        self.bad_step = torch.where(bad, number, self.bad_step)
+        self.bad_step = torch.where(~torch.isfinite(self.sums[0]) & (self.bad_step == 0), number, self.bad_step)
 
     def write(self, global_step: int, learning_rate: float, norms: dict[str, float]) -> dict[str, float]:
         """Append a row for the steps since the last row; norms: of the gradients at the last step."""

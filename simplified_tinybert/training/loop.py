@@ -60,16 +60,19 @@ class Trainer:
         self.requests = StopRequests(ignore_repeats=self.processes.count > 1)
         torch.manual_seed(settings.seed + self.processes.rank)
 
-    def train(self, stage: Stage) -> None:
-        """Train to the end of a stage, unless the checkpoint is from a later one.
+    def train(self, stages: list[Stage]) -> None:
+        """Train the stages, and write the finished student. Raises UserError if a loss is NaN or infinite."""
+        for stage in stages:
+            self._train_stage(stage)
+        self.log.close()
+        self.run.finish(self.student)
 
-        A signal stops the run after a checkpoint has been saved. Raises UserError if a loss is NaN or infinite.
-        """
+    def _train_stage(self, stage: Stage) -> None:
         self.stage, self.first_step, self.postfix = stage, self.last_step, {}
         steps = stage.total_steps(len(self.examples), self.settings)
         self.last_step += steps
         if self.checkpoint and checkpoints.step_of(self.checkpoint) >= self.last_step:
-            return
+            return                                      # the checkpoint is from a later stage
         with self.requests:
             self._begin(steps)
             finished = self._restore(self.checkpoint) if self.checkpoint else self.first_step
@@ -82,11 +85,6 @@ class Trainer:
                 for step, batches in enumerate(self._batches(finished, self.last_step), start=finished + 1):
                     self._advance(step, batches, progress)
             self.student.eval()
-
-    def finish(self) -> None:
-        """Close the log and write the finished student."""
-        self.log.close()
-        self.run.finish(self.student)
 
     def _begin(self, steps: int) -> None:
         """Make the optimizer, the loss scaling and the objective of a stage."""
@@ -112,8 +110,7 @@ class Trainer:
         if log_row:
             self._check_losses()
             self.postfix["loss"] = f"{self.log.write(step, self.optimizer.learning_rate, norms)['loss']:.4g}"
-        validates = self.dev_set and self.stage.objective.uses("head")
-        if validates and (step % settings.eval_every == 0 or last):
+        if self.dev_set and self.stage.objective.uses("head") and (step % settings.eval_every == 0 or last):
             self.postfix |= {name: f"{value:.4f}" for name, value in self._validate(step).items()}
         progress.set_postfix(self.postfix, refresh=False)
         if last:
@@ -159,10 +156,7 @@ class Trainer:
         self.log.step(number, examples)
 
     def _gradient_norms(self, indices: np.ndarray) -> dict[str, float]:
-        """Return the Euclidean norm of each loss term's own gradient, on one batch, before the step that uses it.
-
-        Includes the parameters that scoring needs, not the projections. Leaves the random state unchanged.
-        """
+        """Return the norm of each term's gradient on a batch, without projections. The random state stays unchanged."""
         weights = [parameter for name, parameter in self.student.named_parameters() if "projections." not in name]
         # In float16, small gradients would vanish without scaling.
         norms, scale = {}, 2.0 ** 10 if self.settings.dtype == torch.float16 else 1.0
@@ -198,7 +192,7 @@ class Trainer:
                         f"student are broken")
 
     def _stop_if_requested(self, step: int) -> None:
-        """Stop all processes together if one has received a signal or computed a NaN or infinite loss."""
+        """Stop all processes together: after a checkpoint for a signal, with a UserError for a NaN or infinite loss."""
         requested, bad = self.processes.total(torch.stack([self.log.bad_step.new_tensor(self.requests.signal > 0),
                                                            self.log.bad_step > 0]).long()).tolist()
         if bad:

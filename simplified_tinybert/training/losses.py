@@ -2,7 +2,7 @@
 
 Shapes: B examples, L positions (including padding), H heads, d and d' head sizes of student and teacher, D hidden size
 of the teacher. The teacher's tensors carry no gradient. Values equal those of the original implementation; docstrings
-say where it differs from the usual definition.
+say where it differs from the usual definition. If the models run in half precision, losses are computed in float32.
 """
 import torch
 import torch.nn.functional as F
@@ -17,19 +17,19 @@ def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
     As in the original, the mean is over the batch *and* the C classes: with two classes, it is half of the usual
     cross-entropy. There is no factor temperature².
     """
-    dtype = _loss_dtype(student_logits)
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
     teacher_probability = F.softmax(teacher_logits.to(dtype) / temperature, dim=-1)
     return -(teacher_probability * F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)).mean()
 
 
 def hard_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
     """Hard-label loss: cross-entropy of the logits (B, C) with the labels (B)."""
-    return F.cross_entropy(student_logits.to(_loss_dtype(student_logits)), labels)
+    return F.cross_entropy(student_logits.to(torch.promote_types(student_logits.dtype, torch.float32)), labels)
 
 
 def direct_attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_queries: Tensor, teacher_keys: Tensor,
                           attention_mask: Tensor, padding: str = "reference") -> Tensor:
-    """Definition of `attention_loss`, which computes the same value faster. Tests compare the two."""
+    """The definition of `attention_loss`, which computes the same value faster. Tests compare the two."""
     keep = attention_mask[:, None, None, :].to(student_queries.dtype)                    # (B, 1, 1, L)
     student = student_queries @ student_keys.transpose(-1, -2) / student_queries.shape[-1] ** 0.5    # (B, H, L, L)
     teacher = teacher_queries @ teacher_keys.transpose(-1, -2) / teacher_queries.shape[-1] ** 0.5
@@ -54,10 +54,11 @@ def attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_querie
     d = d', A = [Q-Q', Q'] and B = M·[K, K-K'] give the same matrix, without cancellation in float32 when the student
     is close to its teacher. If not, the rounding error is about 1e-7 of the teacher's mean squared score.
     """
-    dtype = _loss_dtype(student_queries)
+    dtype = torch.promote_types(student_queries.dtype, torch.float32)
     keep = attention_mask[:, None, :, None].to(dtype)                                    # (B, 1, L, 1)
-    student_queries, student_keys = (_scaled(tensor, dtype) for tensor in (student_queries, student_keys))
-    teacher_queries, teacher_keys = (_scaled(tensor, dtype) for tensor in (teacher_queries, teacher_keys))
+    student_queries, student_keys, teacher_queries, teacher_keys = (
+        tensor.to(dtype) * tensor.shape[-1] ** -0.25
+        for tensor in (student_queries, student_keys, teacher_queries, teacher_keys))
     if student_queries.shape == teacher_queries.shape:
         queries = torch.cat([student_queries - teacher_queries, teacher_queries], dim=-1)
         keys = torch.cat([student_keys, student_keys - teacher_keys], dim=-1) * keep
@@ -77,23 +78,10 @@ def attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_querie
 
 def hidden_loss(student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: Tensor,
                 padding: str = "reference") -> Tensor:
-    """Hidden-state loss of one pair of layers: mean squared difference of projected student and teacher (B, L, D).
-
-    The mean is over all positions with padding="reference", over real tokens with "masked".
-    """
-    dtype = _loss_dtype(student_hidden)
+    """Hidden-state loss of two layers: mean squared difference (B, L, D), with "masked" over real tokens only."""
+    dtype = torch.promote_types(student_hidden.dtype, torch.float32)
     squared = (student_hidden.to(dtype) - teacher_hidden.to(dtype)).square()
     if padding == "reference":
         return squared.mean()
     keep = attention_mask[:, :, None].to(dtype)                                          # (B, L, 1)
     return (squared * keep).sum() / (keep.sum() * squared.shape[-1])
-
-
-def _scaled(projection: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply queries or keys by d^-¼: their products are then scaled scores."""
-    return projection.to(dtype) * projection.shape[-1] ** -0.25
-
-
-def _loss_dtype(tensor: Tensor) -> torch.dtype:
-    """Losses are computed in float32 or float64, also if the models run in half precision."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,9 +1,4 @@
-"""What a student minimizes: a table of loss terms, and the methods that combine them (section 3 of the paper).
-
-    finetune      hard                                      no teacher: how a teacher is made; the baseline without KD
-    standard      alpha · soft + (1 - alpha) · hard         standard KD
-    tinybert      attention + hidden, then soft             TinyBERT's task distillation, in two stages
-    simplified    attention + hidden + soft + hard          Simplified TinyBERT: all terms in one stage
+"""What a student minimizes: a table of loss terms, and the methods (described in distill.py) that combine them.
 
 A new term is one function of `Passes` and one row of TERMS.
 """
@@ -23,14 +18,11 @@ Weights = dict[str, float]                              # term → weight; a ter
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSettings:
-    """Which terms a stage minimizes, and how they are computed.
-
-    layer_map: teacher layer (from 1) for each student layer; None: every k-th.
-    """
+    """Which terms a stage minimizes, and how they are computed."""
     weights: Weights
     padding: str = "reference"
     temperature: float = 1.0
-    layer_map: list[int] | None = None
+    layer_map: list[int] | None = None                  # teacher layer (from 1) of each student layer; None: every k-th
 
     def uses(self, need: str) -> bool:
         """Whether a term needs the `teacher`, the `layers` of both models, or the student's `head`."""
@@ -39,14 +31,11 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True)
 class Passes:
-    """Input of a loss term: the forward passes of both models over one batch.
-
-    layers: (student layer, teacher layer) pairs, counted from 1; layer 0 is the embedding output.
-    """
+    """Input of a loss term: the forward passes of both models over one batch."""
     student: CrossEncoder
     student_out: LayerOutputs
     teacher_out: LayerOutputs | None
-    layers: list[tuple[int, int]]
+    layers: list[tuple[int, int]]                       # (student layer, teacher layer), counted from 1
     batch: Batch
     settings: ObjectiveSettings
 
@@ -114,29 +103,23 @@ def mean_over(term: str, padding: str) -> str:
 
 
 def total_loss(terms: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
-    """Combine terms into the "loss" to minimize and the columns of the log.
-
-    loss = att_loss + rep_loss + cls_loss, which are weighted; soft_loss and hard_loss are not.
-    """
+    """Return "loss", the sum of the weighted att_loss, rep_loss and cls_loss, and unweighted soft_loss, hard_loss."""
     parts: dict[str, Tensor] = {}
     for name, value in terms.items():
-        part, weighted = TERMS[name].part, weights[name] * value
-        parts[part] = parts[part] + weighted if part in parts else weighted
+        part = TERMS[name].part
+        parts[part] = parts.get(part, 0.0) + weights[name] * value
     columns = {TERMS[name].column: value for name, value in terms.items() if TERMS[name].column}
     return {"loss": sum(parts.values()), **parts, **columns}
 
 
 def stage_weights(method: str, alpha: float = 0.5, changed: Weights | None = None) -> list[Weights]:
-    """Return the weights of the terms in each stage of a method, with those in `changed` replaced.
-
-    A `changed` weight of 0 leaves the term out. Of two stages, the first has the terms that compare layers.
-    """
+    """Return the weights of the terms in each stage of a method, after the changes; weight 0 leaves a term out."""
     stages = {"finetune": [{"hard": 1.0}],
               "standard": [{"soft": alpha, "hard": 1.0 - alpha}],
               "tinybert": [{"attention": 1.0, "hidden": 1.0}, {"soft": 1.0}],
               "simplified": [{"attention": 1.0, "hidden": 1.0, "soft": 1.0, "hard": 1.0}]}[method]
     changed = changed or {}
-    for term, weight in changed.items():
+    for term, weight in changed.items():                # of two stages, the first compares layers
         stages[0 if "layers" in TERMS[term].needs else -1][term] = weight
     return [{term: stage[term] for term in TERMS if term in stage and changed.get(term) != 0} for stage in stages]
 

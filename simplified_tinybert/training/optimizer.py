@@ -10,11 +10,7 @@ from torch import nn
 
 
 def linear_warmup_decay(step: int, total_steps: int, warmup_proportion: float) -> float:
-    """Return the factor of the peak learning rate after `step` finished steps.
-
-    It rises linearly from 0 to 1 during the warm-up, then falls to 0 at `total_steps`. As in the original, the first
-    step has rate 0.
-    """
+    """Return the factor of the learning rate after `step` steps: from 0 (as in the original) to 1, then down to 0."""
     progress = step / total_steps
     if progress < warmup_proportion:
         return progress / warmup_proportion
@@ -30,16 +26,13 @@ def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
 
 
 class BertAdam(torch.optim.Optimizer):
-    """Adam as in the original implementation. Parameters without a gradient stay unchanged.
-
-    `schedule` maps the number of finished steps to a factor of `lr`; `learning_rate` is the rate of the last step.
-    """
+    """Adam as in the original. Parameters without gradients stay unchanged. schedule: finished steps → factor of lr."""
 
     def __init__(self, groups: list[dict], lr: float, schedule: Callable[[int], float],
                  betas: tuple[float, float] = (0.9, 0.999), epsilon: float = 1e-6, max_grad_norm: float = 1.0):
         super().__init__(groups, {"lr": lr, "finished_steps": 0})
         self.schedule, self.betas, self.epsilon, self.max_grad_norm = schedule, betas, epsilon, max_grad_norm
-        self.learning_rate = 0.0
+        self.learning_rate = 0.0                        # of the last step
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -48,11 +41,16 @@ class BertAdam(torch.optim.Optimizer):
             group["finished_steps"] += 1
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
-                self._update(parameters, group["weight_decay"], self.learning_rate)
+                self._update(parameters, group["weight_decay"])
 
-    def _update(self, parameters: list[nn.Parameter], weight_decay: float, learning_rate: float) -> None:
+    def _update(self, parameters: list[nn.Parameter], weight_decay: float) -> None:
         gradients = [parameter.grad for parameter in parameters]
-        self._clip_each(gradients)
+        scales = torch._foreach_norm(gradients)         # each gradient is clipped to `max_grad_norm`, in place
+        torch._foreach_add_(scales, 1e-6)
+        torch._foreach_reciprocal_(scales)
+        torch._foreach_mul_(scales, self.max_grad_norm)
+        torch._foreach_clamp_max_(scales, 1.0)
+        torch._foreach_mul_(gradients, scales)
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] = {"mean": torch.zeros_like(parameter), "square": torch.zeros_like(parameter)}
@@ -68,13 +66,4 @@ class BertAdam(torch.optim.Optimizer):
         updates = torch._foreach_div(means, denominators)
         if weight_decay:
             torch._foreach_add_(updates, parameters, alpha=weight_decay)
-        torch._foreach_add_(parameters, updates, alpha=-learning_rate)
-
-    def _clip_each(self, gradients: list[torch.Tensor]) -> None:
-        """Clip each gradient tensor to `max_grad_norm`, in place."""
-        scales = torch._foreach_norm(gradients)
-        torch._foreach_add_(scales, 1e-6)
-        torch._foreach_reciprocal_(scales)
-        torch._foreach_mul_(scales, self.max_grad_norm)
-        torch._foreach_clamp_max_(scales, 1.0)
-        torch._foreach_mul_(gradients, scales)
+        torch._foreach_add_(parameters, updates, alpha=-self.learning_rate)

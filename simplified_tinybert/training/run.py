@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from simplified_tinybert.common.files import UserError, locked, say
-from simplified_tinybert.common.processes import Processes
+from simplified_tinybert.common.files import UserError, say
+from simplified_tinybert.common.processes import Processes, locked
 from simplified_tinybert.common.records import read_record, record
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.training.checkpoints import newest_checkpoint, remove_leftovers

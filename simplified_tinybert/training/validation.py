@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from simplified_tinybert.common.files import Problems, check_input_file, warn
 from simplified_tinybert.common.processes import Processes
@@ -49,14 +48,11 @@ class DevSet:
 
 
 def warn_of_chance(teacher: CrossEncoder, examples: Examples, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Warn if the teacher does not score the relevant ones of some training pairs above the others.
-
-    It may not be fine-tuned, or its classes or the labels may be swapped: better to know before hours of training.
-    """
+    """Warn, before hours of training, if the teacher does not score relevant pairs above the others in a sample."""
     sample = np.unique(np.linspace(0, len(examples) - 1, SAMPLE_SIZE, dtype=np.int64))
     batches = (sample[indices] for indices in token_batches(examples.lengths[sample], BatchLimits.of(device)))
     with autocast(device, dtype):
-        logits = score_chunk(teacher, examples, batches, device, tqdm(disable=True))
+        logits = score_chunk(teacher, examples, batches)
     area, error = area_under_curve(relevance(logits[sample], "log_odds"), examples.labels[sample] == 1)
     if area < 0.5 + 1.645 * error:                      # 0.5 is chance; one-sided test at 5 %
         worse = "worse than chance: are its classes or the labels swapped?" if area < 0.5 - 1.645 * error else \
@@ -84,11 +80,10 @@ def find_dev_set(features: list[Path] | None, qrels_file: Path | None, problems:
         return None
     count, summary = problems.count, summarise(features, problems)
     qrels = read_qrels(qrels_file, problems) if check_input_file(qrels_file, problems, "dev judgements") else {}
-    if problems.count > count:
-        return None
-    if summary.unpaired:
+    if summary and summary.unpaired:
         problems.add(f"{summary.unpaired} of {summary.examples} ids in the dev features are not query_id#passage_id; "
                      f"tokenize the pairs with --set_name dev")
+    if problems.count > count:
         return None
     queries = {pair_id.partition("#")[0] for path in features for chunk in read_chunks(path) for pair_id in chunk.ids}
     if not queries & qrels.keys():

@@ -1,0 +1,1 @@
+"""The replication study: from a collection to tables, figures and a summary."""
