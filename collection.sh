@@ -9,11 +9,11 @@
 # is skipped if its result exists; an interrupted step resumes. The table is OUTPUT_DIR/report/table.md.
 #
 # Variables:
-#   BERT_MODEL       pre-trained BERT (directory or hub id): provides the vocabulary, is fine-tuned to the teacher and
-#                    distilled to the general student (default google-bert/bert-base-uncased)
-#   TEACHER_MODEL    a fine-tuned teacher, if there is one; it then also selects the relevant passages
-#   STUDENT_MODEL    a general student, if there is one
-#   STUDENT_LAYERS   layers of a new general student, initialized from BERT_MODEL's (default 3)
+#   BERT_MODEL       pre-trained BERT, directory or hub id (default google-bert/bert-base-uncased). It supplies the
+#                    vocabulary; the teacher is fine-tuned from it, the general student is distilled from it
+#   TEACHER_MODEL    an existing fine-tuned teacher; it also selects the relevant passages (default: a new one)
+#   STUDENT_MODEL    an existing general student (default: a new one)
+#   STUDENT_LAYERS   layers of a new general student, which starts from layers of BERT_MODEL (default 3)
 #   METHODS          default "finetune standard tinybert simplified"
 #   MEASURES         default "nDCG@10 RR@10 AP"
 #   MAX_SEQ_LENGTH   tokens of a pair (default 256)
@@ -26,7 +26,7 @@
 #   EVAL_STEP        steps between validations on the dev queries (default 1000)
 #   DEVICE           auto (default), cpu, or a CUDA index
 #   PROCESSES        number of processes, such as the number of GPUs (default 1)
-#   PYTHON           interpreter, used without a check of its packages
+#   PYTHON           Python interpreter; its packages are not checked
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python_env.sh"
 help_for "${BASH_SOURCE[0]}" "$@"
@@ -45,7 +45,7 @@ DEPTH="${DEPTH:-100}"
 EVAL_STEP="${EVAL_STEP:-1000}"
 DEVICE="${DEVICE:-auto}"
 PROCESSES="${PROCESSES:-1}"
-# read -d "" splits values of several lines too, but reports failure at their end
+# read -d "" also splits values of several lines, but returns an error at the end of the input
 read -r -d "" -a passage_flags <<< "${PASSAGE_FLAGS:---title --window 150 --stride 75}" || true
 read -r -d "" -a sample_flags <<< "${SAMPLE_FLAGS:-}" || true
 read -r -d "" -a train_flags <<< "${TRAIN_FLAGS:-}" || true
@@ -66,7 +66,7 @@ done
 describes these files"
 DOCS="$(file docs.tsv)"
 
-# step FILE COMMAND ...: run the command unless FILE exists, which the command writes last
+# step FILE COMMAND ...: run the command unless FILE exists. Every command writes its FILE last.
 step() {
     if [ ! -e "$1" ]; then
         echo "== ${*:2}" >&2

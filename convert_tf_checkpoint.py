@@ -1,12 +1,12 @@
-"""Convert a TensorFlow checkpoint of Google's BERT, such as dl4marco-bert, the paper's teacher, to a model directory.
+"""Convert a TensorFlow checkpoint of Google's BERT to a model directory, such as the paper's teacher, dl4marco-bert.
 
     python convert_tf_checkpoint.py --tf_checkpoint model.ckpt-400000 --bert_config bert_config.json \\
         --vocab vocab.txt --output_dir teacher
     python convert_tf_checkpoint.py --tf_checkpoint uncased_L-12_H-768_A-12 --output_dir bert-base
 
-Input: a checkpoint (NAME.index and NAME.data-...) with the variable names of google-research/bert (bert/..., and for a
-fine-tuned ranker output_weights and output_bias), its bert_config.json and its vocab.txt. --tf_checkpoint may also name
-the directory of these files; if it holds several checkpoints, its file `checkpoint` determines which one is converted.
+Input: a checkpoint (NAME.index and NAME.data-...), its bert_config.json and its vocab.txt. Its variables have the names
+of google-research/bert: bert/..., and output_weights and output_bias in a fine-tuned ranker. --tf_checkpoint may also
+name the directory of these files; if it holds several checkpoints, its file `checkpoint` determines which is converted.
 
 Output: a Hugging Face directory (config.json, model.safetensors, vocab.txt, model card) that gives the same logits in
 float32, and run.json with the SHA-256 of every input. A pre-trained model without output_weights is written without a
@@ -99,7 +99,7 @@ def google_name(parameter: str) -> str:
 
 
 def expected_variables(model: CrossEncoder, has_head: bool) -> dict[str, tuple[str, list[int]]]:
-    """Return, by Google's name, each parameter and its shape in the checkpoint, where kernels are transposed."""
+    """Map Google's name of each parameter to our name and to the shape in the checkpoint (kernels are transposed)."""
     expected = {}
     for parameter, tensor in model.named_parameters():
         if has_head or not parameter.startswith("classifier."):
@@ -110,7 +110,7 @@ def expected_variables(model: CrossEncoder, has_head: bool) -> dict[str, tuple[s
 
 def check_variables(shapes: dict[str, list[int]], expected: dict[str, tuple[str, list[int]]], source: Path,
                     problems: Problems) -> dict[str, int]:
-    """Add missing, unknown and misshapen variables to `problems`. Returns numbers of skipped variables by kind."""
+    """Add missing, unknown and wrongly shaped variables to `problems`. Returns {kind: number of skipped variables}."""
     for name in sorted(expected.keys() - shapes.keys()):
         problems.add(f"{source}: lacks {name}")
     for name in sorted(expected.keys() & shapes.keys()):
@@ -123,7 +123,7 @@ def check_variables(shapes: dict[str, list[int]], expected: dict[str, tuple[str,
         if kind:
             skipped[kind] += 1
         else:
-            hint = "; it is a TensorFlow 2 object checkpoint, expected one of Google's BERT code" \
+            hint = "; this is a TensorFlow 2 object checkpoint; expected a checkpoint of Google's BERT code" \
                 if name.endswith("/.ATTRIBUTES/VARIABLE_VALUE") else ""
             problems.add(f"{source}: holds {name}, not expected in a BERT ranker of this configuration{hint}")
     return skipped
@@ -145,7 +145,7 @@ def open_checkpoint(prefix: Path) -> Any:
 
 
 def read_model(reader: Any, config: BertConfig, prefix: Path) -> tuple[CrossEncoder, bool, dict[str, int]]:
-    """Return the model, whether it has a classifier, and numbers of skipped variables. Raises UserError."""
+    """Return the model, whether it has a classifier, and {kind: number of skipped variables}. Raises UserError."""
     shapes, problems = reader.get_variable_to_shape_map(), Problems()
     has_head = bool(shapes.keys() & {"output_weights", "output_bias"})
     if len(shapes.get("output_weights", [])) == 2:
@@ -162,7 +162,7 @@ def read_model(reader: Any, config: BertConfig, prefix: Path) -> tuple[CrossEnco
 
 
 def read_variable(reader: Any, name: str, prefix: Path, problems: Problems) -> torch.Tensor | None:
-    """Return a variable in float32, with kernels transposed as in PyTorch."""
+    """Return a variable in float32. Kernels are transposed, as in PyTorch."""
     try:
         value = reader.get_tensor(name)
     except Exception as error:
@@ -199,7 +199,7 @@ def check_all(args: argparse.Namespace) -> tuple[Path, list[Path], BertConfig, V
         with problems.collect():
             vocabulary = load_vocabulary(args.vocab.parent, args.do_lower_case)
     if config and vocabulary and len(vocabulary.token_ids) > config.vocab_size:
-        problems.add(f"{args.vocab}: has {len(vocabulary.token_ids)} tokens, but {args.bert_config} says "
+        problems.add(f"{args.vocab}: has {len(vocabulary.token_ids)} tokens, but vocab_size in {args.bert_config} is "
                      f"{config.vocab_size}; expected both files from the same model")
     problems.raise_if_any()
     return prefix, [*files, args.bert_config, args.vocab], config, vocabulary
@@ -223,7 +223,7 @@ def main() -> None:
     say(f"model        {describe(model)}" + (f", {model.config.num_labels} classes" if has_head else ""))
     say("not used     " + (", ".join(f"{count} of {kind}" for kind, count in skipped.items() if count) or "nothing"))
     if not has_head:
-        say("note         no output_weights: pre-trained, not fine-tuned; written without a classifier")
+        say("note         without output_weights, so not fine-tuned; written without a classifier")
     checksums = {str(path): sha256_of(path) for path in inputs}
     save_cross_encoder(model, args.output_dir, args.vocab.parent, vocabulary.lower_case,
                        model_card(model, has_head, prefix.name), general=not has_head)

@@ -68,7 +68,7 @@ def read_scores(path: Path, problems: Problems) -> Iterator[tuple[int, str, str,
 
 
 def passage_number(suffix: str | None) -> int | None:
-    """Return the digits that end a suffix ("12", "passage-12"); 0 without a suffix, None for one without digits."""
+    """Return the number at the end of a suffix ("12", "passage-12"): 0 without a suffix, None without a number."""
     if suffix is None:
         return 0
     digits = re.search(r"[0-9]+\Z", suffix)

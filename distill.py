@@ -8,10 +8,10 @@ Input: feature files of labelled training pairs (tokenize_to_features.py --set_n
 ranking, and a general student (a small pre-trained BERT). Models are directories or Hugging Face hub ids. Most
 cross-encoders on the hub have a single logit z; such a model is converted to one with the two logits (0, z).
 
-    finetune      hard                                      no teacher: how a teacher is made; the baseline without KD
+    finetune      hard                                      no teacher: to make a teacher, or a baseline without KD
     standard      alpha · soft + (1 - alpha) · hard         standard KD
     tinybert      attention + hidden, then soft             TinyBERT's task distillation, in two stages
-    simplified    attention + hidden + soft + hard          Simplified TinyBERT: all of it in one stage
+    simplified    attention + hidden + soft + hard          Simplified TinyBERT: all terms in one stage
 
 --loss_weights hard=0 changes single weights; 0 leaves a term out. In tinybert, attention and hidden belong to the first
 stage, soft and hard to the second: --loss_weights hard=1 adds hard labels to the second stage.
@@ -76,19 +76,19 @@ def parse_args() -> argparse.Namespace:
     add("--general_student_model", required=True, help="directory or hub id of the student to start from")
     add("--distill_model", choices=METHODS, default="simplified", help="method, see above (default: simplified)")
     add("--loss_weights", nargs="+", default=[], metavar="TERM=WEIGHT",
-        help="weights of attention, hidden, soft, hard, instead of the method's; 0 leaves a term out")
+        help="change the method's weights of attention, hidden, soft or hard; 0 leaves a term out")
     add("--layer_map", type=int, nargs="+", metavar="LAYER",
         help="teacher layer (from 1) for each student layer (default: every k-th)")
     add("--alpha", type=float, default=0.5, help="weight of the soft loss in standard (default: 0.5)")
     add("--temperature", type=float, default=ObjectiveSettings.temperature,
-        help="of the soft loss; divides the logits of teacher and student (default: 1)")
+        help="temperature of the soft loss, which divides the logits of teacher and student (default: 1)")
     add("--intermediate_epochs", type=float,
         help="passes over the data in the first stage of tinybert (default: --num_train_epochs)")
     add("--intermediate_learning_rate", type=float,
         help="peak learning rate of the first stage of tinybert (default: --learning_rate)")
     add("--pooled_relu", action="store_true",
-        help="relu before the classifier, as in the original's distillation; stored in the student's configuration: "
-             "reranker.py applies it, other tools do not know it")
+        help="apply a ReLU before the classifier, as the original does in distillation. It is stored in the student's "
+             "configuration, which reranker.py obeys; other tools ignore it")
     add("--max_seq_length", type=int, help="sequence length to pad to (default: that of the features)")
     add("--do_lower_case", action="store_true", help="require lower-cased features")
     add("--dev_features_file", type=Path, nargs="+", help="feature file(s) of validation pairs")
@@ -119,8 +119,8 @@ def make_stages(args: argparse.Namespace, problems: Problems) -> list[Stage]:
                  (args.num_train_epochs, args.learning_rate)][-len(weights):]
     for number, stage in enumerate(weights, start=1):
         if not any(stage.values()):
-            problems.add(f"--loss_weights {' '.join(args.loss_weights)}: nothing is left to minimize in stage {number} "
-                         f"of {args.distill_model}; leave a weight above 0")
+            problems.add(f"--loss_weights {' '.join(args.loss_weights)}: all weights in stage {number} of "
+                         f"{args.distill_model} are 0; set at least one above 0")
     return [Stage(objective=ObjectiveSettings(weights=stage, padding=args.padding, temperature=args.temperature,
                                               layer_map=args.layer_map), epochs=epochs, learning_rate=rate)
             for stage, (epochs, rate) in zip(weights, schedules)]
@@ -131,7 +131,7 @@ def uses(stages: list[Stage], need: str) -> bool:
 
 
 def check_numbers(args: argparse.Namespace, problems: Problems) -> list[Stage]:
-    """Check the flags alone, and return the stages. collection.sh calls this before any file exists."""
+    """Check only the flags, and return the stages. collection.sh calls this before any file exists."""
     stages = make_stages(args, problems)
     flags.check_training_flags(args, len(stages), problems, [
         ("num_train_epochs", 0 < args.num_train_epochs < math.inf, "more than 0"),

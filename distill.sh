@@ -7,11 +7,11 @@
 #   FEATURES_FILE=train.pkl OUTPUT_STUDENT_DIR=student bash distill.sh --bf16
 # An interrupted run resumes.
 #
-# Variables, with their values or defaults for your own data | in the example:
+# Variables, with their values or defaults for your own data | for the example:
 #   TEACHER_MODEL, STUDENT_MODEL   directories or hub ids | examples/teacher, examples/general_student
 #   FEATURES_FILE                  feature file | created
-#   TRAIN_EXAMPLES                 alternative, to be tokenized: index <tab> query <tab> passage <tab> label | created
-#   MAX_SEQ_LENGTH                 tokens: 256 for tokenizing, otherwise the features' own length | 128
+#   TRAIN_EXAMPLES                 examples to tokenize instead: index <tab> query <tab> passage <tab> label | created
+#   MAX_SEQ_LENGTH                 tokens of a pair: 256 with TRAIN_EXAMPLES, else as in FEATURES_FILE | 128
 #   OUTPUT_STUDENT_DIR             student | example_run/student-$DISTILL_MODEL
 #   CACHE_FILE_DIR                 cache | example_run/cache
 #   DISTILL_MODEL                  finetune, standard, tinybert, simplified (default)
@@ -20,7 +20,7 @@
 #   TRAIN_BATCH_SIZE 64 | 32   LEARNING_RATE 5e-5 | 1e-3   NUM_TRAIN_EPOCHS 2 | 1   TRAIN_LOSS_STEP 1000 | 25
 #   SAVE_MODEL_STEP 3000 | 200
 #   EXAMPLE_DIR                    directory of the example (default example_run)
-#   PYTHON                         interpreter, used without a check of its packages
+#   PYTHON                         Python interpreter; its packages are not checked
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python_env.sh"
 help_for "${BASH_SOURCE[0]}" "$@"

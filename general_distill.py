@@ -1,26 +1,26 @@
-"""Make a general student: TinyBERT's general distillation, from a BERT that is not fine-tuned, on raw text.
+"""Make a general student by TinyBERT's general distillation: from a BERT that is not fine-tuned, on raw text.
 
     python general_distill.py --corpus texts.txt more.txt.gz --teacher_model google-bert/bert-base-uncased \\
         --student_config student_config.json --output_student_dir general_student --device 0 --bf16
     python general_distill.py --docs docs.tsv --teacher_model google-bert/bert-base-uncased \\
         --student_layers 6 --init_from_teacher --output_student_dir general_student
 
-Input, UTF-8, plain or gzip: --corpus, text files with one document per line (--documents paragraphs: documents
-separated by blank lines); or --docs, documents as for prepare_examples.py (document_id <tab> url <tab> title <tab>
-body, or document_id <tab> text), of which title and body are used. Each document is cut into segments: [CLS], up to
-max_seq_length - 2 tokens, [SEP]. No token is masked.
+Input, UTF-8, plain or gzip: --corpus or --docs. --corpus takes text files with one document per line, or with blank
+lines between documents (--documents paragraphs). --docs takes documents as prepare_examples.py does (document_id <tab>
+url <tab> title <tab> body, or document_id <tab> text) and uses title and body. Each document is cut into segments:
+[CLS], up to max_seq_length - 2 tokens, [SEP]. No token is masked.
 
 The student has the shape of --student_config (a config.json, or its directory), or the teacher's shape with
 --student_layers. It starts from:
     (no flag)             random weights
     --init_from_teacher   the teacher's embeddings, pooler and every k-th layer; needs the teacher's hidden size
-    --compress_teacher    a fit to the teacher's outputs on some of the text, for a student of any smaller shape
+    --compress_teacher    weights fitted to the teacher's outputs on a sample of the text, for any smaller shape
                           (simplified_tinybert/model/compression.py); helps if there is little text to train on
 It minimizes attention + hidden, as in TinyBERT's general stage (Jiao et al. 2020).
 
 Output, in --output_student_dir: the general student for distill.py --general_student_model, as a Hugging Face directory
 (without classifier; fit_dense.safetensors holds the projection to the teacher's hidden size), with train_loss.jsonl and
-checkpoints as from distill.py. --num_train_epochs 0 trains nothing and writes the student it would start from.
+checkpoints as from distill.py. --num_train_epochs 0 writes the initial student without training it.
 
 Several GPUs or processes: torchrun --standalone --nproc_per_node=4 general_distill.py --corpus ...
 """
@@ -56,7 +56,7 @@ from simplified_tinybert.training.loop import Trainer, TrainingSet
 from simplified_tinybert.training.objective import ObjectiveSettings
 from simplified_tinybert.training.run import find_run, output_run
 
-COMPRESSION_TOKENS = 16384  # to fit a compressed student: takes 1 GB of memory for 6/384, 4 GB for 12/768
+COMPRESSION_TOKENS = 16384  # that a compressed student is fitted on; takes 1 GB of memory for 6/384, 4 GB for 12/768
 # --compress_teacher copies embeddings of the teacher's shape, --init_from_teacher whole layers
 EMBEDDING_SHAPE = ("vocab_size", "max_position_embeddings", "type_vocab_size")
 LAYER_SHAPE = (*EMBEDDING_SHAPE, "hidden_size", "intermediate_size", "num_attention_heads")
@@ -77,8 +77,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--corpus", type=Path, nargs="+", help="text file(s), plain or .gz")
-    texts.add_argument("--docs", type=Path, nargs="+", help="file(s) of documents in columns, plain or .gz")
-    add("--documents", choices=DOCUMENTS, help="unit of --corpus, see above (default: lines)")
+    texts.add_argument("--docs", type=Path, nargs="+", help="file(s) of tab-separated documents, plain or .gz")
+    add("--documents", choices=DOCUMENTS, help="what a document of --corpus is, see above (default: lines)")
     add("--teacher_model", required=True, help="directory or hub id of a BERT")
     shape = parser.add_mutually_exclusive_group(required=True)
     shape.add_argument("--student_config", type=Path, help="config.json with the student's shape, or its directory")
@@ -90,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     flags.add_training_flags(parser, batch_size=256, learning_rate=1e-4, epochs=3)
     args = parser.parse_args()
     if args.docs and args.documents:
-        parser.error("--documents: is for --corpus; in --docs, each line is a document")
+        parser.error("--documents: is only for --corpus; in --docs, each line is a document")
     args.documents = COLUMNS if args.docs else args.documents or DOCUMENTS[0]
     return args
 
@@ -101,11 +101,11 @@ def student_config(args: argparse.Namespace, teacher: BertConfig, problems: Prob
         **teacher.to_dict() | {"num_hidden_layers": args.student_layers})
     config.num_labels = 2
     if config.num_hidden_layers < 1:
-        raise UserError(f"a student of {config.num_hidden_layers} layers; expected 1 or more")
+        raise UserError(f"the student has {config.num_hidden_layers} layers; expected 1 or more")
     check_pair(teacher, config, problems)
     if config.vocab_size != teacher.vocab_size:
-        problems.add(f"{args.student_config}: vocab_size is {config.vocab_size}, the teacher's {teacher.vocab_size}; "
-                     f"both read the same tokens, make them equal")
+        problems.add(f"{args.student_config}: vocab_size is {config.vocab_size}, but the teacher's is "
+                     f"{teacher.vocab_size}; make them equal, because both models read the same tokens")
     if args.max_seq_length > min(config.max_position_embeddings, teacher.max_position_embeddings):
         problems.add(f"--max_seq_length {args.max_seq_length}: the student has {config.max_position_embeddings} "
                      f"positions, the teacher {teacher.max_position_embeddings}; choose a shorter length")
@@ -114,15 +114,15 @@ def student_config(args: argparse.Namespace, teacher: BertConfig, problems: Prob
 
 
 def check_start(args: argparse.Namespace, student: BertConfig, teacher: BertConfig, problems: Problems) -> None:
-    """Check that the student can start from the teacher as --init_from_teacher or --compress_teacher demands."""
+    """Check that the student's shape allows --init_from_teacher or --compress_teacher."""
     differing = [f"{name} is {getattr(student, name)}, not {getattr(teacher, name)}"
                  for name in (LAYER_SHAPE if args.init_from_teacher else EMBEDDING_SHAPE)
                  if getattr(student, name) != getattr(teacher, name)]
     if args.init_from_teacher and differing:
-        problems.add(f"--init_from_teacher: the student's shape is not the teacher's ({'; '.join(differing)}); leave "
-                     f"the flag out, or use --student_layers or --compress_teacher")
+        problems.add(f"--init_from_teacher: the student's shape differs from the teacher's ({'; '.join(differing)}); "
+                     f"leave the flag out, or use --student_layers or --compress_teacher")
     if args.compress_teacher and differing:
-        problems.add(f"--compress_teacher: the shape of the student's embeddings is not the teacher's "
+        problems.add(f"--compress_teacher: the shape of the student's embeddings differs from the teacher's "
                      f"({'; '.join(differing)}); make them equal")
     for name in ("hidden_size", "intermediate_size"):
         if args.compress_teacher and getattr(student, name) > getattr(teacher, name):
@@ -131,7 +131,7 @@ def check_start(args: argparse.Namespace, student: BertConfig, teacher: BertConf
 
 
 def check_numbers(args: argparse.Namespace, problems: Problems) -> None:
-    """Check the flags alone. collection.sh calls this before any file exists."""
+    """Check only the flags. collection.sh calls this before any file exists."""
     flags.check_training_flags(args, 1, problems, [
         ("max_seq_length", 8 <= args.max_seq_length < 2 ** 16, "8 to 65535"),
         ("num_train_epochs", 0 <= args.num_train_epochs < math.inf, "0 or more")])

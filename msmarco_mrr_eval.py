@@ -15,15 +15,15 @@ Averages are over the judged queries (those with a line in QRELS) that are in RU
 official MS MARCO script divides by the number of all judged queries. So does --complete: a query that RUN lacks counts
 as 0. Messages on stderr say how many queries are averaged over, missing or not judged.
 
-Results go to stdout. Between two rows of #, they are query_num (the number of averaged queries) and one line "measure:
-average" for each measure. --per_query first prints lines of query_id TAB measure TAB value; with --compare, for all
-runs and with the run's file as a fourth column.
+Results go to stdout. Two rows of # enclose query_num (the number of averaged queries) and one line "measure: average"
+for each measure. Before them, --per_query prints lines of query_id TAB measure TAB value. With --compare, it does so
+for all runs, and the run's file is a fourth column.
 
 --compare adds a table. Runs are compared on the queries they share. For each measure and other run, the table shows
-both means, their difference, the number of queries on which RUN is better, equal and worse, and the p of two two-sided
-tests: the paired t-test (as in the paper) and Fisher's randomization test. The latter is exact for up to 16 queries
-with a difference; otherwise it draws --permutations random sign assignments. With several other runs, Holm's method
-corrects each p over the other runs of a measure; * marks a corrected p below 0.05.
+both means, their difference, and the number of queries on which RUN is better, equal and worse. It also shows the
+p-values of two two-sided tests: the paired t-test (as in the paper) and Fisher's randomization test. The latter is
+exact for up to 16 queries with a difference; otherwise it draws --permutations random sign assignments. With several
+other runs, Holm's method corrects the p-values of each measure for their number; * marks a corrected p below 0.05.
 """
 import argparse
 from collections.abc import Iterator
@@ -57,13 +57,13 @@ def parse_args() -> argparse.Namespace:
         help="average over all judged queries; missing ones count as 0 (default: over those in RUN)")
     add("--per_query", action="store_true", help="also print the value of every query")
     add("--relevance_level", type=relevant_grade, default=1, metavar="GRADE",
-        help="lowest grade that counts as relevant, for MRR and for binary --measures without a rel of their own "
+        help="lowest grade that counts as relevant, for MRR and for binary --measures that do not set rel themselves "
              "(default: %(default)s)")
     add("--compare", type=Path, nargs="+", default=[], metavar="OTHER_RUN",
         help="other runs of the same queries, to compare RUN with")
     add("--permutations", type=int, default=PERMUTATIONS, metavar="N",
         help="random sign assignments of the randomization test (default: %(default)s)")
-    add("--seed", type=int, default=42, help="of the randomization test (default: %(default)s)")
+    add("--seed", type=int, default=42, help="random seed of the randomization test (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -76,7 +76,7 @@ def check_flags(args: argparse.Namespace, problems: Problems) -> None:
 
 
 def report_coverage(complete: bool, evaluation: Evaluation, prefix: str) -> None:
-    """Print which queries are averaged over and which are left out, each line after `prefix`."""
+    """Print which queries are averaged over and which are left out. Each line begins with `prefix`."""
     missing, not_judged = evaluation.missing, evaluation.not_judged
     say(f"{prefix}averaged over {len(evaluation.queries)} queries: "
         f"{'all judged ones' if complete else 'judged and in the run'}")
@@ -98,7 +98,7 @@ def per_query_lines(evaluation: Evaluation, *more_columns: object) -> Iterator[s
 
 def comparison_rows(run: Evaluation, others: dict[Path, Evaluation], permutations: int, seed: int) \
         -> Iterator[list[str]]:
-    """Yield a table row for each measure and other run. The other runs of a measure are one family."""
+    """Yield a table row for each measure and other run. Holm's correction covers the other runs of one measure."""
     for number, (name, values, _) in enumerate(run.results):
         family = compare_pairs({path: (values, other.results[number][1]) for path, other in others.items()},
                                permutations, seed)
@@ -128,7 +128,7 @@ def explanation(args: argparse.Namespace) -> list[str]:
 
 
 def check_shared_queries(run_path: Path, run: Evaluation, others: dict[Path, Evaluation], problems: Problems) -> None:
-    """Print how many queries each other run shares with the run. Sharing none is added to `problems`."""
+    """Print how many queries each other run shares with the run. Add a problem if it shares none."""
     for path, other in others.items():
         shared = len(set(run.queries) & set(other.queries))
         if not shared:

@@ -17,14 +17,14 @@ Out, queries in the order of the candidates:
     test        query_id#document_id_n <tab> query <tab> passage   n = 0, 1, 2 ... within the document
 OUTPUT.run.json records flags, inputs and counts. Queries and documents that cannot be used (for example a missing
 document, or a query without candidates) are counted on stderr and listed in OUTPUT.left_out.tsv: kind <tab> query_id
-<tab> document_id. Negatives are drawn at random, so candidates that were not looked up are not listed.
+<tab> document_id. In train, candidates that the random draw of negatives did not look up are not listed.
 
 Passages are windows over the words of the body. They start at word 0, stride, 2 * stride ... until the end is covered.
 test:  all passages of the candidates.
 train: passages of relevant documents have label 1. Not all of them are relevant: --filter_model keeps those that a
-ranker scores highest. Passages of label 0 are drawn from as many candidates as possible that are unjudged or judged not
-relevant; texts that also occur in a relevant document are excluded. Documents of a positive grade below
---relevance_level are not used. Queries without passages of both labels are skipped.
+ranker scores highest. Passages of label 0 come from candidates that are unjudged or judged not relevant, and from as
+many of these as possible. Passages that also occur in a relevant document are excluded. Documents of a positive grade
+below --relevance_level are not used. Queries without passages of both labels are skipped.
 
 Documents stay on disk. Their index is built once in --cache_file_dir; .gz files are unpacked there.
 """
@@ -80,7 +80,7 @@ def parse_args() -> argparse.Namespace:
     add("--docs", type=Path, help="documents, plain or .gz")
     add("--queries", type=Path, help="queries")
     add("--candidates", type=Path, help="candidate documents of each query")
-    add("--dataset", metavar="ID", help="ir_datasets dataset that supplies the parts without a file")
+    add("--dataset", metavar="ID", help="ir_datasets id of a dataset, which supplies every input without a file")
     add("--output", type=Path, required=True, help="file to write")
     add("--window", type=int, default=150, help="maximum number of words in a passage, title excluded (default: 150)")
     add("--stride", type=int, default=75, help="words between the starts of two passages (default: 75)")
@@ -96,8 +96,8 @@ def parse_args() -> argparse.Namespace:
     add("--positive_passages", type=int, metavar="N", help="maximum number of passages per relevant document: drawn at "
         "random, or the best with --filter_model (default: all; 1 if --filter_model has no --filter_threshold)")
     add("--retrieved_positives", action="store_true", default=None, help="use relevant documents only if they are "
-        "candidates, as in re-ranking. If the first-stage ranking misses most relevant documents, the others would "
-        "teach that relevant passages share few words with their query")
+        "candidates, as in re-ranking. Use it if the first-stage ranking misses most relevant documents: the missed "
+        "ones would teach that relevant passages share few words with their query")
     add("--max_queries", type=int, metavar="N", help="use N queries drawn at random (default: all)")
     add("--seed", type=int, help="seed of all random draws (default: 42)")
     add("--filter_model", metavar="MODEL", help="ranker (directory or hub id) that selects passages of relevant "
@@ -111,7 +111,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def side_files(output: Path) -> tuple[Path, Path]:
-    """Return the paths of the log of skipped queries and documents and of the run record."""
+    """Return two paths: the log of skipped queries and documents, and the run record."""
     return output.with_name(output.name + ".left_out.tsv"), record_path(output)
 
 

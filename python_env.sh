@@ -1,6 +1,6 @@
 # Functions for the other scripts, which source this file. `use_python FILE` sets PYTHON to an interpreter with the
-# packages that FILE pins: $PYTHON if it is set (not checked), else the active environment if it has them, else .venv
-# next to this file, which is created when needed.
+# packages that FILE pins. It takes the first of: $PYTHON, if set (not checked); the active environment, if it has the
+# packages; .venv next to this file, which is created when needed.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 [ -t 2 ] || export TQDM_MININTERVAL="${TQDM_MININTERVAL:-10}"     # seconds between progress lines in a log file
@@ -40,7 +40,7 @@ def pins(path):
                 yield pin.strip().split("==")
 
 def applies(marker):
-    from packaging.markers import Marker    # transformers requires it, so every FILE does
+    from packaging.markers import Marker    # a dependency of transformers, which every FILE pins
     return Marker(marker).evaluate()
 
 assert sys.version_info >= (3, 11)
@@ -60,7 +60,7 @@ check_settings() {
         exit
 }
 
-# is_yes VALUE: VALUE has passed check_settings
+# is_yes VALUE: succeed for 1, yes or true. VALUE has passed check_settings.
 is_yes() {
     case "$1" in
         1 | [yY]* | [tT]*) ;;

@@ -13,14 +13,15 @@ against speed), report.json (all numbers: every round, every p, arguments, versi
 Columns: layers/width and parameters of the model; pairs per second and speed-up over the teacher; each measure and its
 percentage of the teacher's. The teacher is --teacher NAME, by default the first system with a model.
 
-Averages are over the judged queries that are in all runs; with --complete over all judged queries, where a query that a
-run lacks counts as 0. A dagger marks a significant difference from the teacher, a double dagger from the --baseline:
-p < 0.05 in a two-sided paired t-test or randomization test (--test) over the queries, after Holm's correction over all
-systems compared with the same system by the same measure. See also msmarco_mrr_eval.py --compare.
+Averages are over the judged queries that are in all runs. With --complete, they are over all judged queries, and a
+query that a run lacks counts as 0. A dagger marks a significant difference from the teacher, a double dagger one from
+the --baseline: p < 0.05 after Holm's correction, in a two-sided paired t-test or randomization test (--test) over the
+queries. The correction covers all systems that are compared with the same system by the same measure. See also
+msmarco_mrr_eval.py --compare.
 
-With --features_file, all models score --speed_pairs evenly spaced pairs of the file in turn, --speed_rounds times; the
-table shows the median. Without it, speeds are those that reranker.py recorded with the scores (student.tsv.run.json for
-student.trec, scores.tsv.run.json for run.trec), possibly at different times and on different machines.
+With --features_file, the models take turns: each scores the same --speed_pairs pairs of the file, evenly spaced,
+--speed_rounds times. The table shows the median. Without it, speeds are those that reranker.py recorded with the scores
+(student.tsv.run.json for student.trec, scores.tsv.run.json for run.trec), possibly on different days and machines.
 """
 import argparse
 import datetime
@@ -59,9 +60,9 @@ class Report:
     systems: list[System]
     teacher: System
     measures: list[str]
-    queries: list[str]                  # that averages are over
+    queries: list[str]                  # the averaged queries
     comparisons: Comparisons
-    pairs: Examples | None              # on which speed was measured; None: speeds are recorded ones
+    pairs: Examples | None              # that speed was measured on; None: speeds were recorded by reranker.py
     machine: dict[str, str]
 
 
@@ -76,15 +77,16 @@ def parse_args() -> argparse.Namespace:
     add("--baseline", type=argument_text, metavar="NAME", help="second system to compare the others with, e.g. BM25")
     add("--output_dir", type=Path, required=True, help="output directory; an earlier report there is replaced")
     add("--measures", nargs="+", default=["nDCG@10", "RR@10", "AP"], metavar="M",
-        help="MRR, MRR@10, MRR@100 or measures of ir_measures; the first is drawn (default: nDCG@10 RR@10 AP)")
+        help="MRR, MRR@10, MRR@100 or measures of ir_measures; the first is plotted (default: nDCG@10 RR@10 AP)")
     add("--relevance_level", type=int, default=1, help="lowest grade that counts as relevant (default: 1)")
     add("--complete", action="store_true", help="average over all judged queries; missing ones count as 0")
     add("--test", choices=TESTS, default="t-test", help="test that decides the daggers (default: t-test)")
-    add("--permutations", type=int, default=PERMUTATIONS, help="of the randomization test (default: %(default)s)")
-    add("--seed", type=int, default=42, help="of the randomization test (default: 42)")
-    add("--features_file", type=Path, nargs="+", default=[], help="pairs to measure speed on (else recorded speeds)")
+    add("--permutations", type=int, default=PERMUTATIONS,
+        help="random sign assignments of the randomization test (default: %(default)s)")
+    add("--seed", type=int, default=42, help="random seed of the randomization test (default: 42)")
+    add("--features_file", type=Path, nargs="+", default=[], help="pairs to measure speed on (else: recorded speeds)")
     add("--speed_pairs", type=int, help="pairs to score (default: 256 on a CPU, 16384 on CUDA)")
-    add("--speed_rounds", type=int, default=5, help="times that each model scores them (default: 5)")
+    add("--speed_rounds", type=int, default=5, help="how often each model scores them (default: 5)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
     add("--fp16", action="store_true", help="measure speed in float16 (CUDA)")
     add("--bf16", action="store_true", help="measure speed in bfloat16")
@@ -232,7 +234,7 @@ def main() -> None:
         warn_if_emulated(dtype, device, "leave the flag out, or use --int8")
 
     queries = evaluate_systems(systems, qrels, runs, others, args.relevance_level, args.complete)
-    args.output_dir.mkdir(parents=True, exist_ok=True)          # an error must come before minutes of measuring
+    args.output_dir.mkdir(parents=True, exist_ok=True)          # fail here rather than after minutes of measuring
     comparisons, pairs, hardware = compare_systems(args, systems, measures), None, machine(device)
     if summary:
         pairs = sample_pairs(args.features_file, summary.examples, args.speed_pairs or SPEED_PAIRS[device.type])

@@ -5,9 +5,9 @@
 In: a fine-tuned or distilled model, student or teacher (directory or Hugging Face hub id), and feature files of pairs
 (tokenize_to_features.py --set_name test).
 Out: query_id <tab> passage_id <tab> score, one line per pair in input order. The score is the probability of relevance
-(softmax over the two classes, class 1), printed in full so that close scores remain distinct. With --score log_odds it
-is the difference of the two logits, which does not saturate at 0 and 1. A model with a single logit z counts as having
-the two logits (0, z): its probability is the sigmoid of z, its log-odds are z.
+(softmax over the two classes, class 1), printed in full precision so that close scores stay distinct. With --score
+log_odds, it is the difference of the two logits, which does not saturate at 0 and 1. A model with a single logit z is
+treated as having the two logits (0, z): its probability is the sigmoid of z, its log-odds are z.
 
 Pairs are read, scored and written in chunks, so memory does not grow with their number. Within a chunk, pairs of
 similar length share a batch, and only the [CLS] position of the last layer is computed; neither changes a score.
@@ -54,14 +54,14 @@ def parse_args() -> argparse.Namespace:
     add("--features_file", type=Path, nargs="+", required=True, help="feature file(s) of pairs")
     add("--output_scores_file", type=Path, required=True, help="score file to write")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
-    add("--no_cuda", action="store_true", help="use the CPU, whatever --device says")
-    add("--cache_file_dir", type=Path, help="accepted for command lines of the original; nothing is cached")
+    add("--no_cuda", action="store_true", help="use the CPU and ignore --device")
+    add("--cache_file_dir", type=Path, help="ignored; accepted because the original has this flag")
     add("--eval_batch_size", type=int, help="largest number of pairs in a batch (default: limited by --batch_tokens)")
     add("--batch_tokens", type=int, help="tokens in a batch with padding (default: 2048 on a CPU, 65536 on CUDA)")
     add("--max_seq_length", type=int, help="checked against the features (default: the features' own)")
     add("--score", choices=("probability", "log_odds"), default="probability", help="see above (default: probability)")
     add("--pooled_relu", action="store_true",
-        help="relu before the classifier, for checkpoints trained with it whose configuration does not say so")
+        help="apply a ReLU before the classifier, for a model that was trained with it but does not record it")
     add("--fp16", action="store_true", help="compute in float16 (CUDA); pooler and classifier in float32")
     add("--bf16", action="store_true", help="compute in bfloat16; pooler and classifier in float32")
     add("--int8", action="store_true", help="8-bit matrix products (CPU): faster, scores change slightly; see README")
@@ -78,7 +78,7 @@ def check_settings(args: argparse.Namespace, problems: Problems) -> dict[str, tu
 
 
 def check_inputs(args: argparse.Namespace, problems: Problems) -> tuple[Path, BertConfig, FeatureSummary]:
-    """Return the model directory, its configuration and the features. Raises UserError if anything is wrong."""
+    """Return the model directory, its configuration and the features. Raises UserError with all problems."""
     if process_number("RANK") == 0:                     # the only process that writes
         check_output_file(args.output_scores_file, problems, inputs=args.features_file)
     models, summary = check_settings(args, problems), summarise(args.features_file, problems)

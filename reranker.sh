@@ -9,7 +9,7 @@
 # Variables:
 #   MODEL_DIR         directory or hub id of the model (example: example_run/student-$DISTILL_MODEL)
 #   FEATURES_FILE     feature file of the pairs
-#   TEST_PAIRS        alternative, to be tokenized: query_id#passage_id <tab> query <tab> passage
+#   TEST_PAIRS        pairs to tokenize instead: query_id#passage_id <tab> query <tab> passage
 #   MAX_SEQ_LENGTH    tokens, for tokenizing (default 256; example: 128)
 #   OUTPUT_DIR        directory for scores.tsv and run.trec (default results)
 #   QRELS_FILE        judgements, to evaluate the run

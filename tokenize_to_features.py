@@ -9,9 +9,10 @@ In, one pair per line, UTF-8, plain or gzip, columns separated by one tab:
     train      index <tab> query <tab> passage <tab> label        label 1: relevant, 0: not
     dev, test  query_id#passage_id <tab> query <tab> passage (<tab> label)
 Out, a feature file (simplified_tinybert/data/features.py): [CLS] query [SEP] passage [SEP] of each pair in input order,
-at most max_seq_length tokens. Truncation removes one token at a time from the longer text, from the passage at a tie.
-The tokenizer is that of the model directory, as transformers loads it. All lines are checked before the first pair is
-tokenized: the first 20 errors are printed, and then nothing is written. FILE.run.json records flags and inputs.
+at most max_seq_length tokens. Truncation removes one token at a time from the longer text, or from the passage if both
+are equally long. The tokenizer is that of the model directory, as transformers loads it. All lines are checked before
+the first pair is tokenized. If there are errors, the first 20 are printed and nothing is written. FILE.run.json records
+flags and inputs.
 """
 import argparse
 import re
@@ -88,7 +89,7 @@ def check_line(text: str, set_name: str) -> list[str]:
 
 
 def valid_line_id(text: str, set_name: str) -> str | None:
-    """Return the id of a line without errors, else None. Faster than `check_line`, as the line is not split."""
+    """Return the id of a valid line, else None. This is faster than `check_line`, because the line is not split."""
     if start := (TRAIN_START if set_name == "train" else PAIR_START).match(text):
         tab = text.find("\t", start.end())                              # the end of the passage
         if tab == -1 and set_name != "train" or tab == len(text) - 2 and text[-1] in "01":

@@ -49,7 +49,7 @@ def set_memory(way: str, device: torch.device) -> None:
     if way.startswith("ours"):
         keep_freed_memory(device)
     elif device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc raises its limits to these by itself as large tensors are freed
+        # glibc itself raises its limits to these values when large tensors are freed
         for parameter, value in ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 2 ** 25), (M_TRIM_THRESHOLD, 2 ** 26)):
             libc.mallopt(parameter, value)
         libc.malloc_trim(0)
@@ -88,7 +88,7 @@ def why_not_packed(dtype: torch.dtype) -> str | None:
 
 
 def packing(device: torch.device) -> dict[str, str]:
-    """Say for which types oneDNN packs weights, and why not for the others. Goes into the machine's description."""
+    """Return a line of the machine's description: for which types oneDNN packs weights, and why not for the others."""
     if device.type != "cpu":
         return {}
     reasons = {"float32": why_not_packed(torch.float32), "bf16": why_not_packed(torch.bfloat16)}

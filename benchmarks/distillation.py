@@ -12,11 +12,11 @@ Out, in --output_dir: distillation.md (tables), distillation.json (all timings),
     ours, masked     distill.py --padding masked: pairs of similar length share a batch; padded to the longest
     ours, bf16; ours, masked, bf16      with --bf16 (always on CUDA; on a CPU with --bf16)
 
-Pairs are cut into batches of similar length. Each round uses two batches for `masked`, equally far above and below the
-median length, and one of them for the others, whose cost does not depend on length. Dropout is 0.1, as in the published
-students; losses are compared without it. Batches should be about as large as in real training (64): on a CPU, malloc
-requests score matrices above 32 MiB from the system each time, while it reuses smaller ones, which is cheaper.
---parts: steps (time) and memory (the most that one step adds, in a separate process for each length).
+Pairs of similar length share a batch. In each round, `masked` uses two batches, equally far above and below the median
+length. The other implementations use one of them, because their cost does not depend on length. Dropout is 0.1, as in
+the published students; losses are compared without it. Batches should be about as large as in real training (64): on a
+CPU, malloc requests score matrices above 32 MiB from the system each time, but reuses smaller ones, which is cheaper.
+--parts: steps (time) and memory (the peak that one step adds, in a separate process for each length).
 """
 import argparse
 import json
@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     add("--students", nargs="+", default=["3x384", "6x768"], help="LAYERSxHIDDEN (default: 3x384 6x768)")
     add("--batch_size", type=int, help="examples per step (CPU: 32 at hidden size 384, 16 above; CUDA: 64)")
     add("--memory_pairs", type=int, default=8, help="examples per step when memory is measured (default: 8)")
-    add("--rounds", type=int, default=3, help="rounds: one step each, with masked padding two (default: 3)")
+    add("--rounds", type=int, default=3, help="rounds of one step, or of two with masked padding (default: 3)")
     add("--pool", type=int, default=64, help="batches that are sorted by length together (default: 64, as distill.py)")
     add("--dropout", type=float, default=0.1, help="dropout of the student in training (default: 0.1)")
     add("--bf16", action="store_true", help="measure bfloat16 on a CPU too")
@@ -119,7 +119,7 @@ def measure_steps(args: argparse.Namespace, name: str, student: Path, teacher: P
     steps = make_steps(student, teacher, device, args.bf16 or device.type == "cuda")
     times: dict[str, list[float]] = {way: [] for way in steps}
     say(f"{name}: batches of {size}")
-    for step in steps.values():                                             # warm-up; makes the optimizer's state
+    for step in steps.values():                                             # warm-up; creates the optimizer's state
         step(small_batch)
     for indices in rounds:
         padded = [examples.batch(indices[0], PADDED_LENGTH).to(device)]

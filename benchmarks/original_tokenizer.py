@@ -84,7 +84,7 @@ def tokenize(text: str, vocabulary: dict[str, int]) -> list[str]:
 
 
 def features(query: str, passage: str, vocabulary: dict[str, int], max_seq_length: int) -> tuple[list[int], ...]:
-    """Return padded ids, mask and segments. The longer text is truncated, at a tie the passage."""
+    """Return padded ids, mask and segments. The longer text is truncated, or the passage if both are equally long."""
     query_tokens, passage_tokens = tokenize(query, vocabulary), tokenize(passage, vocabulary)
     while len(query_tokens) + len(passage_tokens) > max_seq_length - 3:
         (query_tokens if len(query_tokens) > len(passage_tokens) else passage_tokens).pop()

@@ -4,7 +4,7 @@
     python -m benchmarks.reranking --models 3x384 12x768 --raw_data_file pairs.tsv --device 0
 
 In: nothing, or your own pairs (query_id#passage_id <tab> query <tab> passage). Models have random weights.
-Out, in --output_dir: reranking.md (tables), reranking.json (all timings), reranking.png. Compared are
+Out, in --output_dir: reranking.md (tables), reranking.json (all timings), reranking.png. These are compared:
 
     original                 as the original scores features: eager attention, all positions of all layers, scores and
                              hidden states of all layers kept, batches of 100 padded to 256

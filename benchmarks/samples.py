@@ -33,7 +33,7 @@ class Texts:
         self.ends = np.repeat(np.cumsum(lengths), lengths)             # end of the document that each word is in
 
     def passages(self) -> Iterator[str]:
-        """Yield windows from every start in random order, then again windows that are one word shorter, and so on."""
+        """Yield windows from every start in random order, then windows that are one word shorter, and so on."""
         starts = self.random.permutation(len(self.words))
         for window in count(WINDOW, -1):
             for start in starts:

@@ -1,9 +1,9 @@
-"""Print the most memory that one distillation step adds, in bytes. distillation.py runs this in separate processes.
+"""Print the peak memory that one distillation step adds, in bytes. distillation.py runs this in separate processes.
 
     python -m benchmarks.step_memory WAY LENGTH PAIRS STUDENT_DIR TEACHER_DIR DEVICE
 
-A short first step allocates what does not depend on the length: optimizer moments and library buffers. On CUDA the
-figure comes from the allocator, on a CPU it is the peak of the process minus its memory before the step.
+A short first step allocates what does not depend on the length: optimizer moments and library buffers. On CUDA, the
+figure comes from the allocator. On a CPU, it is the peak of the process minus its memory before the step.
 """
 import resource
 import sys
@@ -25,7 +25,7 @@ def random_batch(pairs: int, length: int, device: torch.device) -> Batch:
 
 
 def reset_peak() -> int:
-    """Reset the peak and return the memory in use. Systems other than Linux cannot reset it: return the peak so far."""
+    """Reset the peak and return the memory in use. Only Linux can reset it; other systems return the peak so far."""
     if not Path("/proc/self/clear_refs").is_file():
         return peak()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

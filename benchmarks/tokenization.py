@@ -1,4 +1,4 @@
-"""Speed, memory and output size of tokenize_to_features.py, compared with the original's pure Python. Same tokens.
+"""Speed, memory and output size of tokenize_to_features.py, compared with the original's tokenizer in pure Python.
 
     python -m benchmarks.tokenization
     python -m benchmarks.tokenization --pairs 1000000 --rounds 1
@@ -6,7 +6,7 @@
 
 In: nothing, or your own pairs.
 Out, in --output_dir: tokenization.md (tables), tokenization.json (all timings), tokenization.png. Both commands are
-timed from start to end, in turn:
+timed from start to end, in turn, and their tokens are compared:
 
     original    benchmarks/original_tokenizer.py on the first --sample pairs
     ours        tokenize_to_features.py on all --pairs
@@ -31,7 +31,7 @@ from simplified_tinybert.data.features import read_chunks
 from simplified_tinybert.ranking.speed import machine
 from simplified_tinybert.ranking.tables import markdown
 
-FEW_PAIRS = 10          # take hardly longer than the start-up
+FEW_PAIRS = 10          # take little longer than the start-up
 WAYS = ("original", "ours")
 
 # Runs a command from a small process, because the peak memory of a process starts from that of its parent

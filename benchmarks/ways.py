@@ -78,7 +78,7 @@ def sentence_transformers(directory: Path, sample: Sample, device: torch.device,
                           batch_sizes: list[int]) -> dict[str, Callable[[], np.ndarray]]:
     """Return CrossEncoder.predict in float32 and bfloat16, or nothing if sentence-transformers is not installed.
 
-    Both use the batch size that is fastest in float32 on this sample, but none larger than the sample.
+    Both use the batch size that is fastest in float32 on this sample. Sizes above that of the sample are not tried.
     """
     try:
         from sentence_transformers import CrossEncoder

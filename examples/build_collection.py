@@ -75,9 +75,9 @@ def sample_examples(collection: Collection, query: Query, ranking: Ranking,
                     args: argparse.Namespace) -> list[tuple[int, int]]:
     """Return (passage, label) pairs for a training query.
 
-    Positive are the passage about the function, and the module's best passage by BM25, as in re-ranking. A pseudo query
-    is part of its own passage, so only another passage of the module is positive. Negative are the best passages of
-    other candidates, as in re-ranking, and --random_negatives random passages.
+    The positives are the passage about the function, and the module's best passage by BM25, as in re-ranking. A pseudo
+    query is part of its own passage, so its only positive is another passage of the module. The negatives are the best
+    passages of other candidates, as in re-ranking, and --random_negatives random passages.
     """
     generator = random.Random(digest(query.text))
     others = [passage for passage in ranking.passages(query.document) if passage not in query.own]

@@ -1,9 +1,9 @@
-"""Make training examples without judgements: a few words cut out of a passage are its query. For a teacher's warm-up.
+"""Make training examples without judgements, for a teacher's warm-up: a query is a few words cut out of a passage.
 
     python -m experiments.cropped_queries --docs docs.tsv --output train.tsv --texts texts.txt
 
-A BERT that was not trained on pairs of texts needs thousands of judged pairs with hard negatives before it learns to
-rank, if it does at all. It learns from two thousand pairs which passage contains a query's words, and can then be
+A BERT that was not trained on pairs of texts may not learn to rank even from thousands of judged pairs with hard
+negatives. From two thousand cropped queries, it learns which passage contains a query's words. It can then be
 fine-tuned on judged queries (figures: docs/replication.md).
 
 In: documents as prepare_examples.py takes them (document_id <tab> url <tab> title <tab> body, or document_id <tab>
@@ -30,7 +30,7 @@ def parse_args() -> argparse.Namespace:
     add("--output", type=Path, required=True, help="output file for the examples")
     add("--texts", type=Path, required=True, help="output file for the texts, one document per line")
     add("--examples", type=int, default=10000, help="lines to write (default: 10000)")
-    add("--max_documents", type=int, default=100000, help="documents to use at most (default: 100000)")
+    add("--max_documents", type=int, default=100000, help="maximum number of documents to use (default: 100000)")
     add("--seed", type=int, default=42, help="random seed (default: 42)")
     return parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""From the runs of a study to its results.json: averages, comparisons, speeds. Not a command.
+"""Compute the content of a study's results.json from its runs: averages, comparisons, speeds. Not a command.
 
 Each query's values are averaged over the seeds before systems are compared. Holm's correction is applied to three
 families for each measure: the teacher and all students against BM25, all students against the teacher, and the

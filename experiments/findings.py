@@ -24,7 +24,7 @@ from simplified_tinybert.common.files import Problems, UserError, atomic_writer,
 from simplified_tinybert.ranking.significance import LEVEL
 from simplified_tinybert.ranking.tables import markdown, number
 
-NONE, TEST, UNDECIDED = "–", "t-test", "cannot be told apart"
+NONE, TEST, UNDECIDED = "–", "t-test", "not significant"
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,7 +69,7 @@ def differences_table(results: dict) -> str:
         for name, comparison in by_measure[measure].items():
             first, second = (name, reference) if reference in ("BM25", "teacher") else (reference, name)
             low, high = comparison["interval"]
-            rows.append([title(results, first), f"less {title(results, second)}",
+            rows.append([title(results, first), f"minus {title(results, second)}",
                          f"{comparison['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}",
                          f"{comparison['wins']}/{comparison['ties']}/{comparison['losses']}",
                          p_value(comparison["holm"][TEST]), verdict(comparison)])
@@ -98,7 +98,7 @@ def tuning_table(results: dict) -> str:
 
 
 def gradients_table(results: dict) -> str:
-    """Gradient norm of each loss term, first and last logged value: which term a student follows."""
+    """Gradient norm of each loss term, first and last logged value. It shows which term dominates the training."""
     rows = []
     for curve in results["curves"]:
         cells = []
@@ -110,34 +110,35 @@ def gradients_table(results: dict) -> str:
 
 
 def report_text(results: dict) -> str:
-    """The tables, and what a reader must know to judge them."""
+    """The tables, with the explanations that a reader needs."""
     dev, settings = results["dev"], results["settings"]
-    parts = [f"On the {dev['queries']} dev queries, candidates: BM25's first {settings['dev_depth']}:",
+    parts = [f"On the {dev['queries']} dev queries, re-ranking BM25's first {settings['dev_depth']} candidates:",
              markdown(["", "nDCG@10"], [[name, f"{value:.4f}"] for name, value in dev["nDCG@10"].items()])]
     if results["tuned"]:
-        parts += ["Each method there, by learning rate (first seed, chosen in bold):", tuning_table(results),
-                  "Norm of the gradient of each loss term by itself, without its weight, as first and as last logged "
+        parts += ["Each method on the dev queries, by learning rate (first seed, chosen rate in bold):",
+                  tuning_table(results), "Gradient norm of each unweighted loss term, first and last logged value "
                   "(first seed, chosen learning rate):", gradients_table(results)]
     if "systems" not in results:
         return "\n\n".join(parts) + "\n"
     measure = settings["measures"][0]
     teacher_minus_bm25 = results["comparisons"]["BM25"][measure]["teacher"]
     if teacher_minus_bm25["difference"] <= 0:
-        judgement = "**The teacher is worse than BM25: whatever its students retain of it, this is no success.**"
+        judgement = "**The teacher is worse than BM25, so a student that equals the teacher is no success.**"
     elif verdict(teacher_minus_bm25) == UNDECIDED:
-        judgement = "The teacher is not significantly better than BM25 here, which bounds what its students can show."
+        judgement = "The teacher is not significantly better than BM25 here, which limits what its students can show."
     else:
         judgement = "The teacher is significantly better than BM25."
     return "\n\n".join([
-        f"{results['queries']} test queries, {len(settings['seeds'])} seeds, candidates: BM25's first "
-        f"{settings['test_depth']}. {judgement}",
+        f"{results['queries']} test queries, {len(settings['seeds'])} seeds, re-ranking BM25's first "
+        f"{settings['test_depth']} candidates. {judgement}",
         effectiveness_table(results),
-        f"± standard deviation over the seeds. † differs from the teacher, ‡ from BM25: paired t-test over the queries "
-        f"of the means over the seeds, p < {LEVEL} after Holm's correction over all rows by measure. Pairs per second, "
-        f"and the speed-up round by round: {results['speed_note']}",
+        f"± is the standard deviation over the seeds. † marks a significant difference from the teacher, ‡ from BM25: "
+        f"paired t-test over the queries, on each query's mean over the seeds, p < {LEVEL} after Holm's correction for "
+        f"all rows of a measure. The speed-up is computed in each round. Pairs per second: {results['speed_note']}",
         differences_table(results),
-        "Intervals are over the queries, for these seeds, and each by itself; p and verdict after Holm's correction "
-        "over the comparisons with the same system: an interval may leave out 0 where the two cannot be told apart.",
+        "Intervals are over the queries, for these seeds, without correction. p and verdict are after Holm's "
+        "correction for all comparisons with the same system. So an interval may exclude 0 although the difference is "
+        "not significant.",
         *parts]) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""A small record of each finished model, so that a study's results outlive the weights. Not a command.
+"""A small record of each finished model. It keeps a study's results even if the weights are deleted. Not a command.
 
 records/NAME.json holds learning rate, seed, steps, seconds, the rows of dev.jsonl and train_loss.jsonl, SHA-256 of the
 weights and of the models they come from, processor, versions and command. Once the test queries are re-ranked, it also
@@ -53,7 +53,7 @@ class Records:
         return record
 
     def keep(self, name: str, directory: Path, words: list[str], made_of: dict[str, Path]) -> bool:
-        """Record a finished training run. Return False if these weights are recorded already; warn if others are.
+        """Record a finished training run. Return False if its weights are recorded already; warn if they differ.
 
         `made_of`: "teacher" or "general student" → model directory.
         """
@@ -63,7 +63,7 @@ class Records:
             return False
         if before:
             warn(f"{directory}: weights differ from those in {self.path(name)}, which were made on "
-                 f"{before['machine']}; each student's record says which of them was its teacher")
+                 f"{before['machine']}; each student's record says which weights its teacher had")
             kept, other = (before, now) if "test" in before else (now, before)
             brief = {key: other[key] for key in ("sha256", "machine", "versions", "dev")}
             now = kept | {"also_made": [*before.get("also_made", []), brief]}

@@ -9,7 +9,7 @@ TERMS = {"att": ("attention", "#d9822b"), "rep": ("hidden", "#1f6fb4"), "soft": 
 
 
 def title(results: dict, name: str) -> str:
-    """Return how tables and pictures call a method, or a system such as "3/384 standard"."""
+    """Return the name of a method, or of a system such as "3/384 standard", in tables and pictures."""
     titles, (shape, _, method) = results["settings"].get("titles", {}), name.partition(" ")
     return titles.get(name) or (f"{shape} {titles[method]}" if method in titles else name)
 

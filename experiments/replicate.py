@@ -8,20 +8,20 @@ bm25 of train, dev and test), and a pre-trained BERT (directory or hub id).
 
 1. Make passages and features. Train the teacher on queries cut out of the texts (warm_up, cropped_queries.py), then on
    the training queries. The dev queries choose its learning rate and checkpoint. If the teacher has several seeds, the
-   students' teacher is the first one; the others only show how much a teacher varies.
+   first one teaches the students. The others only show how much teachers vary.
 2. Distill a general student of each shape from the BERT that the teacher was made from, on the collection's texts and
    on the pairs of the warm-up. So teacher and students start from the same knowledge.
 3. From the general student, train a student by each method and learning rate with the first seed, on the full budget or
-   a part of it (tuning). The dev queries choose the learning rate and checkpoint. If the best rate is at the edge of
-   the range, the range is extended. Then train with all seeds at the chosen learning rate.
-4. Evaluate BM25, teacher and all students on the test queries. Nothing is chosen by them. --until dev leaves this out.
+   a part of it (tuning). The dev queries choose the learning rate and checkpoint. If the best rate is the lowest or the
+   highest one, the range is extended. Then train with all seeds at the chosen learning rate.
+4. Evaluate BM25, teacher and all students on the test queries, which choose nothing. --until dev leaves this out.
 
 Stages 3 and 4 are run for each of the `steps` in the settings in turn; --steps N stops after N of them.
 
 Out, in --output_dir: results.json with all finished results, tables and pictures (experiments/findings.py), logs/,
 features, models, runs; and a record of each model, in records/ or --records. After any interruption, the same command
 continues where it stopped. On another machine the records are enough: a recorded model is trained again only if a
-missing student or the test queries need its weights. To train a model anew, remove its output and its record. --jobs
+missing student or the test queries need its weights. To train a model again, remove its output and its record. --jobs
 commands run in parallel and share the CPU threads.
 """
 import argparse
@@ -74,7 +74,7 @@ def find_files(collection: Path, problems: Problems) -> dict[str, Path]:
 
 
 def check_judgements(files: dict[str, Path], problems: Problems) -> None:
-    """Check that the qrels can be read and that dev and test have judged candidates, before hours are spent."""
+    """Check before hours of training that the qrels can be read and that dev and test have judged candidates."""
     for split in ("train", "dev", "test"):
         path, candidates = files[f"qrels.{split}"], files[f"bm25.{split}"]
         qrels = read_qrels(path, problems) if path.is_file() else {}
@@ -103,7 +103,7 @@ def check_models(models: dict[str, tuple[Path, BertConfig]], problems: Problems)
 
 
 def run(study: Study, steps: int | None) -> None:
-    """Run the steps one after the other and write results after each, as far as --until and --steps allow."""
+    """Run the steps one after the other, up to --until and --steps, and write results after each."""
     if study.args.until == "models":
         study.make_models(list(study.shapes))
         write_results(study, {})

@@ -1,4 +1,4 @@
-"""Run commands in parallel, each only once; they end with the study that started them. Not a command itself."""
+"""Run commands in parallel, each only once. They end when the study that started them ends. Not a command itself."""
 import ctypes
 import json
 import os
@@ -58,7 +58,7 @@ def check_same(path: Path, before: list[str], now: list[str]) -> None:
 
 
 def comparable(words: list[str], named_paths: dict[str, Path] | None = None) -> list[str]:
-    """Return a command without what does not affect its output: interpreter, repository and device.
+    """Return a command without the parts that do not affect its output: interpreter, repository and device.
 
     Directories in `named_paths` are replaced by their names.
     """

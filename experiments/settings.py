@@ -34,10 +34,10 @@ class Shape:
 
 @dataclass
 class Training:
-    """How a model is trained: on `pairs` examples, but for at most `most_epochs` epochs.
+    """How a model is trained: on `pairs` examples, for at most `most_epochs` epochs.
 
     `learning_rates`: one for the warm-up, those to try for the teacher; students have their own.
-    `seeds`: of the teacher. The students' teacher has the first; the others show how much a teacher varies.
+    `seeds`: of the teacher. The first one teaches the students; the others show how much teachers vary.
     """
     pairs: int
     most_epochs: float
@@ -60,7 +60,7 @@ class Tuning:
     """How a method's learning rate is chosen, with the first seed.
 
     `epochs`: length of a trial; 0: the full budget, so that the trial is also the first seed's run.
-    `extensions`: up to how many more learning rates to try beyond an edge where the best rate is.
+    `extensions`: maximum number of further rates to try below the lowest or above the highest, if that is the best.
     """
     epochs: float = 0.0
     extensions: int = 2
@@ -188,7 +188,7 @@ def read_settings(path: Path, problems: Problems) -> Settings | None:
 
 
 def read_toml(path: Path) -> dict:
-    """Return the file's settings. The key `like` names another file for all settings that this file does not have."""
+    """Return the file's settings. The key `like` names a file that supplies all settings that this file lacks."""
     own = tomllib.loads(read_text(path))
     merged = read_toml(path.parent / own.pop("like")) if "like" in own else {}
     for name, value in own.items():
@@ -197,7 +197,7 @@ def read_toml(path: Path) -> dict:
 
 
 def keep_inputs(path: Path, inputs: dict[str, object]) -> None:
-    """Write down a study's inputs. Raises UserError if it was started with other inputs."""
+    """Save a study's inputs. Raises UserError if it was started with other inputs."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else inputs
     changed = [f"{name} was {old!r}, is {inputs.get(name)!r}" for name, old in before.items()
                if old != inputs.get(name)]
@@ -214,5 +214,5 @@ def slug(name: str) -> str:
 
 
 def divisor_at_least(number: int, minimum: float) -> int:
-    """Return the smallest divisor of `number` that is at least `minimum`: so many layers can be mapped evenly."""
+    """Return the smallest divisor of `number` that is at least `minimum`. That many layers can be mapped evenly."""
     return next(divisor for divisor in range(max(1, ceil(minimum)), number + 1) if number % divisor == 0)

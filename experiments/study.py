@@ -1,4 +1,4 @@
-"""The steps of a study: what is finished, what is missing, and in which order to make it. Not a command.
+"""The steps of a study: find what is missing, and make it in the right order. Not a command.
 
 A model is trained only if it has no record, or if its weights are missing and needed by a student or the test queries.
 """
@@ -170,8 +170,8 @@ class Study:
     def distill(self, title: str, students: list[tuple[Pair, float, int]], tuning: bool = False) -> None:
         """Train the unfinished students (pair, learning rate, seed), and before them the models they need.
 
-        Each student re-ranks the test queries at once, so that an interrupted study leaves complete records. Nothing is
-        chosen by the test queries.
+        Each student re-ranks the test queries right after its training, so that an interrupted study leaves complete
+        records. The test queries choose nothing.
         """
         missing = {student: self.missing([self.student(*student, tuning)], not tuning) for student in students}
         if sizes := list(dict.fromkeys(pair[0] for (pair, _, _), commands in missing.items() if commands)):
@@ -191,7 +191,7 @@ class Study:
             rates = {pair: sorted(filter(None, [*rates[pair], more[pair]])) for pair in pairs}
 
     def dev_result(self, pair: Pair, rate: float) -> float:
-        """Return what a learning rate reached on dev in its trial."""
+        """Return the result of a learning rate's trial on the dev queries."""
         return self.records.dev(self.student(pair, rate, self.settings.seeds[0], tuning=True).name)
 
     def needs_test(self, name: str) -> bool:
@@ -200,7 +200,7 @@ class Study:
         return self.args.until == "test" and not set(self.settings.measures) <= set(record.get("test", {}))
 
     def testing(self, name: str, model: Path, needs: list[Path]) -> list[Command]:
-        """The commands that re-rank the test queries and record the result; none if that is done or not asked for."""
+        """The commands that re-rank the test queries and record the result; none if done or excluded by --until."""
         if not self.needs_test(name):
             return []
         rerank, convert = self.commands.rerank(name, model), self.commands.convert(name)

@@ -301,7 +301,7 @@ def unread(tmp_path):
     ("vocab.txt", None, "vocab.txt: .*--vocab"),
     ("vocab.txt", "a\nb\n", "lacks .UNK., .CLS., .SEP."),
     ("vocab.txt", "\n".join([*tiny_vocabulary(), "more"]),
-     "vocab.txt: has 201 tokens, the embedding matrix 200 rows .*bert_config.json"),
+     "vocab.txt: has 201 tokens, but the embedding matrix has 200 rows .*bert_config.json"),
     ("model.ckpt-1.index", None, "tf: holds no checkpoint"),
     ("model.ckpt-1.data-00001-of-00002", None, "found 1 data files .*, expected 2"),
     (".", None, "tf: no such checkpoint; .*tf.index"),

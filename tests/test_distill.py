@@ -196,7 +196,7 @@ def test_all_problems_are_reported_at_once(golden_models, tmp_path):
     ([(i, t, q, -1) for i, t, q, _ in random_rows(8)], {}, [], "8 of 8 examples have no label"),
     (random_rows(8), {}, ["--max_seq_length", 16], "made with 32"),
     (random_rows(8), {}, ["--max_seq_length", 65], "64 positions"),
-    (random_rows(8), {"vocab_size": 100}, [], "has 200 tokens, the embedding matrix 100 rows"),
+    (random_rows(8), {"vocab_size": 100}, [], "has 200 tokens, but the embedding matrix has 100 rows"),
     (random_rows(8), {"type_vocab_size": 1}, [], "config.json: .*type_vocab_size is 1; expected .* 2 or more"),
     (random_rows(8), {"layer_norm_eps": "1e-12"}, [], "config.json: .*layer_norm_eps.*expected float, got str"),
     (random_rows(8), {"num_hidden_layers": 3}, [], "cannot be mapped evenly"),
@@ -270,7 +270,7 @@ def test_features_of_another_vocabulary_are_refused(golden_models, tmp_path, run
     features = write_features(tmp_path / "train.pkl", random_rows(8))
     other = shutil.copytree(golden_models["teacher"], tmp_path / "other")
     (other / "vocab.txt").write_text((other / "vocab.txt").read_text().replace("w7\n", "w7x\n"))
-    with pytest.raises(UserError, match="another vocabulary than the teacher's"):
+    with pytest.raises(UserError, match="a different vocabulary than the teacher's"):
         run_here(distill, *arguments(features, golden_models | {"teacher": other}, tmp_path / "out"))
 
 

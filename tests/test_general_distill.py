@@ -230,7 +230,7 @@ def test_all_problems_at_once(golden_models, corpus, tmp_path):
         "--learning_rate", -1, "--seed", -1))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for message in ("none.txt", "4 layers cannot be mapped evenly", "4 attention heads, the student 3",
-                    "vocab_size is 100, the teacher's 200", "--max_seq_length 65: the student has 64",
+                    "vocab_size is 100, but the teacher's is 200", "--max_seq_length 65: the student has 64",
                     "--learning_rate -1.0: ", "--seed -1: ", "--init_from_teacher: ",
                     "vocab_size is 100, not 200; hidden_size is 24, not 48"):
         assert message in done.stderr, message

@@ -180,7 +180,7 @@ def test_the_whole_study(study, tmp_path, run_here):
     check_figures(results, tmp_path)
 
     tables = (out / "results.md").read_text()
-    assert re.search(r"\| TinyBERT +\| +1/24 \|.* ± 0\.\d{4} \|", tables) and "less teacher" in tables
+    assert re.search(r"\| TinyBERT +\| +1/24 \|.* ± 0\.\d{4} \|", tables) and "minus teacher" in tables
     run_here(findings, out / "results.json", "--output_dir", tmp_path / "again")
     assert (tmp_path / "again" / "results.md").read_text() == tables
     assert {path.name for path in (tmp_path / "again").iterdir()} == {"results.md", "results.png", "results-losses.png"}

@@ -179,7 +179,7 @@ def test_the_first_system_with_a_model_is_the_teacher(ranked, made):
 
 def test_a_model_that_has_changed_since_its_run_is_noticed(ranked, made, golden_models):
     _, _, stderr = made("--teacher", "a", systems=("--system", "a", "t.trec", golden_models["student_2x24"]))
-    assert "warning: t.trec: was scored with other weights" in stderr
+    assert "warning: t.trec: was scored with weights that differ" in stderr
 
 
 def test_parameters_without_weights(made, golden_models, directory):

@@ -130,7 +130,7 @@ def test_two_stages_and_validation_resume_to_the_same_student(golden_models, tra
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("weights, complaint", [
-    (["hard=no"], "expected term=weight"), (["attention=0", "hidden=0", "soft=0", "hard=0"], "nothing is left")])
+    (["hard=no"], "expected term=weight"), (["attention=0", "hidden=0", "soft=0", "hard=0"], "set at least one")])
 def test_refused_weights(golden_models, train_features, tmp_path, run_here, method, weights, complaint):
     with pytest.raises(UserError, match=complaint):
         run_here(distill, *arguments(train_features, golden_models, tmp_path / "out", "--distill_model", method,
@@ -200,7 +200,7 @@ def test_refused_dev_sets(golden_models, train_features, tmp_path, run_here):
             (["--dev_features_file", no_ids, "--dev_qrels_file", qrels], "1 of 1 ids .* not query_id#passage_id"),
             (["--dev_features_file", dev, "--dev_qrels_file", tmp_path / "other.txt"], "other.txt: judges none"),
             (["--dev_features_file", dev, "--dev_qrels_file", tmp_path / "no"], f"{tmp_path / 'no'}: cannot read"),
-            (["--dev_features_file", long, "--dev_qrels_file", qrels], "600, the student has 64 positions"),
+            (["--dev_features_file", long, "--dev_qrels_file", qrels], "600, but the student has 64 positions"),
             (["--dev_features_file", dev, "--dev_qrels_file", qrels, "--loss_weights", "soft=0", "hard=0"],
              "--dev_features_file: .*soft=0 hard=0"),
             (["--eval_step", 0], "--eval_step 0: expected 1 or more")):
@@ -217,6 +217,6 @@ def test_dev_features_of_another_vocabulary(golden_models, train_features, tmp_p
     done = run_script("tokenize_to_features.py", "--set_name", "dev", "--raw_data_file", tmp_path / "pairs.tsv",
                       "--output_features_file", tmp_path / "dev.pkl", "--bert_model_dir", other)
     assert done.returncode == 0, done.stderr
-    with pytest.raises(UserError, match="--dev_features_file: .* another vocabulary"):
+    with pytest.raises(UserError, match="--dev_features_file: .* a different vocabulary"):
         run_here(distill, *arguments(train_features, golden_models, tmp_path / "out", "--dev_features_file",
                                      tmp_path / "dev.pkl", "--dev_qrels_file", qrels))

@@ -563,7 +563,7 @@ def test_a_student_with_another_tokenizer_is_refused(made, model, tmp_path, run_
     run_here(tokenize_to_features, "--set_name", "train", "--raw_data_file", tmp_path / "train.tsv",
              "--output_features_file", tmp_path / "train", "--bert_model_dir", tmp_path / "saved with covid-19")
     for name in ("saved, uncased", "saved with flags"):
-        with pytest.raises(UserError, match=f"{tmp_path / name}: the features were made with another vocabulary"):
+        with pytest.raises(UserError, match=f"{tmp_path / name}: the features were made with a different vocabulary"):
             run_here(distill, "--distill_model", "finetune", "--features_file", tmp_path / "train", "--device", "cpu",
                      "--general_student_model", tmp_path / name, "--output_student_dir", tmp_path / "student")
 

@@ -111,7 +111,7 @@ def initialise_matching(model: BertForPreTraining, match: float = 8.0, prefer: f
 
     Segment embeddings are opposite vectors +s and -s; position embeddings are small. In the middle layer, query and key
     matrices are equal except for the sign along s. So a token attends to equal tokens (`match` is added to their
-    scores), and prefers the other segment (`prefer`). A query token that also occurs in the passage thus takes over the
+    scores), and prefers the other segment (`prefer`). If a query token also occurs in the passage, it takes over the
     passage's segment vector. In later layers, half of the heads attend to the first segment (`read`) and can see this.
     """
     config, embeddings = model.config, model.bert.embeddings
@@ -215,9 +215,9 @@ def parse_args() -> argparse.Namespace:
     add("--output_dir", type=Path, required=True, help="directory for the model; created if missing")
     add("--layers_of", type=Path, help="start from every k-th layer of this model, with its vocabulary")
     add("--vocab_size", type=int, default=6000, help="size of the vocabulary to learn")
-    add("--num_hidden_layers", type=int, default=4, help="layers")
+    add("--num_hidden_layers", type=int, default=4, help="number of layers")
     add("--hidden_size", type=int, default=128, help="hidden size; the feed-forward blocks are four times as large")
-    add("--num_attention_heads", type=int, default=4, help="attention heads per layer")
+    add("--num_attention_heads", type=int, default=4, help="number of attention heads per layer")
     add("--max_seq_length", type=int, default=128, help="tokens of a pair, including special tokens")
     add("--train_batch_size", type=int, default=64, help="pairs per step")
     add("--num_train_epochs", type=int, default=3, help="epochs; each makes a new pair from every line")

@@ -1,4 +1,4 @@
-"""Checks that the inputs of a run fit together, before weights are loaded. Each problem gets a way to fix it."""
+"""Checks that the inputs of a run fit together, before weights are loaded. Each message says how to fix the problem."""
 import copy
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def find_models(names: dict[str, str | None], problems: Problems) -> Models:
 
 
 def check_length(max_seq_length: int | None, summary: FeatureSummary, problems: Problems) -> int:
-    """Return the length to pad to: --max_seq_length, which must not be shorter than the features', or theirs."""
+    """Return the length to pad to. It is that of the features, unless --max_seq_length gives a longer one."""
     made_with = summary.header["max_seq_length"]
     if max_seq_length is None:
         return made_with
@@ -53,7 +53,7 @@ def check_model_fits(role: str, directory: Path, config: BertConfig, summary: Fe
                      f"{max_seq_length}; {way_out}")
     if not has_vocabulary(directory):
         if header["vocabulary_size"] > config.vocab_size:
-            problems.add(f"{directory}: the {role} has {config.vocab_size} embeddings, the features were made with "
+            problems.add(f"{directory}: the {role} has {config.vocab_size} embeddings, but the features were made with "
                          f"{header['vocabulary_size']} tokens; tokenize with the {role}'s own vocabulary")
         warn(f"{directory}: the {role} has no vocabulary file; cannot check that the features were made with its "
              f"vocabulary")
@@ -61,8 +61,8 @@ def check_model_fits(role: str, directory: Path, config: BertConfig, summary: Fe
     with problems.collect():
         vocabulary = load_vocabulary(directory)
         if vocabulary.with_casing(header["lower_case"]).checksum() != header["vocabulary"]:
-            problems.add(f"{directory}: the features were made with another vocabulary than the {role}'s; tokenize "
-                         f"with --bert_model_dir {directory}")
+            problems.add(f"{directory}: the features were made with a different vocabulary than the {role}'s; "
+                         f"tokenize with --bert_model_dir {directory}")
         if vocabulary.lower_case != header["lower_case"]:
             casing = {True: "lower-cased", False: "cased"}
             warn(f"{directory}: the {role} expects {casing[vocabulary.lower_case]} text, the features are "
@@ -72,11 +72,11 @@ def check_model_fits(role: str, directory: Path, config: BertConfig, summary: Fe
 def check_dev_set(dev: FeatureSummary, train: FeatureSummary | None, student: BertConfig, problems: Problems) -> None:
     """Check that the student can read the dev features."""
     if train and any(dev.header[field] != train.header[field] for field in ("vocabulary", "lower_case")):
-        problems.add("--dev_features_file: was made with another vocabulary or casing than --features_file; tokenize "
-                     "both with the same settings")
+        problems.add("--dev_features_file: was made with a different vocabulary or casing than --features_file; "
+                     "tokenize both with the same settings")
     if dev.header["max_seq_length"] > student.max_position_embeddings:
-        problems.add(f"--dev_features_file: was made with --max_seq_length {dev.header['max_seq_length']}, the student "
-                     f"has {student.max_position_embeddings} positions; tokenize again with a shorter length")
+        problems.add(f"--dev_features_file: was made with --max_seq_length {dev.header['max_seq_length']}, but the "
+                     f"student has {student.max_position_embeddings} positions; tokenize again with a shorter length")
 
 
 def check_pair(teacher: BertConfig, student: BertConfig, problems: Problems,
@@ -89,20 +89,20 @@ def check_pair(teacher: BertConfig, student: BertConfig, problems: Problems,
                          f"numbers from 1 to {teacher.num_hidden_layers}, a teacher layer for each student layer")
     elif teacher.num_hidden_layers % student.num_hidden_layers:
         problems.add(f"a teacher of {teacher.num_hidden_layers} layers cannot be mapped evenly to a student of "
-                     f"{student.num_hidden_layers}; choose a student whose depth divides the teacher's, or give "
-                     f"distill.py a --layer_map")
+                     f"{student.num_hidden_layers}; choose a student whose number of layers divides the teacher's, or "
+                     f"give distill.py a --layer_map")
     if teacher.num_attention_heads != student.num_attention_heads:
         problems.add(f"the teacher has {teacher.num_attention_heads} attention heads, the student "
-                     f"{student.num_attention_heads}; the attention loss compares them head by head, choose a student "
-                     f"with the same number")
+                     f"{student.num_attention_heads}; choose a student with the same number, because the attention "
+                     f"loss compares them head by head")
 
 
 def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: list[str], measures: list[str],
                 fine_tuned: bool) -> None:
     """Check that the steps of collection.sh fit together, before the first one starts. Raises UserError.
 
-    new_layers: if not 0, the general student will be made with that many layers of the named model. fine_tuned: the
-    teacher exists already; otherwise it will be made from the named model.
+    new_layers: number of layers of a general student to be made from the named model; 0 if it exists already.
+    fine_tuned: the teacher exists already; otherwise it will be made from the named model.
     """
     problems = Problems()
     for method in methods:
@@ -113,8 +113,8 @@ def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: 
     problems.raise_if_any()
     (teacher_dir, teacher), (student_dir, student) = models["teacher"], models["student"]
     if load_vocabulary(teacher_dir).checksum() != load_vocabulary(student_dir).checksum():
-        problems.add(f"{student_name}: has another vocabulary than {teacher_name}; teacher and students read the same "
-                     f"features, choose models with the same vocabulary")
+        problems.add(f"{student_name}: its vocabulary differs from that of {teacher_name}; choose models with the same "
+                     f"vocabulary, because teacher and students read the same features")
     if new_layers:
         student = copy.copy(student)
         student.num_hidden_layers = new_layers

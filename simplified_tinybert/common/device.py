@@ -28,8 +28,8 @@ def select_device(name: str, no_cuda: bool = False) -> torch.device:
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:1, or the index of one CUDA device")
     if process_count() > 1:
         if name not in ("auto", "cuda"):
-            raise UserError(f"--device {name}: one device for {process_count()} processes; leave the flag out, and "
-                            f"each process takes its own device (CUDA_VISIBLE_DEVICES restricts the choice)")
+            raise UserError(f"--device {name}: {process_count()} processes cannot share one device; leave the flag "
+                            f"out, and each process takes its own device (CUDA_VISIBLE_DEVICES restricts the choice)")
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         if processes > available:                       # an error in every process of the machine
             raise UserError(f"--device {name}: {available} CUDA devices are available for {processes} processes; start "
@@ -43,9 +43,9 @@ def select_device(name: str, no_cuda: bool = False) -> torch.device:
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Make the C library keep the memory of freed tensors: the system would hand it out again page by page.
+    """Make the C library keep the memory of freed tensors. Otherwise the system must provide it again page by page.
 
-    Saves 5 to 40 % of the time of large batches on the CPU. Only glibc has this setting; elsewhere nothing happens.
+    It saves 5 to 40 % of the time of large batches on the CPU. Only glibc has this setting; elsewhere nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if device.type == "cpu" and mallopt:

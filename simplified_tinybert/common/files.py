@@ -133,7 +133,7 @@ def shorten(text: str, width: int = 60) -> str:
 
 
 def reason(error: BaseException, width: int = 300) -> str:
-    """Return the first line of a library's error message, with the next if it ends in a colon."""
+    """Return the first line of a library's error message. If it ends in a colon, the next line is added."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     end = next((number for number, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
     return " ".join(lines[:end])[:width] or type(error).__name__
@@ -180,7 +180,7 @@ def check_output_file(path: Path, problems: Problems, inputs: Collection[Path] =
 
 
 def check_output_files(paths: Collection[Path], problems: Problems, inputs: Collection[Path] = ()) -> None:
-    """Check output files of one directory, up to the first error: most errors concern the directory."""
+    """Check output files of one directory, only up to the first error, because most errors concern the directory."""
     before = problems.count
     for path in paths:
         if problems.count == before:
@@ -211,9 +211,9 @@ def atomic_writer(path: Path | str, mode: str = "w") -> Iterator[IO]:
 
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """Create a temporary directory; rename it to `directory` when the body has succeeded, else remove it.
+    """Create a temporary directory. Rename it to `directory` when the body has succeeded, else remove it.
 
-    If another job creates `directory` in the meantime, that one is kept.
+    If another job creates `directory` in the meantime, that directory is kept.
     """
     temporary = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")      # process ids repeat across machines
     temporary.mkdir(parents=True)

@@ -26,7 +26,7 @@ FULL_BATCH: Share = {"examples": 1.0, "tokens": 1.0, "pairs": 1.0}
 
 @dataclass(frozen=True)
 class Processes:
-    """This process and its job. With one process, every exchange returns its input at once."""
+    """This process and its job. In a job of one process, every exchange returns its input immediately."""
     rank: int = 0
     local_rank: int = 0
     count: int = 1
@@ -58,7 +58,7 @@ class Processes:
         return total.to(tensor.device)
 
     def merge(self, values: np.ndarray) -> np.ndarray:
-        """Add float32 arrays, each element nonzero in one process at most, as integers, which keeps -0.0 and NaN."""
+        """Add float32 arrays. Each element is nonzero in at most one process. Adding integers keeps -0.0 and NaN."""
         return self.total(torch.from_numpy(values.view(np.int32))).numpy().view(np.float32)
 
     @contextmanager
@@ -102,13 +102,14 @@ def process_group(device: torch.device) -> Iterator[Processes]:
         return
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise UserError(f"WORLD_SIZE is {count}, but {', '.join(missing)} not set; start several processes with "
-                        f"torchrun, or unset WORLD_SIZE for one")
+        raise UserError(f"WORLD_SIZE is {count}, but these are not set: {', '.join(missing)}; start several processes "
+                        f"with torchrun, or unset WORLD_SIZE to run one")
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     try:
-        # Hours: the others wait while the first process of a machine tokenizes a corpus. torchrun detects dead ones.
+        # The timeout is long because the others wait while the first process of a machine tokenizes a corpus. torchrun
+        # detects processes that died.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6),
                                 device_id=device if cuda else None)
         processes = Processes(process_number("RANK"), process_number("LOCAL_RANK"), count, device)

@@ -80,7 +80,7 @@ def record_path(path: Path) -> Path:
 def record_file(output: Path, args: argparse.Namespace, inputs: list[Path], **metadata: object) -> None:
     """Write the record of a finished file, including the records of its inputs.
 
-    A ranking of documents can thus be traced, through the scores, to the model and the features.
+    So a ranking of documents can be traced to its scores, and these to the model and the features.
     """
     made_from = []
     for path in inputs:

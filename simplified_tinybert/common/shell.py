@@ -2,9 +2,9 @@
 
     python -m simplified_tinybert.common.shell NAME=VALUE ... [-- HOW SCRIPT.py arguments] ...
 
-Each NAME=VALUE is checked by its rule below. Each script parses the arguments it will be given later. HOW names the
-script's function for further checks, check_numbers or check_settings; "parse" means none. All errors are printed
-together, with exit code 2.
+Each NAME=VALUE is checked by its rule in RULES. Each SCRIPT.py parses the arguments that it will get later. HOW names
+the function of the script that makes further checks: check_numbers or check_settings; "parse" means no such function.
+All errors are printed together, with exit code 2.
 """
 import io
 import re
@@ -23,15 +23,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 # Name → whether a value is valid, and what is expected instead. NaN is in no range.
-POSITIVE = (re.compile("[1-9][0-9]{0,17}").fullmatch, "an integer from 1")
+POSITIVE = (re.compile("[1-9][0-9]{0,17}").fullmatch, "an integer of 1 or more")
 RULES = {
     "AGGREGATION": (find_aggregation, NAMES),
-    "COMPLETE": (re.compile("(?i:0|1|no|yes|false|true)?").fullmatch,          # which is_yes in python_env.sh relies on
+    "COMPLETE": (re.compile("(?i:0|1|no|yes|false|true)?").fullmatch,          # is_yes in python_env.sh relies on this
                  "1, yes or true; or 0, no, false or nothing"),
     "DEVICE": (re.compile("auto|cpu|cuda|(cuda:)?[0-9]+").fullmatch,
                "auto, cpu, cuda, cuda:1, or a CUDA index such as 0"),
     "MAX_SEQ_LENGTH": (lambda value: POSITIVE[0](value) and 8 <= int(value) < 2 ** 16, "an integer from 8 to 65535"),
-    "LEARNING_RATE": (lambda value: parse_score(value) >= 0, "a number from 0"),
+    "LEARNING_RATE": (lambda value: parse_score(value) >= 0, "a number of 0 or more"),
     "NUM_TRAIN_EPOCHS": (lambda value: parse_score(value) > 0, "a number above 0"),
     **dict.fromkeys(("PROCESSES", "STUDENT_LAYERS", "DEPTH", "EVAL_STEP", "TRAIN_BATCH_SIZE", "TRAIN_LOSS_STEP",
                      "SAVE_MODEL_STEP"), POSITIVE)}
@@ -41,7 +41,7 @@ FILES = {"FEATURES_FILE": "features", "TRAIN_EXAMPLES": "examples", "TEST_PAIRS"
 
 
 def check_variables(variables: dict[str, str], problems: Problems) -> None:
-    """Check values, and read the files that are needed last. Input errors are added to `problems`."""
+    """Check values. Also read judgements and run, which are otherwise read last. Input errors go to `problems`."""
     for name, value in variables.items():
         valid, expected = RULES.get(name, NO_FLAG)
         if name in FILES:
@@ -87,7 +87,7 @@ def main() -> None:
     settings, *commands = [list(group) for separates, group in groupby(sys.argv[1:], "--".__eq__) if not separates]
     variables, problems = dict(setting.split("=", 1) for setting in settings), Problems()
     check_variables(variables, problems)
-    # Ready-made features have a length of their own.
+    # Existing feature files have their own length.
     length = variables.get("MAX_SEQ_LENGTH", "") if "FEATURES_FILE" not in variables else ""
     length = int(length) if RULES["MAX_SEQ_LENGTH"][0](length) else None
     for how, name, *arguments in commands:

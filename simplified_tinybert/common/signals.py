@@ -23,7 +23,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 class StopRequests:
     """Context that records SIGINT or SIGTERM in `signal`, so that the current training step can be completed.
 
-    A second signal stops at once, unless `ignore_repeats`: torchrun forwards signals that its processes also receive.
+    A second signal stops immediately. With `ignore_repeats` it does not, because torchrun forwards signals that its
+    processes have also received themselves.
     """
 
     def __init__(self, ignore_repeats: bool):

@@ -1,4 +1,4 @@
-"""Read UTF-8 text files, plain or gzip, with or without byte order marks; report any other file type by name.
+"""Read UTF-8 text files, plain or gzip, with or without byte order marks. For other files, report their type.
 
 The file type is recognised by the first bytes, not by the file name.
 """
@@ -114,7 +114,7 @@ def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
 
 
 def is_line(line: bytes) -> bool:
-    """Return False for the end of a concatenated file whose last part held a byte order mark only."""
+    """Return False for the end of a concatenated file whose last part contains only a byte order mark."""
     return line.endswith(b"\n") or bool(line.replace(BOM, b""))
 
 
@@ -148,7 +148,7 @@ def read_text(path: Path) -> str:
 
 
 def in_groups(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
-    """Yield items in lists, each of which ends as soon as its sizes add up to `limit`."""
+    """Yield lists of consecutive items. A list ends as soon as the sizes of its items add up to `limit`."""
     group, total = [], 0
     for item in items:
         group.append(item)

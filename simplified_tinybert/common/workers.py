@@ -1,4 +1,4 @@
-"""Apply a function to a stream in several processes: results in order, at most one item in memory per process."""
+"""Apply a function to a stream of items in several processes. Results are in order; each process holds one item."""
 import multiprocessing
 import os
 import signal

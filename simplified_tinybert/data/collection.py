@@ -26,7 +26,7 @@ class Documents(Protocol):
 
 @dataclass
 class Collection:
-    """The inputs of examples. `candidates(problems)` reads the candidates anew, one query at a time.
+    """The inputs that examples are made from. Each call of `candidates(problems)` reads the candidates again, by query.
 
     `check_ranks=True` warns if the rank column contradicts the scores.
     """
@@ -108,8 +108,8 @@ def by_query(rows: Iterable[Row], source: str, depth: int | None, problems: Prob
              check_ranks: bool = False) -> Iterator[tuple[str, list[str]]]:
     """Yield (query id, ids of its `depth` best documents in the order of `trec.rank`).
 
-    The rows of a query must be contiguous: memory holds the documents of one query, and all query ids. With
-    `check_ranks`, warn if the ranks of a TREC run contradict the scores.
+    The rows of a query must be contiguous, because memory holds all query ids but the documents of only one query.
+    With `check_ranks`, warn if the ranks of a TREC run contradict the scores.
     """
     first_lines, ranks, before = {}, RankCheck(source), problems.count
     for query_id, query_rows in groupby(rows, itemgetter(1)):

@@ -1,7 +1,7 @@
-"""Plain text as training examples of general distillation: segments [CLS] up to max_seq_length - 2 tokens [SEP].
+"""Plain text as training examples for general distillation.
 
-Each document is split into consecutive segments; the last one may be shorter. No segment spans two documents, and no
-token is masked.
+Each document is split into consecutive segments: [CLS], up to max_seq_length - 2 tokens, [SEP]. The last segment may be
+shorter. No segment spans two documents, and no token is masked.
 """
 import hashlib
 from collections.abc import Callable, Iterator
@@ -75,7 +75,7 @@ def segment_function(vocabulary: Vocabulary, max_seq_length: int, by_words: bool
 
 def map_corpus(paths: list[Path], kind: str, vocabulary: Vocabulary, max_seq_length: int, checksum: str,
                cache_dir: Path) -> Examples:
-    """Return all segments of a checked corpus as memory maps; tokenized once, on all cores."""
+    """Return all segments of a checked corpus as memory maps. It is tokenized only once, on all cores."""
     name = hashlib.sha256(f"{checksum} {kind} {vocabulary.checksum()} {vocabulary.lower_case} {max_seq_length}"
                           .encode()).hexdigest()[:32]
     workers = default_workers() if sum(path.stat().st_size for path in paths) > 4 * BLOCK else 1

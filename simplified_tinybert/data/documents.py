@@ -1,4 +1,4 @@
-"""Random access to the documents of a file by id, in memory that hardly grows with the collection.
+"""Random access to the documents of a file by id, with little memory even for large collections.
 
 The index is built once: two memory-mapped arrays of 8 bytes per document (hash of the id, offset of its line), sorted
 by hash. Its cache directory is named after the path, size and modification time of the file. Gzip files do not allow
@@ -61,14 +61,14 @@ def _document(columns: bytes) -> Document:
 
 
 def read_documents(path: Path, problems: Problems) -> Iterator[Document]:
-    """Yield all documents of a plain or gzip file in order, duplicates too. Input errors are added to `problems`."""
+    """Yield all documents of a plain or gzip file in order, with duplicates. Input errors are added to `problems`."""
     with problems.collect(), open_binary(path) as source:
         for _, _, line in _checked_lines(path, source, problems):
             yield _document(line.partition(b"\t")[2])
 
 
 def open_documents(path: Path, cache_dir: Path, problems: Problems) -> DocumentFile | None:
-    """Open a document file, indexed in `cache_dir`. Input errors are added to `problems`; then nothing is cached."""
+    """Open a document file and index it in `cache_dir`. If it has errors, they are added to `problems` instead."""
     status = path.stat()
     key = f"{VERSION}\n{path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
     directory = cache_dir / f"documents-{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}"
@@ -166,7 +166,7 @@ def _line_error(line: bytes, document_id: bytes, columns: int, expected: int) ->
 
 def _duplicates(handle: IO[bytes], hashes: np.ndarray, offsets: np.ndarray, order: np.ndarray) \
         -> Iterator[tuple[int, int, str]]:
-    """Yield (line, first line, id) of each duplicate. `hashes` are sorted by `order`, `offsets` are in file order."""
+    """Yield (line, first line, id) of each duplicate. `order` sorted the `hashes`; `offsets` are in file order."""
     for repeated in np.unique(hashes[1:][hashes[1:] == hashes[:-1]]):
         first_lines = {}
         for index in order[_equal_range(hashes, repeated)].tolist():    # ascending, as the sort is stable

@@ -8,7 +8,7 @@
 labels int8 (-1: none); lengths and query_lengths uint16, special tokens included (the query segment is
 [CLS] query [SEP]); tokens in `token_type`, the ids of all examples concatenated without padding. Attention masks and
 segment ids follow from the lengths. Frames hold only dicts, strings, numbers and bytes. The reader rejects every other
-pickle instruction before it executes any: a feature file cannot call a function or allocate memory it does not fill.
+pickle instruction before it executes any. So a feature file cannot call a function or allocate memory it does not fill.
 """
 import hashlib
 import pickle
@@ -57,7 +57,7 @@ class Examples:
         return len(self.lengths)
 
     def batch(self, indices: np.ndarray, pad_to: int | None = None) -> "Batch":
-        """Return the examples `indices`, padded with zeros to `pad_to` tokens (default: the longest of them)."""
+        """Return the examples at `indices`, padded with zeros to `pad_to` tokens (default: to the longest of them)."""
         import torch  # slow to import, and only models need it
 
         from simplified_tinybert.model.bert import Batch
@@ -72,7 +72,7 @@ class Examples:
         return Batch(*tensors, has_padding=not mask.all())
 
     def take(self, indices: np.ndarray) -> "Examples":
-        """Return the examples `indices`, which have ids."""
+        """Return the examples at `indices`. They must have ids."""
         tokens = [self.tokens[start:end] for start, end in zip(self.offsets[indices], self.offsets[indices + 1])]
         return Examples(np.concatenate([self.tokens[:0], *tokens]), self.lengths[indices], self.query_lengths[indices],
                         self.labels[indices], [self.ids[index] for index in indices])
@@ -87,7 +87,7 @@ def joined(parts: list[Examples]) -> Examples:
 
 
 class FeatureWriter:
-    """Writes a feature file: the header at once, then chunks, and the closing frame in `close`."""
+    """Writes a feature file: the header first, a chunk in each `write`, and the closing frame in `close`."""
 
     def __init__(self, handle: IO[bytes], set_name: str, max_seq_length: int, vocabulary: Vocabulary):
         self.handle, self.examples, self.tokens = handle, 0, 0
@@ -182,7 +182,7 @@ def summarise(paths: list[Path], problems: Problems) -> FeatureSummary | None:
 
 
 def ids_of(paths: list[Path], indices: np.ndarray) -> list[str]:
-    """Read the files again and return the ids of the examples `indices`."""
+    """Read the files again and return the ids of the examples at `indices`."""
     indices, found, start = indices.tolist(), {}, 0
     for path in paths:
         for chunk in read_chunks(path):
@@ -218,7 +218,7 @@ def _unpack_chunk(frame: dict, header: dict, path: Path) -> Examples:
     try:
         chunk = Examples(**{name: np.frombuffer(frame[name], types[name]) for name in ARRAYS},
                          ids=frame["ids"].split("\n"))
-        frame["ids"].encode("utf-8")                    # raises for surrogates, which no score file can hold
+        frame["ids"].encode("utf-8")                    # raises for surrogates, which cannot be written to score files
     except ValueError as error:
         raise UserError(f"{path}: is damaged: {error}") from error
     sizes = {len(chunk.ids), len(chunk.lengths), len(chunk.query_lengths), len(chunk.labels)}

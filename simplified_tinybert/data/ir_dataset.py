@@ -11,7 +11,7 @@ from simplified_tinybert.ranking.trec import parse_grade, parse_score
 
 
 def open_dataset(args: argparse.Namespace, problems: Problems) -> Documents | None:
-    """Open --dataset. An unknown dataset, or one that lacks a part without a file flag, is added to `problems`."""
+    """Open --dataset. Add a problem if it is unknown, or for each part that neither it nor a file supplies."""
     parts = {"docs": args.docs, "queries": args.queries, "scoreddocs": args.candidates}
     parts |= {"qrels": args.qrels} if args.set_name == "train" else {}
     dataset, missing = None, [part for part, path in parts.items() if path is None]
@@ -28,7 +28,7 @@ def open_dataset(args: argparse.Namespace, problems: Problems) -> Documents | No
 
 
 class Dataset:
-    """A dataset by its id; ir_datasets downloads missing files as far as their licences allow."""
+    """A dataset by its id. ir_datasets downloads missing files if their licences allow it."""
 
     def __init__(self, name: str):
         import ir_datasets  # optional, and slow to import
@@ -57,7 +57,7 @@ class Dataset:
         return queries
 
     def grades(self, problems: Problems) -> dict[str, dict[str, int]]:
-        """Return grades by query and document; the highest if parts of a document are judged separately."""
+        """Return grades by query and document. If a document has several judgements, the highest grade counts."""
         grades = {}
         for judgement in self._read("qrels_iter"):
             if not hasattr(judgement, "relevance"):
@@ -104,7 +104,7 @@ class Dataset:
 
 
 def to_document(document: object) -> Document:
-    """Return title and body or text of an ir_datasets document; its default text if it has neither body nor text."""
+    """Return the title, and the body or text, of an ir_datasets document. Without these, return its default text."""
     for name in ("body", "text"):
         if isinstance(body := getattr(document, name, None), str):
             title = getattr(document, "title", None)

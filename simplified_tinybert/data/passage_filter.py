@@ -1,4 +1,4 @@
-"""Select the relevant passages of a relevant document by the probabilities of a cross-encoder."""
+"""Score the passages of relevant documents with a cross-encoder, so that sampling.py can select the relevant ones."""
 from itertools import chain
 
 import numpy as np
@@ -27,7 +27,7 @@ class PassageFilter:
             if not 8 <= max_seq_length <= config.max_position_embeddings:
                 problems.add(f"--max_seq_length {max_seq_length}: expected 8 to {config.max_position_embeddings}, the "
                              f"maximum of {self.directory}")
-            if not problems.count:                      # loading takes seconds
+            if not problems.count:                      # do not spend seconds on loading otherwise
                 warn_if_emulated(dtype, chosen)
                 keep_freed_memory(chosen)
                 self.model, _ = load_scorer(self.directory, config, chosen, dtype, label="filter")
@@ -37,7 +37,7 @@ class PassageFilter:
 
     def probabilities(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """Return the probability of relevance (N), float64, of (query, passage) pairs without tabs or line ends."""
-        if not self.tokenizer:                          # needs sample texts
+        if not self.tokenizer:                          # it is created here because it needs sample texts
             by_words = words_suffice(self.vocabulary, chain.from_iterable(pairs))
             self.tokenizer = CachedTokenizer(self.vocabulary, self.max_seq_length, by_words)
         lines = [f"{number}\t{query}\t{passage}" for number, (query, passage) in enumerate(pairs)]

@@ -13,7 +13,7 @@ LISTED = 5          # examples of each kind on stderr
 class SkippedLog:
     """Counts skipped queries and documents and writes kind <tab> query_id <tab> document_id lines to a file.
 
-    The file is created by the first line, completed when `stack` is closed, and removed if an exception closes it.
+    The first line creates the file. Closing `stack` completes it; if an exception closes `stack`, it is removed.
     """
 
     def __init__(self, path: Path, stack: ExitStack):
@@ -75,7 +75,7 @@ class PassageSource(NamedTuple):
     skipped: SkippedLog
 
     def get(self, query_id: str, document_id: str) -> list[str]:
-        """Return the passages of a document. Missing and empty documents are logged and have none."""
+        """Return the passages of a document. Missing and empty documents are logged and have no passages."""
         document = self.documents.get(document_id)
         passages = split_document(document, self.window) if document else []
         if not passages:

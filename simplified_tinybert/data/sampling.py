@@ -76,7 +76,7 @@ def positives(group: list[TrainingQuery], sampling: Sampling, scores_of: Scores 
 
 
 def negatives(query: TrainingQuery, kept: int, sampling: Sampling, passages: PassageSource) -> tuple[list[str], int]:
-    """Return the passages of label 0 for `kept` passages of label 1, and how many were requested."""
+    """Return passages of label 0 for `kept` passages of label 1, and the number of passages that was requested."""
     random = random_for(sampling.seed, "negatives", query.query_id)
     requested = round_randomly(sampling.negatives * kept, random)
     relevant = {passage for _, found in query.relevant for passage in found}
@@ -88,7 +88,7 @@ def negatives(query: TrainingQuery, kept: int, sampling: Sampling, passages: Pas
 
 
 def random_for(seed: int, purpose: str, *ids: str) -> Random:
-    """Return a generator that depends on seed, purpose and ids only, not on the order of the queries."""
+    """Return a generator that depends only on seed, purpose and ids, not on the order of the queries."""
     return Random("\t".join((str(seed), purpose, *ids)))
 
 
@@ -98,7 +98,7 @@ def shuffled(items: Iterable[Item], random: Random) -> list[Item]:
 
 
 def draw_queries(query_ids: Iterable[str], count: int, seed: int) -> set[str]:
-    """Draw at most `count` queries; the choice depends on ids and seed only, not on the order."""
+    """Draw at most `count` queries. The choice depends only on ids and seed, not on the order."""
     def key(query_id: str) -> bytes:
         return hashlib.blake2b(f"{seed}\t{query_id}".encode(), digest_size=16).digest()
     return set(sorted(query_ids, key=key)[:count])
@@ -108,7 +108,7 @@ def draw_passages(document_ids: Iterable[str], count: int, passages_of: Callable
                   random: Random) -> list[str]:
     """Draw at most `count` passages: one of each document in random order, then a second one of each, and so on.
 
-    No more documents are looked up than needed.
+    Only as many documents as needed are looked up.
     """
     drawn, remaining = [], []
     for document_id in shuffled(document_ids, random):
@@ -123,7 +123,7 @@ def draw_passages(document_ids: Iterable[str], count: int, passages_of: Callable
 
 
 def round_randomly(value: float, random: Random) -> int:
-    """Round up or down such that the mean is `value`: 1.25 becomes 2 with probability 0.25, else 1."""
+    """Round up or down at random, so that the mean is `value`: 1.25 becomes 2 with probability 0.25, else 1."""
     return int(value) + (random.random() < value % 1)
 
 

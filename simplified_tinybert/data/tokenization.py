@@ -1,6 +1,7 @@
-"""Token ids of query-passage pairs: those of the model's own tokenizer, truncated as in the original.
+"""Tokenize query-passage pairs with the model's own tokenizer, and truncate them as in the original.
 
-Most words of a text have been seen before, so texts are tokenized word by word wherever that gives the same tokens.
+Most words of a text have been seen before. So texts are tokenized word by word, from a cache, if that gives the same
+tokens as the model's tokenizer.
 """
 import string
 import sys
@@ -14,8 +15,8 @@ from simplified_tinybert.data.features import NO_LABEL, Examples, token_dtype
 from simplified_tinybert.model.vocabulary import Vocabulary
 
 CACHE_BYTES = 2 ** 26       # for cached texts and for cached words, each
-SAMPLE_TEXTS = 2000         # number of texts and characters of each
-SAMPLE_CHARACTERS = 250     # on which tokenization by words is compared with the library
+SAMPLE_TEXTS = 2000         # number of texts on which tokenization by words is compared with the library
+SAMPLE_CHARACTERS = 250     # length of these texts
 
 
 class TextCache(dict):
@@ -66,7 +67,7 @@ class CachedTokenizer:
                             for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]")]
 
     def tokenize_prefixes(self, texts: list[str]) -> list[bytes]:
-        """Return the tokens of each text, or at least its first `max_seq_length`: truncation drops the others."""
+        """Return at least the first `max_seq_length` tokens of each text. Truncation would drop the others."""
         if not self.by_words:
             new = [text for text in dict.fromkeys(texts) if text not in self.prefixes and text not in self.prefixes.old]
             for text, tokens in zip(new, self.tokenize_uncached(new)):
@@ -108,7 +109,7 @@ class CachedTokenizer:
 
 
 def words_suffice(vocabulary: Vocabulary, texts: Iterable[str]) -> bool:
-    """Return whether tokenization by words gives the right tokens, checked on the first of `texts`; print if not."""
+    """Check on the first `texts` whether tokenization by words gives the right tokens. If not, print a note."""
     tokenizer, sample = CachedTokenizer(vocabulary, SAMPLE_CHARACTERS, by_words=True), set()
     for text in texts if vocabulary.splits_at_blanks else ():
         sample.add(text[:SAMPLE_CHARACTERS])
@@ -140,8 +141,8 @@ def truncated_lengths(query_lengths: np.ndarray, passage_lengths: np.ndarray,
                       max_seq_length: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the number of tokens kept of each query and passage.
 
-    The original removes one token at a time from the longer side, from the passage at a tie. Hence the query keeps
-    what the passage leaves free, or the larger half of the room, whichever is more.
+    The original removes one token at a time from the longer text, or from the passage if both are equally long. So the
+    query keeps the room that the passage leaves, but at least the larger half of the whole room.
     """
     room = max_seq_length - 3                                                        # [CLS] query [SEP] passage [SEP]
     queries = np.minimum(query_lengths, np.maximum(room - passage_lengths, room - room // 2))

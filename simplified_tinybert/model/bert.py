@@ -39,7 +39,7 @@ class Batch:
 
 @dataclass
 class LayerOutputs:
-    """Logits, and the hidden states and projections that layer-wise distillation compares, by layer number."""
+    """Logits, and what layer-wise distillation compares, by layer number: hidden states, queries and keys."""
     logits: Tensor                                                          # (B, C)
     hidden_states: dict[int, Tensor] = field(default_factory=dict)          # 0: embedding output; (B, L, D) each
     queries: dict[int, Tensor] = field(default_factory=dict)                # from 1; (B, H, L, d) each
@@ -50,7 +50,7 @@ def activation_function(name: str) -> Callable[[Tensor], Tensor]:
     """Return the function for `hidden_act` of a configuration. Raises KeyError for an unknown name."""
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]
-    from transformers.activations import ACT2FN  # takes a second to import, and hardly any BERT needs it
+    from transformers.activations import ACT2FN  # takes a second to import, and few models need it
     return ACT2FN[name]
 
 
@@ -122,10 +122,11 @@ class Layer(nn.Module):
 
 
 class CrossEncoder(nn.Module):
-    """BERT with a classifier on the pooled output, after a ReLU if config.pooled_relu (the original's training head).
+    """BERT with a classifier on the pooled output.
 
-    The pooled output has dropout only if config.classifier_dropout is set. `projections` maps hidden states of a
-    student to the teacher's hidden size: one shared Linear, one for each hidden state, or none.
+    With config.pooled_relu, a ReLU precedes the classifier, as when the original trains. The pooled output has dropout
+    only if config.classifier_dropout is set. `projections` maps hidden states of a student to the teacher's hidden
+    size: one shared Linear, one for each hidden state, or none.
     """
 
     def __init__(self, config: BertConfig):
@@ -147,7 +148,7 @@ class CrossEncoder(nn.Module):
         if layers is not None:
             outputs.hidden_states[0] = hidden
         for number, layer in enumerate(self.bert.encoder.layer, start=1):
-            is_last = number == len(self.bert.encoder.layer)        # only [CLS] is needed of its output
+            is_last = number == len(self.bert.encoder.layer)        # only its output at [CLS] is needed
             hidden, query, key = layer(hidden, mask, cls_only=layers is None and is_last)
             if layers is not None and number in layers:
                 outputs.hidden_states[number], outputs.queries[number], outputs.keys[number] = hidden, query, key
@@ -155,7 +156,7 @@ class CrossEncoder(nn.Module):
         return outputs
 
     def classify(self, hidden: Tensor) -> Tensor:
-        """Map the last layer's output at [CLS], (B, D), to logits (B, C), never in half precision: scores would tie."""
+        """Map the last layer's output at [CLS], (B, D), to logits (B, C). Half precision would make scores tie."""
         with torch.autocast(hidden.device.type, enabled=False):
             pooled = self.dropout(torch.tanh(self.bert.pooler.dense(hidden.to(self.classifier.weight.dtype))))
             return self.classifier(F.relu(pooled) if getattr(self.config, "pooled_relu", False) else pooled)
@@ -168,8 +169,8 @@ class CrossEncoder(nn.Module):
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Return softmax(QKᵀ/√d)V, (B, H, L, d), using memory linear in L.
 
-    PyTorch's fused kernels do so, too, but have no dropout on a CPU. There, queries are processed in blocks, and the
-    attention scores of a block are recomputed in the backward pass.
+    PyTorch's fused kernels do this, but not with dropout on a CPU. In that case, queries are processed in blocks, and
+    the attention scores of a block are recomputed in the backward pass.
     """
     if dropout == 0.0 or query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
@@ -179,7 +180,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
 
 
 def _attend_block(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    dtype = torch.promote_types(query.dtype, torch.float32)      # half precision would lose a digit
+    dtype = torch.promote_types(query.dtype, torch.float32)      # half precision would be less accurate
     with torch.autocast(query.device.type, enabled=False):
         scores = (query.to(dtype) * query.shape[-1] ** -0.5) @ key.to(dtype).transpose(-1, -2)   # (B, H, block, L)
         if mask is not None:
@@ -188,7 +189,7 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 def drop(inputs: Tensor, probability: float) -> Tensor:
-    """Dropout. On a CPU: 16 random bits per value, 5 times faster than PyTorch's, and probability in steps of 2⁻¹⁶."""
+    """Dropout. On a CPU: 16 random bits per value (5 times faster than PyTorch); probabilities as multiples of 2⁻¹⁶."""
     if probability == 0.0 or inputs.device.type != "cpu":
         return F.dropout(inputs, probability)
     dropped = round(probability * 2 ** 16)

@@ -32,7 +32,7 @@ class TeacherStates(NamedTuple):
 
 @torch.no_grad()
 def compress(student: CrossEncoder, teacher: CrossEncoder, batches: Iterable[Batch]) -> None:
-    """Set the student's weights. Numbers of heads must be equal; the teacher has k times as many layers."""
+    """Set the student's weights. It needs the teacher's number of heads, and a k-th of the teacher's layers."""
     batches = [batch.to(teacher.classifier.weight.device) for batch in batches]
     layer_map = uniform_layer_map(student.config.num_hidden_layers, teacher.config.num_hidden_layers)
     teacher_states = observe(teacher, batches, layer_map)
@@ -56,7 +56,7 @@ def compress(student: CrossEncoder, teacher: CrossEncoder, batches: Iterable[Bat
 
 
 def observe(teacher: CrossEncoder, batches: list[Batch], layer_map: list[int]) -> TeacherStates:
-    """Run the teacher and collect its activations; neurons only of the layers in `layer_map` (from 1)."""
+    """Run the teacher and collect its activations. Neurons are collected only in the layers of `layer_map` (from 1)."""
     layers = teacher.bert.encoder.layer
     sums, states, neurons = [], [[] for _ in range(2 * len(layers) + 1)], {number: [] for number in layer_map}
     for batch in batches:
@@ -81,7 +81,7 @@ def attention_context(layer: Layer, hidden: Tensor, batch: Batch) -> Tensor:
 
 def principal_directions(states: list[Tensor], size: int) -> Tensor:
     """Return orthonormal directions (D', size) in which the states vary most, each state weighted equally."""
-    if size == states[0].shape[1]:                      # with the axes, the student equals the teacher
+    if size == states[0].shape[1]:                      # with the coordinate axes, the student equals the teacher
         return torch.eye(size, dtype=torch.float64, device=states[0].device)
     covariances = [torch.cov(state.double().T) for state in states]
     _, directions = torch.linalg.eigh(sum(each / each.trace() for each in covariances))      # ascending

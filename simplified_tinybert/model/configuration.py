@@ -12,7 +12,7 @@ from simplified_tinybert.model.weights import abbreviate
 
 MINIMUM_SIZES = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
                  "intermediate_size": 1, "max_position_embeddings": 1, "type_vocab_size": 2}
-# Words in names of the relevant class, and of the other class: "not relevant" is as common as "irrelevant"
+# Words in the names of the relevant class and of the other class, which may be "irrelevant" or "not relevant"
 POSITIVE = {"relevant", "rel", "positive", "pos", "yes", "y", "true", "match", "entailment", "duplicate", "related",
             "good"}
 NEGATIVE = {"not", "no", "n", "non", "irrelevant", "irrel", "negative", "neg", "false", "notrelevant", "nonrelevant",
@@ -108,6 +108,6 @@ def reversed_labels(config: BertConfig) -> str | None:
 
 
 def _polarity(name: str) -> int:
-    """1 for the name of a relevant class, -1 for a non-relevant one, 0 if the name does not tell."""
+    """Return 1 for the name of a relevant class, -1 for that of a non-relevant one, and 0 for other names."""
     words = re.findall(r"[^\W_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
     return -1 if NEGATIVE.intersection(words) else 1 if POSITIVE.intersection(words) else 0

@@ -3,10 +3,10 @@
 PackedLinear packs the weights into oneDNN's layout once, and fuses GELU with the product. It takes 10 to 25 % less
 time than PyTorch's linear layer; results are equal up to float32 rounding.
 
-Int8Linear quantizes inputs to 8 bits per token (row), between the smallest and the largest value of the row, so that
-the score of a pair does not depend on the other pairs of its batch. Weights are quantized once, with one scale for
-each output: to 8 bits, or to 7 bits on CPUs that add pairs of products in 16 bits, which 8-bit weights would overflow.
-Sums are 32-bit. Embeddings, attention, layer norms, pooler and classifier stay in float32.
+Int8Linear quantizes the inputs of each token (row) to 8 bits, between the smallest and the largest value of the row. So
+the score of a pair does not depend on the other pairs of its batch. Weights are quantized once, with one scale for each
+output. They get 8 bits, but 7 bits on CPUs that add two products in 16 bits: 8-bit weights would overflow there. Other
+sums are 32-bit. Embeddings, attention, layer norms, pooler and classifier stay in float32.
 
 Quantization changes an output by at most ½ Σ|w| (high - low) / 255 + ½ Σ|x| max|w| / levels, where x are the inputs of
 its row, w its weights, and levels is 127 or 63. With 7-bit weights, scores of a MiniLM (6/384) with a random head
@@ -90,7 +90,7 @@ def quantize_linear_layers(model: CrossEncoder) -> None:
 
 
 def overflows() -> bool:
-    """Whether 8-bit weights overflow: CPUs without VNNI instructions add pairs of products in 16 bits."""
+    """Whether 8-bit weights overflow, as on CPUs without VNNI instructions, which add two products in 16 bits."""
     layer = nn.Linear(64, 64)
     with torch.no_grad():
         layer.weight.fill_(1.0)

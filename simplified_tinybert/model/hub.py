@@ -5,7 +5,7 @@ from simplified_tinybert.common.files import UserError, reason
 from simplified_tinybert.model.tokenizer_files import TOKENIZER_FILES
 
 CONFIG_FILES = ("config.json", "bert_config.json")
-# The first that exists holds the model, as in transformers
+# The first of these files that exists is read, as in transformers
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                 "pytorch_model.bin.index.json")
 ADAPTER_FILE = "adapter_config.json"

@@ -16,7 +16,7 @@ APEX_HELP = ("--fp16_backend apex: {found}; expected a version of NVIDIA apex wi
              "repository (the package apex on PyPI is something else); --fp16_backend torch needs no apex")
 # Environment variables that disable CPU instructions in PyTorch or oneDNN
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-EMULATION_FACTOR = 1.5                  # a slowdown above this means emulation, where the instruction set does not tell
+EMULATION_FACTOR = 1.5                  # if the instructions are unknown, a slowdown above this means emulation
 
 
 def select_precision(fp16: bool, bf16: bool, device: torch.device, problems: Problems) -> torch.dtype | None:
@@ -68,7 +68,7 @@ def slowdown(dtype: torch.dtype, device: torch.device) -> float:
     """Return the time of a matrix product in `dtype` relative to float32: medians of five products of a millisecond."""
     operands = {kind: (torch.ones(128, 384, dtype=kind, device=device),
                        torch.ones(384, 384, dtype=kind, device=device)) for kind in (torch.float32, dtype)}
-    clock = time.thread_time if device.type == "cpu" else time.perf_counter     # the first ignores the machine's load
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter     # thread_time excludes other load
     times: dict[torch.dtype, list[float]] = {kind: [] for kind in operands}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -110,7 +110,7 @@ class LossScaler(torch.amp.GradScaler):
 
 
 class ApexScaler:
-    """The same with apex, which casts operations itself and needs no autocast context."""
+    """Does the same as LossScaler with apex, which casts operations itself and needs no autocast context."""
 
     def __init__(self, student: CrossEncoder, optimizer: torch.optim.Optimizer, opt_level: str):
         self.amp, self.optimizer = import_apex_amp(), optimizer

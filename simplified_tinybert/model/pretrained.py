@@ -58,7 +58,7 @@ def load_cross_encoder(directory: Path, config: BertConfig | None = None, new_he
             model = CrossEncoder(config)
             add_projections(model, weights)
     except Exception as error:                          # impossible sizes
-        raise UserError(f"{directory}: the model of its configuration cannot be built: {reason(error)}") from error
+        raise UserError(f"{directory}: cannot build a model with this configuration: {reason(error)}") from error
     model.to(dtype)
     notes = [f"{len(ignored)} tensors of pre-training heads are not used ({ignored[0]}, ...)"] if ignored else []
     notes += _fill(model, weights, directory, new_head)
@@ -128,7 +128,7 @@ def _check_names(missing: list[str], unexpected: list[str], directory: Path, pro
 
 def load_ranker(directory: Path, config: BertConfig | None = None,
                 new_head: torch.Generator | None = None) -> tuple[CrossEncoder, list[str]]:
-    """Load a model with the classes not relevant and relevant, as `load_cross_encoder` does. Raises UserError.
+    """Load a model with two classes (0: not relevant, 1: relevant), as `load_cross_encoder` does. Raises UserError.
 
     A model with one logit z gets the logits (0, z), whose softmax is the sigmoid of z. Warns if the configuration
     gives the classes names in reverse order.
@@ -141,7 +141,7 @@ def load_ranker(directory: Path, config: BertConfig | None = None,
                         f"relevant), or 1 logit")
     elif labels := reversed_labels(model.config):
         warn(f"{directory}: {labels} in its configuration, but class 1 is taken as relevant; if the names are right, "
-             f"rankings are reversed: swap the two rows of classifier.weight and of classifier.bias")
+             f"rankings are reversed; then swap the two rows of classifier.weight and of classifier.bias")
     return model, notes
 
 

@@ -27,7 +27,7 @@ def has_vocabulary(directory: Path) -> bool:
 
 
 def load_vocabulary(directory: Path, lower_case: bool | None = None) -> Vocabulary:
-    """Load the tokenizer of a model directory, with AutoTokenizer's casing unless given. Raises UserError."""
+    """Load the tokenizer of a model directory. lower_case=None: with AutoTokenizer's casing. Raises UserError."""
     vocabulary = read_tokenizer(directory)[0]
     _check_size(directory, vocabulary)
     if lower_case is not None:
@@ -36,8 +36,8 @@ def load_vocabulary(directory: Path, lower_case: bool | None = None) -> Vocabula
     has_capitals = any(token != token.lower() for token in vocabulary.state["model"]["vocab"]
                        if not token.startswith("["))
     if lower_case is None and vocabulary.lower_case and has_capitals:
-        warn(f"{directory}: its tokens have capital letters, but its settings lower-case texts, according to "
-             f"transformers; if the model is cased, use --no-do_lower_case, or set \"do_lower_case\": false in "
+        warn(f"{directory}: its vocabulary has capital letters, but transformers lower-cases texts with its settings; "
+             f"if the model is cased, use --no-do_lower_case, or set \"do_lower_case\": false in "
              f"tokenizer_config.json")
     return vocabulary
 
@@ -79,13 +79,13 @@ def read_tokenizer(directory: Path) -> tuple[Vocabulary, dict]:
 
 
 def _library_tokenizer(directory: Path):
-    """Load the tokenizer as AutoTokenizer does, or as BertTokenizer if AutoTokenizer cannot tell the class."""
+    """Load the tokenizer as AutoTokenizer does, or as BertTokenizer if AutoTokenizer cannot determine the class."""
     options = {}
     if not (directory / "tokenizer.json").is_file() \
-            and (content := (directory / "vocab.txt").read_bytes()).startswith(BOM_UTF8):     # the library keeps it
+            and (content := (directory / "vocab.txt").read_bytes()).startswith(BOM_UTF8):     # the library keeps a BOM
         lines = content.removeprefix(BOM_UTF8).decode("utf-8").removesuffix("\n").split("\n")
         options = {"vocab": {line.rstrip(): number for number, line in enumerate(lines)}}
-    if _is_bert(directory):                             # BertTokenizer imports in a second, AutoTokenizer in several
+    if _is_bert(directory):                             # importing AutoTokenizer takes several seconds longer
         from transformers.models.bert.tokenization_bert import BertTokenizer
         return BertTokenizer.from_pretrained(directory, local_files_only=True, **options)
     from transformers import AutoTokenizer
@@ -93,7 +93,7 @@ def _library_tokenizer(directory: Path):
 
 
 def _is_bert(directory: Path) -> bool:
-    """Whether AutoTokenizer would choose BertTokenizer for this directory, or cannot tell the class."""
+    """Whether AutoTokenizer would choose BertTokenizer for this directory, or cannot determine the class."""
     config, settings = (read_json(directory / name) for name in ("config.json", "tokenizer_config.json"))
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
     if name is None and config.get("model_type") is None:
@@ -145,13 +145,13 @@ def _check_pair_format(directory: Path, tokenizer: Tokenizer, expected: list[int
 
 
 def _check_added_tokens(directory: Path, vocabulary: Vocabulary) -> None:
-    """Raise UserError for added tokens for which the `tokenizers` library returns no ids or random ids."""
+    """Raise UserError for added tokens that the `tokenizers` library maps to no id or to a random one."""
     seen = {"": "the empty string"}
     for content in (token["content"] for token in vocabulary.state["added_tokens"] if token["normalized"]):
         name, form = shorten(content), vocabulary.normalized(content)
         if form in seen:
             raise UserError(f"{directory}: its added token {name} and {seen[form]} are equal after normalization, so "
-                            f"the tokenizers library picks either; remove one")
+                            f"the tokenizers library may use either; remove one")
         seen[form] = name
 
 
@@ -164,8 +164,8 @@ def _check_size(directory: Path, vocabulary: Vocabulary) -> None:
         last = max(vocabulary.token_ids, key=vocabulary.token_ids.get)
         source = next((directory / name for name in ("tokenizer.json", *TOKENIZER_FILES) if (directory / name).is_file()
                        and last in (directory / name).read_text(encoding="utf-8")), directory / "tokenizer.json")
-        raise UserError(f"{source}: has {needed} tokens, the embedding matrix {size} rows (vocab_size in {paths[0]}); "
-                        f"fetch both files from the same model, or, if tokens were added, call "
+        raise UserError(f"{source}: has {needed} tokens, but the embedding matrix has {size} rows (vocab_size in "
+                        f"{paths[0]}); fetch both files from the same model; if tokens were added, call "
                         f"resize_token_embeddings({needed}) and save the model again")
 
 
@@ -201,7 +201,7 @@ def save_tokenizer(source: Path, directory: Path, lower_case: bool, max_length: 
 
 
 def vocab_lines(vocab: dict[str, int]) -> str:
-    """Return the text of vocab.txt; "" if such a file cannot hold these tokens."""
+    """Return the text of vocab.txt, or "" if these tokens cannot be written to such a file."""
     tokens = sorted(vocab, key=vocab.get)
     representable = [vocab[token] for token in tokens] == list(range(len(tokens))) and not any(
         token != token.rstrip() or "\n" in token or token.startswith("\ufeff") for token in tokens)

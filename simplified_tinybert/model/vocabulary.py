@@ -83,7 +83,7 @@ class Vocabulary:
                 "split_special": self.split_special and any(token["special"] for token in added)}
 
     def checksum(self) -> str:
-        """Return a SHA-256 of token ids and settings. Models can share features if it and the casing are equal."""
+        """Return a SHA-256 of token ids and settings. Models with the same checksum and casing can share features."""
         lines = [f"{number} {token}" for token, number in sorted(self.token_ids.items(), key=lambda item: item[1])]
         settings = self._settings()
         if settings != bert_vocabulary({}, self.lower_case)._settings():        # not BERT's own tokenizer
@@ -102,7 +102,7 @@ def _with_casing(normalizer: dict | None, lower_case: bool) -> dict | None:
 
 def bert_vocabulary(token_ids: dict[str, int], lower_case: bool, strip_accents: bool | None = None,
                     split_chinese: bool = True) -> Vocabulary:
-    """Return BERT's own tokenizer with these tokens. strip_accents None: accents are stripped if lower-casing."""
+    """Return BERT's own tokenizer with these tokens. strip_accents=None strips accents if texts are lower-cased."""
     tokenizer = Tokenizer(WordPiece(token_ids, unk_token="[UNK]"))
     tokenizer.normalizer = BertNormalizer(handle_chinese_chars=split_chinese, strip_accents=strip_accents,
                                           lowercase=lower_case)

@@ -109,7 +109,7 @@ def _other_formats(directory: Path) -> str:
 
 
 def abbreviate(names: Iterable[str]) -> str:
-    """Join the first three names, and state how many there are if there are more."""
+    """Join the first three names. If there are more, add their total number."""
     names = list(names)
     return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")
 
@@ -185,8 +185,8 @@ def _state_dicts(content: object, location: str, nesting: int) -> dict[str, dict
 def canonical_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename tensors to the names of BertForSequenceClassification.
 
-    Prefixes and name segments of training tools are removed if they are unambiguous, a bare encoder gets its "bert.",
-    and gamma and beta become weight and bias. Raises ValueError if two tensors would get the same name.
+    Prefixes and name segments of training tools are removed if they are unambiguous. A bare encoder gets the prefix
+    "bert.". gamma and beta become weight and bias. Raises ValueError if two tensors would get the same name.
     """
     unwrapped = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in weights}
     prefix = _common_prefix(list(unwrapped.values()))

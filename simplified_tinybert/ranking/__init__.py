@@ -1,1 +1,1 @@
-"""From scores of passages to rankings of documents, and how good these are."""
+"""Score passages, rank documents by the scores, and evaluate and compare rankings."""

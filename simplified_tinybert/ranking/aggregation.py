@@ -13,8 +13,8 @@ from simplified_tinybert.ranking.trec import sum_in_order
 class Aggregation(NamedTuple):
     """An aggregation that reads one passage at a time.
 
-    update(state, score, number) returns the new state of a document, which starts as None. FirstP alone uses the number
-    of the passage. score(state) returns the document's score.
+    update(state, score, number) returns the new state of a document, which starts as None. Only FirstP uses `number`,
+    the number of the passage. score(state) returns the document's score.
     """
     name: str
     update: Callable[[Any, float, int | None], Any]
@@ -43,11 +43,11 @@ def k_max_avg_p(k: int) -> Aggregation:
         push(heap, score)
         return heap
 
-    # The original adds the k best from the best down. The order decides the last digits.
+    # The original adds the k best scores in descending order. The order affects the last digits.
     return Aggregation(f"{k}-Max&AvgP", update, lambda heap: sum_in_order(sorted(heap, reverse=True)) / len(heap))
 
 
-# As in the original, np.sum adds: its pairwise summation decides the last digits.
+# The original adds with np.sum, whose pairwise summation affects the last digits.
 MAX_P = Aggregation("MaxP", keep_best, lambda best: best)
 FIRST_P = Aggregation("FirstP", keep_first, lambda first: -first[1])
 SUM_P = Aggregation("SumP", keep_all, lambda scores: float(np.sum(scores)))

@@ -78,7 +78,7 @@ def parse_measures(names: list[str], level: int, problems: Problems) -> list[Any
 
 
 def choose_measures(names: list[str], level: int, problems: Problems) -> tuple[list[str], list[object]]:
-    """Return the names of the measures as in results, and the measures that ir_measures computes."""
+    """Return the names of the measures, spelled as in results, and the measures that ir_measures computes."""
     chosen, others = [], []
     for name in names:
         parsed = [] if name in MRR_CUTOFFS else parse_measures([name], level, problems)
@@ -90,7 +90,7 @@ def choose_measures(names: list[str], level: int, problems: Problems) -> tuple[l
 def _parse_measure(name: str, level: int) -> Any:
     """Raises ValueError with the reason if ir_measures cannot compute the measure."""
     try:
-        import ir_measures  # takes half a second, which MRR alone need not cost
+        import ir_measures  # takes half a second, and MRR does not need it
     except ImportError:
         raise UserError("--measures needs the package ir_measures: pip install ir_measures") from None
     measure = None
@@ -158,7 +158,7 @@ def other_measures(measures: list[Any], qrels: Qrels, rankings: Rankings) -> Ite
     import ir_measures
     # Each provider of ir_measures sorts documents by its own tie rule. Scores that count down from the number of
     # documents leave no ties; they are integers, which single precision represents exactly.
-    # Queries are numbered because gdeval accepts only numeric ids: of "trec-12" it takes the 12.
+    # Queries are numbered because gdeval accepts only numeric ids: it reads "trec-12" as 12.
     numbers = {query_id: str(number) for number, query_id in enumerate(rankings, start=1)}
     run = {numbers[query_id]: {document_id: float(len(ranking) - position)
                                for position, document_id in enumerate(ranking)}

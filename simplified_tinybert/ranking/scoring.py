@@ -23,7 +23,7 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}     # a CPU is fastest while a batch
 
 def check_int8(int8: bool, half: bool, device: torch.device, problems: Problems) -> None:
     if int8 and (half or device.type != "cpu"):
-        problems.add("--int8: needs a CPU and excludes --fp16 and --bf16; add --device cpu, or leave it out")
+        problems.add("--int8: needs a CPU, without --fp16 or --bf16; add --device cpu, or leave one of the flags out")
 
 
 def load_scorer(directory: Path, config: BertConfig, device: torch.device, dtype: torch.dtype | None = None,
@@ -42,7 +42,7 @@ def load_scorer(directory: Path, config: BertConfig, device: torch.device, dtype
 
 
 def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> None:
-    """Convert the model, in place, to the form that scores fastest in this precision; None: float32."""
+    """Convert the model, in place, to the form that scores fastest in this precision. dtype=None: float32."""
     if dtype:
         to_half(model, dtype)
     elif int8:
@@ -85,7 +85,7 @@ def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarr
                 progress: tqdm | None = None) -> np.ndarray:
     """Return the logits (N, C) of a chunk in float32 and input order; zeros for pairs that are in no batch."""
     logits, device = np.zeros((len(chunk), model.config.num_labels), np.float32), model.classifier.weight.device
-    pending = []                                        # on the device: copying each batch would wait for it
+    pending = []                                        # results stay on the device, because copying waits for it
     with torch.inference_mode():
         for indices in batches:
             pending.append((indices, model(chunk.batch(indices).to(device)).logits.float()))
@@ -106,9 +106,9 @@ def scored_chunks(model: CrossEncoder, features: FeatureSummary, limits: BatchLi
                   done: int = 0, passing: bool = False) -> Iterator[tuple[Examples, np.ndarray]]:
     """Yield the chunks of feature files with their logits (N, C), skipping the first `done` pairs.
 
-    Every process yields all logits. The batches follow from the lengths alone and are dealt out in turn. Logits are
-    exchanged once for as many chunks as there are processes, so that processes seldom wait for each other. A `passing`
-    progress bar disappears at the end.
+    Every process yields all logits. The batches depend only on the lengths, and the processes take turns computing
+    them. With n processes, logits are exchanged after every n chunks, so that processes rarely wait for each other.
+    A `passing` progress bar disappears at the end.
     """
     chunks = read_ahead(chunk for path in features.paths for chunk in read_chunks(path))
     seen, turns = 0, cycle(range(processes.count))

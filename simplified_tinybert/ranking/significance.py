@@ -51,7 +51,7 @@ def compare(first: dict[str, float], second: dict[str, float], permutations: int
             seed: int = 42) -> Comparison:
     """Compare values by query on the queries that both hold; there must be at least one.
 
-    Values that differ only by rounding are ties: AP's sums 1/2 + 2/3 and 1 + 2/12 are not equal to the last bit.
+    Values that differ only by rounding are ties: AP's sums 1/2 + 2/3 and 1 + 2/12 differ in the last bit.
     """
     queries = sorted(first.keys() & second.keys())      # the random signs must not depend on the order of the lines
     values = np.array([[first[query_id], second[query_id]] for query_id in queries], dtype=np.float64)
@@ -66,7 +66,7 @@ def compare(first: dict[str, float], second: dict[str, float], permutations: int
 def paired_t_test(differences: np.ndarray) -> float | None:
     """Return the p of Student's paired t-test; None for a single query, which has no variance.
 
-    SciPy returns NaN if all differences are zero; here p is 1. Equal differences other than zero make t infinite, p 0.
+    If all differences are zero, p is 1 (SciPy returns NaN). If all are equal but not zero, t is infinite and p is 0.
     """
     if not differences.any():
         return 1.0
@@ -111,7 +111,8 @@ def _count_extreme(flipped: np.ndarray, differences: np.ndarray, threshold: floa
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Return Holm's step-down p-values (Scandinavian Journal of Statistics 6, 1979) in input order; None stays None.
 
-    The smallest of m is multiplied by m, the next by m - 1, and so on. No value exceeds 1 or falls below a smaller p's.
+    The smallest of m is multiplied by m, the next by m - 1, and so on. Then values above 1 become 1, and no value is
+    less than that of a smaller p.
     """
     order = sorted((index for index, p in enumerate(p_values) if p is not None), key=lambda index: p_values[index])
     adjusted, largest = [None] * len(p_values), 0.0

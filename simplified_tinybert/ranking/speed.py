@@ -68,7 +68,7 @@ def sample_pairs(paths: list[Path], total: int, count: int) -> Examples:
 
 def measure(models: dict[str, CrossEncoder], pairs: Examples, device: torch.device, rounds: int) \
         -> dict[str, list[float]]:
-    """Return the pairs per second of each model in each round, after an uncounted pass.
+    """Return the pairs per second of each model in each round, after a warm-up pass.
 
     The models must be on the device and prepared for scoring. They run in turn (A B C A B C ...), so that other load on
     the machine affects all of them. Raises UserError for logits that are not finite.

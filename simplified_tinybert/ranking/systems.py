@@ -39,7 +39,7 @@ class System:
         return median(self.rates) if self.rates else None
 
     def speed_up(self, other: "System") -> float | None:
-        """Return the median over the rounds of own speed / other speed; None unless both were measured alike."""
+        """Return the median over the rounds of own speed / other speed, or None if they were measured differently."""
         if not (self.rates and other.rates and self.where == other.where):
             return None
         return median(own / others for own, others in zip(self.rates, other.rates))
@@ -83,7 +83,7 @@ def find_systems(rows: list[list[str]], problems: Problems) -> list[System]:
 def _read_size_and_speed(system: System) -> None:
     """Fill in size and speed from reranker.py's record next to the run. Without it, only the size is known."""
     if system.config:
-        with torch.device("meta"):                      # parameters without memory
+        with torch.device("meta"):                      # counting parameters needs no memory for them
             system.parameters = count_parameters(CrossEncoder(system.config))
     names = [system.run.with_suffix(".tsv.run.json").name, *["scores.tsv.run.json"] * (system.run.name == "run.trec")]
     paths = [path for name in names if (path := system.run.with_name(name)).is_file()]
@@ -101,8 +101,8 @@ def _read_size_and_speed(system: System) -> None:
         details += [f"{processes} processes"] if processes > 1 else []
         system.rates, system.where = [rate], ", ".join([device, *details])
     if system.directory and "weights" in settings and settings["weights"] != weights_checksum(system.directory):
-        warn(f"{system.run}: was scored with other weights than those in {system.directory} ({path}); re-rank again, "
-             f"unless the model was only converted")
+        warn(f"{system.run}: was scored with weights that differ from those in {system.directory} ({path}); re-rank "
+             f"again, unless the model was only converted")
 
 
 def evaluate_systems(systems: list[System], qrels: Qrels, runs: dict[Path, Run], measures: list[object], level: int,

@@ -51,7 +51,7 @@ def warn_of_float32_ties(ties: int, source: str = "") -> None:
 
 
 def sum_in_order(values: Iterable[float]) -> float:
-    """Add from left to right; from Python 3.12 on, sum() compensates rounding and ends in other digits."""
+    """Add from left to right. From Python 3.12 on, sum() compensates rounding, which gives different last digits."""
     return reduce(add, values, 0.0)
 
 
@@ -83,7 +83,7 @@ def parse_grade(text: str) -> int:
 
 
 def split_columns(line: str) -> list[str]:
-    """Split at C's isspace(), as trec_eval does: a no-break space is part of an id."""
+    """Split at the white space of C's isspace(), as trec_eval does. A no-break space is part of an id."""
     return re.findall(r"[^ \t\v\f\r]+", line)
 
 
@@ -99,15 +99,15 @@ def _read_columns(path: Path, names: tuple[str, ...], problems: Problems) -> Ite
 
 @dataclass
 class RankCheck:
-    """Compare the order of a run's rank column with the order of its scores, which decides.
+    """Check whether a run's rank column agrees with its scores. The scores decide the order.
 
     Call `add` for each line, `finish` for each query after the last line, then `warn`. Queries are skipped if a rank is
     not a number or if all ranks are equal.
     """
     source: str
     queries: int = 0
-    differing: int = 0          # queries with another order by rank
-    tied: int = 0               # those among them that differ only between equal scores
+    differing: int = 0          # queries whose order by rank is different
+    tied: int = 0               # those of them with differences only between equal scores
     first: str = ""             # description of the first difference
     lines: dict[str, tuple[array, array]] = field(default_factory=dict)    # query id → ranks, line numbers
 
@@ -136,8 +136,8 @@ class RankCheck:
     def warn(self) -> None:
         if self.differing:
             tied = f", in {self.tied} of them only between equal scores" if self.tied else ""
-            warn(f"{self.first}; rank and score disagree in {self.differing} of {self.queries} queries{tied}. The "
-                 f"score decides, between equal scores the descending document id (trec_eval's rule)")
+            warn(f"{self.first}; rank and score disagree in {self.differing} of {self.queries} queries{tied}. "
+                 f"Documents are sorted by score, equal scores by descending document id (trec_eval's rule)")
 
 
 def read_run(path: Path, problems: Problems) -> Run:

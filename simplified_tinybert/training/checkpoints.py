@@ -14,7 +14,7 @@ STATE_FILE, BEST = "training_state.pt", "best"
 
 
 def check_output_dir(directory: Path, resume: bool | None, problems: Problems) -> None:
-    """Check that the output directory is new or empty, or holds a run to resume. resume=None: there is no --resume."""
+    """Check that the directory is new or empty, or holds a run to resume. resume=None: the script has no --resume."""
     if directory.exists() and not directory.is_dir():
         problems.add(f"{directory}: is a file; name a directory")
     elif directory.is_dir() and any(not path.name.startswith(".") for path in directory.iterdir()):
@@ -42,7 +42,7 @@ def replace_directory(directory: Path, save_model: Callable[[Path], None], state
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a directory so that, even if killed, no part of it remains under its name."""
+    """Remove a directory. If the process is killed meanwhile, no part of it remains under its name."""
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.old")
     os.rename(directory, temporary)
     shutil.rmtree(temporary)

@@ -15,9 +15,9 @@ from simplified_tinybert.training.objective import ObjectiveSettings
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How a student is trained, whatever its objective."""
+    """How a student is trained, independent of its objective."""
     batch_size: int                                     # examples per forward pass, over all processes
-    max_seq_length: int                                 # to pad to with --padding reference
+    max_seq_length: int                                 # padded length with --padding reference
     accumulation: int = 1                               # forward passes per optimizer step
     seed: int = 42
     warmup_proportion: float = 0.1
@@ -52,12 +52,12 @@ class Stage:
     learning_rate: float                                # peak
 
     def pad_to(self, settings: TrainingSettings) -> int | None:
-        """Return the sequence length to pad to; None: the longest of each batch, where padding does not matter."""
+        """Return the length to pad to. If padding has no effect: None, for the longest example of each batch."""
         fixed = self.objective.uses("layers") and self.objective.padding == "reference"
         return settings.max_seq_length if fixed else None
 
     def steps_per_epoch(self, examples: int, settings: TrainingSettings) -> int:
-        """Return the optimizer steps of an epoch, including smaller last batches: every example is used."""
+        """Return the optimizer steps of an epoch. Every example is used, so the last batch may be smaller."""
         return math.ceil(math.ceil(examples / settings.batch_size) / settings.accumulation)
 
     def total_steps(self, examples: int, settings: TrainingSettings) -> int:
@@ -68,9 +68,9 @@ def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, learnin
     add, default = parser.add_argument, TrainingSettings
     add("--output_student_dir", type=Path, required=True, help="new or empty directory for the student")
     add("--cache_file_dir", type=Path, default=Path("cache"),
-        help="directory for memory-mapped features, which later runs use again (default: cache)")
+        help="directory for memory-mapped features, which later runs reuse (default: cache)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
-    add("--no_cuda", action="store_true", help="compute on the CPU, whatever --device says")
+    add("--no_cuda", action="store_true", help="use the CPU and ignore --device")
     add("--padding", choices=PADDING_MODES, default=ObjectiveSettings.padding,
         help="reference (default): pad to max_seq_length and count padding in the attention and hidden losses, as the "
              "original does; masked: count real tokens only and batch examples of similar length, which is faster")
@@ -84,17 +84,17 @@ def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, learnin
     add("--warmup_proportion", type=float, default=default.warmup_proportion,
         help=f"fraction of the steps in which the learning rate rises (default: {default.warmup_proportion:g})")
     add("--weight_decay", "--wd", type=float, default=default.weight_decay,
-        help=f"for all parameters except biases and layer norms (default: {default.weight_decay:g})")
+        help=f"weight decay of all parameters except biases and layer norms (default: {default.weight_decay:g})")
     add("--fp16", action="store_true", help="mixed precision in float16 with loss scaling (CUDA)")
-    add("--fp16_backend", choices=("torch", "apex"), default="torch", help="what --fp16 uses (default: torch)")
+    add("--fp16_backend", choices=("torch", "apex"), default="torch", help="library for --fp16 (default: torch)")
     add("--fp16_opt_level", choices=("O0", "O1", "O2", "O3"), default="O1", help="apex level (default: O1)")
     add("--bf16", action="store_true", help="mixed precision in bfloat16, without loss scaling")
     add("--seed", type=int, default=default.seed,
-        help=f"for dropout, batch order and new parameters (default: {default.seed})")
+        help=f"random seed for dropout, batch order and new parameters (default: {default.seed})")
     add("--train_loss_step", type=int, default=default.log_every,
         help=f"steps between rows of the log (default: {default.log_every})")
     add("--log_gradients", action="store_true", help="also log the norm of each loss term's gradient (att_grad, "
-        "rep_grad, soft_grad, hard_grad); costs one more batch per row")
+        "rep_grad, soft_grad, hard_grad); each row costs the time of one more batch")
     add("--save_model_step", type=int, default=default.save_every,
         help=f"steps between checkpoints (default: {default.save_every})")
     add("--keep_checkpoints", type=int, metavar="N", help="keep only the N newest checkpoints (default: all)")
@@ -104,7 +104,7 @@ def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, learnin
 
 def check_training_flags(args: argparse.Namespace, stages: int, problems: Problems,
                          more_rules: list[tuple[str, bool, str]]) -> None:
-    """Check the ranges of flags, the directories, and apex. more_rules: as `check_ranges` takes them."""
+    """Check the ranges of flags, the directories, and apex. more_rules: further rules for `check_ranges`."""
     per_process = f" for each of {process_count()} processes" if process_count() > 1 else ""
     check_ranges(args, problems, [
         ("train_batch_size", args.train_batch_size >= process_count(), f"1 or more{per_process}"),

@@ -28,7 +28,7 @@ class TrainingLog:
         self.bad_step = torch.zeros((), dtype=torch.int64, device=device)   # first with a NaN or infinite loss; 0: none
         if not processes.first:
             return
-        # With a module of this name, TensorBoard does not import TensorFlow, which is slow and prints much
+        # With a module of this name, TensorBoard does not import TensorFlow, which is slow and prints many messages
         sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
 
@@ -49,7 +49,7 @@ class TrainingLog:
         self.bad_step = torch.where(~torch.isfinite(self.sums[0]) & (self.bad_step == 0), number, self.bad_step)
 
     def write(self, global_step: int, learning_rate: float, norms: dict[str, float]) -> dict[str, float]:
-        """Append a row for the steps since the last row; norms: of the gradients at the last step."""
+        """Append a row for the steps since the last row. norms: gradient norms at the last step."""
         sums = self.processes.total(self.sums).tolist()
         seconds = time.perf_counter() - self.start
         row = {"global_step": global_step, **{name: value / self.steps for name, value in zip(LOSSES, sums)},
@@ -60,7 +60,7 @@ class TrainingLog:
         return row
 
     def write_dev(self, global_step: int, measures: dict[str, float]) -> bool:
-        """Append a row of dev measures. Returns True, in the first process, if the first measure is the best so far."""
+        """Append a row of dev measures. Returns True in the first process if the first measure is the best so far."""
         row = {"global_step": global_step, **measures}
         self._append(self.dev_file, row, "dev/")
         better = self.processes.first and first_measure(row) > self.best
@@ -77,7 +77,7 @@ class TrainingLog:
         self.tensorboard.flush()
 
     def exclude(self, seconds: float) -> None:
-        """Exclude time that was not spent on training from the speed."""
+        """Exclude time that was not spent on training from examples_per_second."""
         self.start += seconds
 
     def state(self) -> dict:

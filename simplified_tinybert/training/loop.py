@@ -37,7 +37,7 @@ class TrainingSet:
     feature_files: list[Path] | None = None
 
     def names(self, indices: np.ndarray) -> list[str]:
-        """Name examples in messages."""
+        """Return names of examples for messages."""
         return ids_of(self.feature_files, indices) if self.feature_files else [f"segment {index}" for index in indices]
 
 
@@ -101,7 +101,7 @@ class Trainer:
         self.terms = data_parallel(self.student, self.local_terms, self.processes, all_used=chosen.uses("head"))
 
     def _advance(self, step: int, batches: list[np.ndarray], progress: tqdm) -> None:
-        """Make one step and what is due after it: a row of the log, validation, a checkpoint, a check for signals."""
+        """Make one step. Then write the log, validate, save a checkpoint and check for signals, if these are due."""
         settings, last = self.settings, step == self.last_step
         log_row = step % settings.log_every == 0 or last
         norms = self._gradient_norms(batches[0]) if log_row and settings.log_gradients else {}
@@ -142,7 +142,7 @@ class Trainer:
             return total_loss(terms, chosen.weights)
 
     def _step(self, number: int, batches: list[np.ndarray]) -> None:
-        """Make an optimizer step on the mean over all examples, however they are divided into batches and shares."""
+        """Make an optimizer step on the mean over all examples. It does not depend on their division into batches."""
         examples = sum(map(len, batches))
         for part, indices in enumerate(batches, start=1):
             weight = len(indices) / examples
@@ -179,7 +179,7 @@ class Trainer:
         return measures
 
     def _check_losses(self) -> None:
-        """Raise UserError, in every process, if a loss was NaN or infinite: it must not be logged or saved."""
+        """Raise UserError in every process if a loss was NaN or infinite, before it is logged or saved."""
         bad = [step for step in self.processes.gather(int(self.log.bad_step)) if step]
         if not bad:
             return
@@ -192,7 +192,7 @@ class Trainer:
                         f"student are broken")
 
     def _stop_if_requested(self, step: int) -> None:
-        """Stop all processes together: after a checkpoint for a signal, with a UserError for a NaN or infinite loss."""
+        """Stop all processes together. A signal saves a checkpoint first; a NaN or infinite loss raises UserError."""
         requested, bad = self.processes.total(torch.stack([self.log.bad_step.new_tensor(self.requests.signal > 0),
                                                            self.log.bad_step > 0]).long()).tolist()
         if bad:
@@ -200,7 +200,7 @@ class Trainer:
         if requested:
             if step % self.settings.save_every:         # otherwise it has just been saved
                 self._save_checkpoint(step)
-            self.processes.barrier()                    # torchrun kills the others soon after one process has ended
+            self.processes.barrier()                    # when one process ends, torchrun soon kills the others
             if self.processes.first:
                 say(f"checkpoint-{step} is saved; the same command with --resume continues from there")
             raise_for(self.requests.signal or signal.SIGTERM)
@@ -232,7 +232,7 @@ class Trainer:
 
 
 def epoch_batches(lengths: np.ndarray, settings: TrainingSettings, epoch: int) -> list[np.ndarray]:
-    """Return the indices of each batch of an epoch; they depend on seed and epoch only. The last may be smaller.
+    """Return the indices of each batch of an epoch. They depend only on seed and epoch. The last batch may be smaller.
 
     With `group_by_length`, buckets of BUCKET_BATCHES batches are sorted by length before they are cut into batches,
     and the batches of the epoch are shuffled again.

@@ -1,8 +1,8 @@
 """The loss terms of the distillation objectives (section 3 of the paper), as pure functions.
 
 Shapes: B examples, L positions (including padding), H heads, d and d' head sizes of student and teacher, D hidden size
-of the teacher. The teacher's tensors carry no gradient. Values equal those of the original implementation; docstrings
-say where it differs from the usual definition. If the models run in half precision, losses are computed in float32.
+of the teacher. The teacher's tensors have no gradient. Values equal those of the original implementation; docstrings
+say where these differ from the usual definition. If the models run in half precision, losses are computed in float32.
 """
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ def attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_querie
     teacher's times d'^-¼. The matrix of differences is A·Bᵀ with A = [Q, -Q'] and B = M·[K, K'], where M zeroes padded
     keys. Its squared norm is the sum of AᵀA ∘ BᵀB: two Gram matrices of (d+d')×(d+d'), at a cost linear in L. If
     d = d', A = [Q-Q', Q'] and B = M·[K, K-K'] give the same matrix, without cancellation in float32 when the student
-    is close to its teacher. If not, the rounding error is about 1e-7 of the teacher's mean squared score.
+    is close to its teacher. If d ≠ d', the rounding error is about 1e-7 of the teacher's mean squared score.
     """
     dtype = torch.promote_types(student_queries.dtype, torch.float32)
     keep = attention_mask[:, None, :, None].to(dtype)                                    # (B, 1, L, 1)

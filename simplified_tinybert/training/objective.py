@@ -98,7 +98,7 @@ def objective(student: CrossEncoder, teacher: CrossEncoder | None, batch: Batch,
 
 
 def mean_over(term: str, padding: str) -> str:
-    """What a term averages over. With --padding reference, all examples weigh the same, however short they are."""
+    """What a term averages over. With --padding reference, all examples have the same weight, even short ones."""
     return TERMS[term].mean_over if padding == "masked" else "examples"
 
 
@@ -119,13 +119,13 @@ def stage_weights(method: str, alpha: float = 0.5, changed: Weights | None = Non
               "tinybert": [{"attention": 1.0, "hidden": 1.0}, {"soft": 1.0}],
               "simplified": [{"attention": 1.0, "hidden": 1.0, "soft": 1.0, "hard": 1.0}]}[method]
     changed = changed or {}
-    for term, weight in changed.items():                # of two stages, the first compares layers
+    for term, weight in changed.items():                # if there are two stages, the first compares layers
         stages[0 if "layers" in TERMS[term].needs else -1][term] = weight
     return [{term: stage[term] for term in TERMS if term in stage and changed.get(term) != 0} for stage in stages]
 
 
 def parse_loss_weights(items: list[str]) -> Weights:
-    """["hard=0", ...] → {"hard": 0.0, ...}. Raises ValueError that says what was found and expected."""
+    """["hard=0", ...] → {"hard": 0.0, ...}. Raises ValueError with a message for the user."""
     weights: Weights = {}
     for item in items:
         term, _, text = item.partition("=")

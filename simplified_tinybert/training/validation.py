@@ -57,12 +57,12 @@ def warn_of_chance(teacher: CrossEncoder, examples: Examples, device: torch.devi
     if area < 0.5 + 1.645 * error:                      # 0.5 is chance; one-sided test at 5 %
         worse = "worse than chance: are its classes or the labels swapped?" if area < 0.5 - 1.645 * error else \
             "no better than chance: was it fine-tuned for ranking, on texts like these?"
-        warn(f"the teacher scores a relevant pair above another one in {100 * area:.0f} % of the cases (of "
-             f"{len(sample)} training pairs), {worse}")
+        warn(f"the teacher scores a relevant pair above a non-relevant one in {100 * area:.0f} % of the cases (in a "
+             f"sample of {len(sample)} training pairs), {worse}")
 
 
 def area_under_curve(scores: np.ndarray, relevant: np.ndarray) -> tuple[float, float]:
-    """Return the area under the ROC curve, and the standard error of random scores; (1, 0) if all are of one kind."""
+    """Return the area under the ROC curve, and its standard error for random scores; (1, 0) if all have one label."""
     above, below = scores[relevant][:, None], scores[~relevant]
     if not above.size or not below.size:
         return 1.0, 0.0
