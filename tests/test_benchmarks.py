@@ -124,6 +124,7 @@ def test_ratio():
     assert common.ratio([4.0, 6.0, 9.0], [2.0, 2.0, 2.0]) == "3.00 × (2.00 – 4.50)"
 
 
+@pytest.mark.slow
 def test_tokenization_runs_and_writes_its_files(texts, tmp_path):
     samples.write_lines(tmp_path / "pairs.tsv", texts.pair_lines(400, repeats=1))
     done = run_script("benchmarks.tokenization", "--quick", "--raw_data_file", tmp_path / "pairs.tsv", "--output_dir",

@@ -47,7 +47,7 @@ def assert_same_bytes(directory, other):
 
 
 @pytest.mark.parametrize("processes, examples, batch, accumulation", [
-    (2, 27, 8, 2), pytest.param(3, 25, 8, 1, marks=pytest.mark.slow)])
+    pytest.param(2, 27, 8, 2, marks=pytest.mark.slow), pytest.param(3, 25, 8, 1, marks=pytest.mark.slow)])
 def test_several_processes_give_the_same_student_as_one(golden_models, tmp_path, run_here, processes, examples, batch,
                                                         accumulation):
     """With uneven shares and a last batch of 3 examples for two processes, or 1 for three; then resume with dropout."""
@@ -217,7 +217,7 @@ def test_devices_of_several_processes(monkeypatch):
     assert str(select_device("auto")) == str(select_device("cuda")) == "cuda:1"
     assert str(select_device("auto", no_cuda=True)) == str(select_device("cpu")) == "cpu"
     for name in ("0", "cuda:1"):
-        with pytest.raises(UserError, match=f"--device {name}: .* 4 processes"):
+        with pytest.raises(UserError, match=f"--device {name}: 4 processes"):
             select_device(name)
     set_environment(monkeypatch, RANK=0, LOCAL_RANK=0, WORLD_SIZE=4, LOCAL_WORLD_SIZE=4)
     with pytest.raises(UserError, match="2 CUDA devices .* 4 processes"):
@@ -228,7 +228,7 @@ def test_an_incomplete_torchrun_environment_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match="WORLD_SIZE is 2, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"), \
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, .*: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"), \
             process_group(torch.device("cpu")):
         pass
 

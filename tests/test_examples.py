@@ -122,6 +122,7 @@ def test_the_teacher_ranks_better_than_chance(collection, tmp_path):
     assert len(shares) > 15 and np.mean(shares) > 0.75
 
 
+@pytest.mark.slow
 def test_pretraining_learns_and_writes_a_general_student(collection, tmp_path):
     lines = (collection / "corpus.txt").read_text(encoding="utf-8").splitlines()[:400]
     (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")

@@ -209,6 +209,7 @@ def test_an_interrupted_run_resumes_to_the_same_student(golden_models, corpus, t
         run_here(general_distill, *arguments(corpus, models, "halves", *more, "--resume", shape=shape))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_student(golden_models, corpus, tmp_path):
     for processes, name in ((1, "one"), (2, "two")):
         more = arguments(corpus, golden_models, name, "--num_train_epochs", 1)

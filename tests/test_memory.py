@@ -15,7 +15,7 @@ LENGTHS = (128, 256, 512)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [0.0, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_peak_memory_of_a_training_step_is_linear_in_the_length(dropout):
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, __file__, str(dropout)], capture_output=True, text=True, check=True,

@@ -66,6 +66,7 @@ def test_distill_and_rerank_own_data_from_any_directory(own_data):
         "train.tsv.pkl.run.json"]
 
 
+@pytest.mark.slow
 def test_several_processes_by_a_variable(own_data):
     models = {"TEACHER_MODEL": "my models/teacher", "STUDENT_MODEL": "my models/student_2x24", "DEVICE": "cpu"}
     done = bash("distill.sh", cwd=own_data, TRAIN_EXAMPLES="train.tsv", MAX_SEQ_LENGTH="32", PROCESSES="2",
@@ -171,6 +172,7 @@ def test_wrong_settings_create_no_files(own_data):
         assert message in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_complete_is_off_unless_set_to_yes(own_data):
     with open(own_data / "qrels.txt", "a") as handle:
         handle.write("q9 0 D1 1\n")
@@ -188,6 +190,7 @@ def test_shell_scripts_explain_their_variables(tmp_path, script):
     assert used and all(name in done.stdout for name in used)
 
 
+@pytest.mark.slow
 def test_features_shorter_than_256_need_no_flag(own_data):
     """Features of 32 tokens and models with 64 positions work with the defaults."""
     models = {"TEACHER_MODEL": "my models/teacher", "STUDENT_MODEL": "my models/student_2x24", "DEVICE": "cpu"}

@@ -44,10 +44,24 @@ def test_the_fast_check_accepts_valid_lines_only(set_name, line):
     assert tokenize_to_features.valid_line_id(line, set_name) == (None if errors else line.split("\t")[0])
 
 
-@settings(max_examples=400, deadline=None)
-@given(text=WORDS | LETTERS | st.tuples(WORDS, LETTERS).map("".join), length=st.integers(8, 40),
-       cache_bytes=st.sampled_from([0, 2000, 2 ** 20]))
+TEXTS = {"text": WORDS | LETTERS | st.tuples(WORDS, LETTERS).map("".join), "length": st.integers(8, 40),
+         "cache_bytes": st.sampled_from([0, 2000, 2 ** 20])}
+
+
+@settings(max_examples=40, deadline=None)
+@given(**TEXTS)
 def test_cached_words_give_the_tokens_of_the_text(vocabulary, text, length, cache_bytes):
+    check_cached_words(vocabulary, text, length, cache_bytes)
+
+
+@pytest.mark.slow
+@settings(max_examples=400, deadline=None)
+@given(**TEXTS)
+def test_cached_words_give_the_tokens_of_many_texts(vocabulary, text, length, cache_bytes):
+    check_cached_words(vocabulary, text, length, cache_bytes)
+
+
+def check_cached_words(vocabulary, text, length, cache_bytes):
     tokenizer = CachedTokenizer(vocabulary, length, by_words=True, cache_bytes=cache_bytes)
     expected = vocabulary.tokenizer().encode(text, add_special_tokens=False).ids
     for _ in range(2):                                  # computed, then cached
@@ -95,7 +109,7 @@ def dying():
     return exit
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_results_of_worker_processes_are_in_order(workers):
     assert list(map_in_order(doubling, range(20), workers)) == list(range(0, 40, 2))
     assert list(map_in_order(doubling, [], workers)) == []
