@@ -10,8 +10,8 @@ pairs on which speed is measured (tokenize_to_features.py --set_name test).
 Out, in --output_dir: table.md (also printed), table.tex (LaTeX, package booktabs), effectiveness.png (the first measure
 against speed), report.json (all numbers: every round, every p, arguments, versions, machine, records of reranker.py).
 
-Columns: layers/width and parameters of the model; pairs per second and speed-up over the teacher; each measure and its
-percentage of the teacher's. The teacher is --teacher NAME, by default the first system with a model.
+Columns: layers, hidden size and parameters of the model; pairs per second and speed-up over the teacher; each measure
+and its percentage of the teacher's. The teacher is --teacher NAME, by default the first system with a model.
 
 Averages are over the judged queries that are in all runs. With --complete, they are over all judged queries, and a
 query that a run lacks counts as 0. A dagger marks a significant difference from the teacher, a double dagger one from
@@ -139,7 +139,7 @@ def compare_systems(args: argparse.Namespace, systems: list[System], measures: l
 
 def table_cells(report: Report, test: str) -> tuple[list[str], list[list[str]]]:
     """Return the headings and rows of the table."""
-    headings = ["system", "layers/width", "parameters", "pairs/s", "speed-up"]
+    headings = ["system", "layers/hidden size", "parameters", "pairs/s", "speed-up"]
     rows = []
     for system in report.systems:
         speed, speed_up, config = system.speed(), system.speed_up(report.teacher), system.config

@@ -64,7 +64,7 @@ def made(directory, run_here):
 def test_figures_by_hand(made):
     rows, content, stderr = made("--teacher", "the teacher", "--measures", "MRR@10", "P@1")
     assert rows == {
-        "system": ["layers/width", "parameters", "pairs/s", "speed-up", "MRR@10", "% of teacher", "P@1",
+        "system": ["layers/hidden size", "parameters", "pairs/s", "speed-up", "MRR@10", "% of teacher", "P@1",
                    "% of teacher"],
         "the teacher": ["–", "12,345", "100", "1.00 ×", f"{2.5 / 3:.4f}", "100.0", f"{2 / 3:.4f}", "100.0"],
         "BM25": ["–", "–", "–", "–", "0.5000", "60.0", "0.0000", "0.0"],
