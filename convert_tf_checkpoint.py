@@ -131,6 +131,7 @@ def check_variables(shapes: dict[str, list[int]], expected: dict[str, tuple[str,
 
 def open_checkpoint(prefix: Path) -> Any:
     """Return TensorFlow's reader of a checkpoint. Raises UserError."""
+    import torch._dynamo  # noqa: F401  CUDA builds load triton here, which crashes if TensorFlow was loaded first
     os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}       # no messages on import
     try:
         import tensorflow

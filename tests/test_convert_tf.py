@@ -25,6 +25,7 @@ CONFIG = {"attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dro
 
 @pytest.fixture(scope="module")
 def tf():
+    import torch._dynamo  # noqa: F401  as in open_checkpoint
     os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
     return pytest.importorskip("tensorflow", reason="needs TensorFlow: pip install tensorflow-cpu")
 
