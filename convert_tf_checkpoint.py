@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.common.file_kinds import failed_download
 from simplified_tinybert.common.files import Problems, UserError, check_input_file, reason, run_main, say
 from simplified_tinybert.common.records import record, sha256_of
+from simplified_tinybert.common.text import failed_download
 from simplified_tinybert.model.bert import CrossEncoder, describe
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.pretrained import save_cross_encoder

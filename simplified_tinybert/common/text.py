@@ -1,19 +1,20 @@
-"""Read UTF-8 text files, plain or gzip, with or without byte order marks. For other files, report their type.
+"""Read UTF-8 text files, plain or gzip, with or without byte order marks, and recognise other types of files.
 
 The file type is recognised by the first bytes, not by the file name.
 """
 import codecs
 import gzip
 import io
+import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TypeVar
 
-from simplified_tinybert.common.file_kinds import archive_kind, lfs_pointer
-from simplified_tinybert.common.files import Problems, UserError
+from simplified_tinybert.common.files import Problems, UserError, reason
 
 BUFFER = 2 ** 17        # bytes; Python's default of 8 KiB needs a system call every few lines
 BLOCK = 2 ** 18         # bytes
@@ -24,6 +25,23 @@ Item = TypeVar("Item")
 ENCODINGS = {           # UTF-32 first: its little-endian byte order mark begins with that of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+# First bytes → kind of file, command that turns it into text
+ARCHIVES = {
+    b"PK\x03\x04": ("a zip archive", "unzip"),
+    b"BZh": ("compressed by bzip2", "bunzip2"),
+    b"\xfd7zXZ\x00": ("compressed by xz", "unxz"),
+    b"]\x00\x00\x80\x00": ("compressed by lzma", "unlzma"),
+    b"LZIP": ("compressed by lzip", "lzip -d"),
+    b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unzstd"),
+    b"\x50\x2a\x4d\x18": ("compressed by zstd", "unzstd"),
+    b"\x04\x22\x4d\x18": ("compressed by lz4", "unlz4"),
+    b"\x1f\x9d": ("compressed by compress", "uncompress"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "7z x"),
+    b"Rar!\x1a\x07": ("a rar archive", "unrar x"),
+    b"PAR1": ("a Parquet file", "pandas.read_parquet, then DataFrame.to_csv(sep='\\t')"),
+}
+LFS_POINTER = re.compile(rb"version https://[\w.-]+/spec/v1\b")
+WEB_PAGE = re.compile(rb"\s*<(!doctype|html|head|body|\?xml|error|!--)", re.IGNORECASE)
 
 
 @contextmanager
@@ -145,6 +163,51 @@ def read_text(path: Path) -> str:
         line = content.count(b"\n", 0, error.start)
         raise UserError(f"{path}:{line + 1}: byte {content[error.start]:#04x} is not UTF-8; "
                         f"{conversion_hint('LATIN1')}") from error
+
+
+def archive_kind(start: bytes) -> tuple[str, str] | None:
+    """Return the kind of an archive, from its first bytes, and the command that unpacks it; else None."""
+    if start[257:].startswith(b"ustar"):
+        return "a tar archive", "tar -xf"
+    if start.startswith(b"BZh") and start[4:10] != b"1AY&SY":           # text may begin with BZh, too
+        return None
+    return next((kind for magic, kind in ARCHIVES.items() if start.startswith(magic)), None)
+
+
+def lfs_pointer(start: bytes) -> str | None:
+    """Return an error message if a file that begins with these bytes is a Git LFS pointer, else None."""
+    if not LFS_POINTER.match(start):
+        return None
+    size = re.search(rb"^size (\d+)", start, re.MULTILINE)
+    return (f"is a Git LFS pointer, not the file itself ({int(size[1]) if size else 0:,} bytes); fetch the file: "
+            f"git lfs pull in the clone, or hf download")
+
+
+def failed_download(path: Path) -> str | None:
+    """Return an error message if a file is empty, a Git LFS pointer or a web page, else None."""
+    with open(path, "rb") as handle:
+        start = handle.read(1024).removeprefix(BOM)
+    if not start.strip():
+        return "is empty; fetch it again"
+    if WEB_PAGE.match(start):
+        return ("is a web page (HTML or XML), not the file itself; fetch the file by hf download, or from its address "
+                "with /resolve/ in place of /blob/; a private model needs a login")
+    return lfs_pointer(start)
+
+
+def read_json(path: Path, what: str = "JSON file") -> dict:
+    """Read a JSON object; {} if there is no such file. Raises UserError if the file is not a valid `what`."""
+    if not path.is_file():
+        return {}
+    if error := failed_download(path):
+        raise UserError(f"{path}: {error}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not a valid {what}: {reason(error)}; fetch or write it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is not a valid {what}: holds a {type(content).__name__}; expected a JSON object")
+    return content
 
 
 def in_groups(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:

@@ -12,6 +12,7 @@ pickle instruction before it executes any. So a feature file cannot call a funct
 """
 import hashlib
 import pickle
+import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from simplified_tinybert.common.file_kinds import load_frame
 from simplified_tinybert.common.files import Problems, UserError, check_input_file, shorten
 from simplified_tinybert.model.vocabulary import Vocabulary
 
@@ -34,6 +34,9 @@ ARRAYS = ("labels", "lengths", "query_lengths", "tokens")
 CHUNK_FIELDS = {"ids": str, **dict.fromkeys(ARRAYS, bytes)}
 END_FIELDS = {"end": bool, "examples": int, "tokens": int, "sha256": str}
 NO_LABEL = -1
+INSTRUCTIONS = frozenset(      # of pickles without classes and functions
+    "PROTO FRAME STOP MARK EMPTY_DICT SETITEM SETITEMS MEMOIZE BINGET LONG_BINGET NEWTRUE NEWFALSE BININT BININT1 "
+    "BININT2 LONG1 SHORT_BINUNICODE BINUNICODE BINUNICODE8 SHORT_BINBYTES BINBYTES BINBYTES8".split())
 
 
 def token_dtype(vocabulary: Vocabulary) -> str:
@@ -121,7 +124,7 @@ def read_chunks(path: Path) -> Iterator[Examples]:
     with open(path, "rb") as handle:
         header = _read_header(handle, path)
         examples, tokens, digest = 0, 0, hashlib.sha256(_header_bytes(header))
-        while "end" not in (frame := load_frame(handle, path, f"after {examples} examples")):
+        while "end" not in (frame := _load_frame(handle, path, f"after {examples} examples")):
             _check_fields(frame, CHUNK_FIELDS, path, f"chunk after {examples} examples")
             chunk = _unpack_chunk(frame, header, path)
             _digest_chunk(digest, frame)
@@ -191,8 +194,35 @@ def ids_of(paths: list[Path], indices: np.ndarray) -> list[str]:
     return [found[index] for index in indices]
 
 
+class _PlainUnpickler(pickle.Unpickler):
+    """A second barrier: rejects classes and functions even if INSTRUCTIONS let one through."""
+
+    def find_class(self, module: str, name: str) -> object:
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+def _load_frame(handle: IO[bytes], path: Path, where: str) -> dict:
+    """Read the next pickle frame of a feature file; nothing is executed. Raises UserError if it is not a plain dict."""
+    if not handle.peek(1):
+        raise UserError(f"{path}: is cut off {where}; create or copy the file again")
+    start = handle.tell()
+    try:
+        for instruction, _, _ in pickletools.genops(handle):
+            if instruction.name not in INSTRUCTIONS:
+                raise pickle.UnpicklingError(f"pickle instruction {instruction.name} is not allowed; nothing in the "
+                                             f"file was executed")
+        handle.seek(start)
+        frame = _PlainUnpickler(handle).load()
+    except Exception as error:          # a damaged pickle can raise almost any exception
+        raise UserError(f"{path}: is not a feature file, or damaged or cut off {where} "
+                        f"({error or type(error).__name__}); run tokenize_to_features.py again") from error
+    if not isinstance(frame, dict):
+        raise UserError(f"{path}: has a {type(frame).__name__} {where}; expected a feature file")
+    return frame
+
+
 def _read_header(handle: IO[bytes], path: Path) -> dict:
-    header = load_frame(handle, path, "at its start")
+    header = _load_frame(handle, path, "at its start")
     if header.get("format") != FORMAT:
         raise UserError(f"{path}: is not a feature file; create one with tokenize_to_features.py")
     _check_fields(header, {"version": int}, path, "header")

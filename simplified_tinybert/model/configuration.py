@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import BertConfig
 
-from simplified_tinybert.common.file_kinds import read_json
 from simplified_tinybert.common.files import Problems, UserError, reason
+from simplified_tinybert.common.text import read_json
 from simplified_tinybert.model.bert import ACTIVATIONS, activation_function
 from simplified_tinybert.model.hub import ADAPTER_FILE, CONFIG_FILES
 from simplified_tinybert.model.weights import abbreviate

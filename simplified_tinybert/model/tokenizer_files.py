@@ -10,9 +10,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from simplified_tinybert.common.file_kinds import failed_download, read_json
 from simplified_tinybert.common.files import UserError, atomic_writer, reason, shorten, warn
-from simplified_tinybert.common.text import read_text
+from simplified_tinybert.common.text import failed_download, read_json, read_text
 from simplified_tinybert.model.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",

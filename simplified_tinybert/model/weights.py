@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from simplified_tinybert.common.file_kinds import archive_kind, failed_download, read_json
 from simplified_tinybert.common.files import UserError, reason, shorten
 from simplified_tinybert.common.records import sha256_of
+from simplified_tinybert.common.text import archive_kind, failed_download, read_json
 from simplified_tinybert.model.hub import PROJECTION_FILE, WEIGHT_FILES
 
 # Name segments that wrappers of PyTorch insert; no parameter of BERT has one
