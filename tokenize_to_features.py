@@ -21,7 +21,6 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from simplified_tinybert.common.duplicates import DuplicateFinder
@@ -129,8 +128,8 @@ def in_chunks(blocks: Iterable[Examples]) -> Iterator[Examples]:
         count += len(block)
         while count >= CHUNK_EXAMPLES:
             examples = joined(pending)
-            yield examples.take(np.arange(CHUNK_EXAMPLES))
-            pending, count = [examples.take(np.arange(CHUNK_EXAMPLES, count))], count - CHUNK_EXAMPLES
+            yield examples.span(0, CHUNK_EXAMPLES)
+            pending, count = [examples.span(CHUNK_EXAMPLES, count)], count - CHUNK_EXAMPLES
     if count:
         yield joined(pending)
 

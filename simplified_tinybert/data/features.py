@@ -80,6 +80,12 @@ class Examples:
         return Examples(np.concatenate([self.tokens[:0], *tokens]), self.lengths[indices], self.query_lengths[indices],
                         self.labels[indices], [self.ids[index] for index in indices])
 
+    def span(self, start: int, end: int) -> "Examples":
+        """Return consecutive examples without copying their tokens. They must have ids."""
+        rows, tokens = slice(start, end), slice(self.offsets[start], self.offsets[end])
+        return Examples(self.tokens[tokens], self.lengths[rows], self.query_lengths[rows], self.labels[rows],
+                        self.ids[rows])
+
     def frame(self) -> dict:
         return {"ids": "\n".join(self.ids), **{name: getattr(self, name).tobytes() for name in ARRAYS}}
 

@@ -102,7 +102,7 @@ def _is_bert(directory: Path) -> bool:
 
 def _check_files(directory: Path) -> None:
     """Raise UserError for files that are damaged or not BERT's, with clearer messages than the library's."""
-    for name in ("config.json", *TOKENIZER_FILES[1:]):
+    for name in ("config.json", *TOKENIZER_FILES[2:]):  # the first two are read below
         read_json(directory / name)
     if not has_vocabulary(directory):
         raise UserError(f"{directory}: holds no vocabulary; expected vocab.txt or tokenizer.json of a BERT model")
