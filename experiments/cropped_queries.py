@@ -17,7 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-from simplified_tinybert.common.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
+from simplified_tinybert.common.files import (
+    Problems,
+    UserError,
+    atomic_writer,
+    check_input_file,
+    check_ranges,
+    run_main,
+    say,
+)
 from simplified_tinybert.data.documents import read_documents
 
 PASSAGE_WORDS, QUERY_WORDS = 24, (4, 8)
@@ -70,9 +78,8 @@ def window(words: list[str], size: int, random: Random) -> list[str]:
 def main() -> None:
     args, problems = parse_args(), Problems()
     random = Random(args.seed)
-    for name in ("examples", "max_documents"):
-        if getattr(args, name) < 2:
-            problems.add(f"--{name} {getattr(args, name)}: expected 2 or more")
+    check_ranges(args, problems, [(name, getattr(args, name) >= 2, "2 or more")
+                                  for name in ("examples", "max_documents")])
     if check_input_file(args.docs, problems, "documents"):
         texts = list(filter(None, sample_texts(args.docs, args.max_documents, random, problems)))
     problems.raise_if_any()

@@ -33,7 +33,7 @@ from experiments.results import write_results
 from experiments.settings import keep_inputs, read_settings
 from experiments.study import Study
 from simplified_tinybert.common.checks import check_pair, find_models
-from simplified_tinybert.common.files import Problems, check_input_file, run_main, say
+from simplified_tinybert.common.files import Problems, check_input_file, check_ranges, run_main, say
 from simplified_tinybert.common.processes import locked
 from simplified_tinybert.common.records import file_identity
 from simplified_tinybert.data.collection import by_query, read_rows
@@ -129,9 +129,8 @@ def main() -> None:
     files = find_files(args.collection, problems)
     models = find_models({"pre-trained BERT": args.bert_model, "teacher": args.teacher_model} | {
         f"student {name}": shape.model for name, shape in (settings.students.items() if settings else ())}, problems)
-    for name in ("jobs", "steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            problems.add(f"--{name} {getattr(args, name)}: expected 1 or more")
+    check_ranges(args, problems, [(name, getattr(args, name) is None or getattr(args, name) >= 1, "1 or more")
+                                  for name in ("jobs", "steps")])
     check_judgements(files, problems)
     problems.raise_if_any()
     check_models(models, problems)
