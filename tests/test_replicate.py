@@ -574,6 +574,16 @@ def test_the_commands_of_the_document_are_understood(monkeypatch):
         assert read_settings(ROOT / args.settings, problems) and not problems.count, problems.messages
 
 
+def test_the_first_worldtree_teacher_is_reported_as_recorded():
+    text = (ROOT / "docs" / "replication.md").read_text().partition("### WorldTree")[2]
+    directory = ROOT / "experiments" / "results" / "worldtree-first"
+    for name, split in json.loads((directory / "depths.json").read_text())["splits"].items():
+        cells = [f"{depth['teacher']:.4f} ({depth['difference']:+.4f})" for depth in split["depths"].values()]
+        assert f"| {name}, {split['queries']} queries | {split['bm25']:.4f} | {' | '.join(cells)} |" in text
+    test = json.loads((directory / "teacher-5e-05-seed1.json").read_text())["test"]["nDCG@10"]
+    assert f"{statistics.fmean(test):.4f}" == f"{split['depths']['50']['teacher']:.4f}"
+
+
 def test_a_document_without_the_markers(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"collection": "a", "settings": {"dev_depth": 1}, "tuned": [],
                                                  "curves": [], "dev": {"queries": 1, "nDCG@10": {"BM25": 0.5}}}))
