@@ -51,6 +51,18 @@ def trial_counts() -> Counter:
     return TRIALS
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send the trials of a pytest-xdist worker to the main process."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["trials"] = dict(TRIALS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """Add the trials of a worker that has finished. (A worker that crashed sends none.)"""
+    TRIALS.update(getattr(node, "workeroutput", {}).get("trials", {}))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if TRIALS:
         terminalreporter.section("reliability: trials")
