@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from simplified_tinybert.training import optimizer as optimizer_module
 from simplified_tinybert.training.optimizer import BertAdam, decay_groups, linear_warmup_decay
 
 
@@ -37,6 +38,23 @@ def test_against_definition(sizes, total, warmup, seed, scale):
         assert optimizer.learning_rate == rate
     for parameter, (value, _, _) in zip(parameters, expected):
         torch.testing.assert_close(parameter.detach(), value, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_blocks_change_no_bit(monkeypatch, block):
+    """All operations but the norm are for single elements; a parameter that is not contiguous is one block."""
+    def train():
+        torch.manual_seed(1)
+        parameters = [nn.Parameter(values) for values in (torch.randn(5, 6), torch.randn(3, 4).t(), torch.randn(9))]
+        optimizer = BertAdam([{"params": parameters, "weight_decay": 0.01}], 0.1, lambda step: 1.0)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape)
+            optimizer.step()
+        return parameters
+    whole = train()
+    monkeypatch.setattr(optimizer_module, "CPU_BLOCK", block)
+    assert all(torch.equal(*pair) for pair in zip(whole, train(), strict=True))
 
 
 def test_parameters_without_a_gradient_do_not_change():
