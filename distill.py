@@ -40,13 +40,13 @@ from pathlib import Path
 import torch
 
 from simplified_tinybert.common import checks
-from simplified_tinybert.common.device import keep_freed_memory, select_device
+from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
 from simplified_tinybert.common.files import Problems, run_main, say
 from simplified_tinybert.common.processes import Processes, process_group
 from simplified_tinybert.data.cache import map_examples
 from simplified_tinybert.data.features import FeatureSummary, summarise
 from simplified_tinybert.model.bert import CrossEncoder
-from simplified_tinybert.model.precision import select_precision, warn_if_emulated
+from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.model.pretrained import fit_projections, load_ranker, save_cross_encoder
 from simplified_tinybert.model.tokenizer_files import has_vocabulary
 from simplified_tinybert.model.weights import weights_checksum
@@ -214,13 +214,13 @@ def load_models(args: argparse.Namespace, inputs: Inputs,
 
 def distill(args: argparse.Namespace, processes: Processes) -> None:
     device, problems = processes.device, Problems()
-    dtype = select_precision(args.fp16, args.bf16, device, problems)
+    dtype = select_precision(args, device, problems)
     inputs = check_inputs(args, problems)
     run = find_run(args, resumable_settings(args, inputs), processes)
     if run.finished:
         return
 
-    warn_if_emulated(dtype, device)
+    warn_if_slow(dtype, device)
     student, teacher = load_models(args, inputs, run.checkpoint)
     student, teacher = student.to(device), teacher and teacher.to(device)
     args.cache_file_dir.mkdir(parents=True, exist_ok=True)
@@ -241,8 +241,8 @@ def distill(args: argparse.Namespace, processes: Processes) -> None:
 def main() -> None:
     args = parse_args()
     device = select_device(args.device, args.no_cuda)
-    keep_freed_memory(device)
-    with process_group(device) as processes:
+    prepare_device(device, args.tf32 or args.fp16 or args.bf16)
+    with process_group(device) as processes, explain_full_memory(flags.SMALLER_BATCHES):
         distill(args, processes)
 
 

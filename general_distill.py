@@ -36,7 +36,7 @@ import torch
 from transformers import BertConfig
 
 from simplified_tinybert.common.checks import check_pair, find_models
-from simplified_tinybert.common.device import keep_freed_memory, select_device
+from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
 from simplified_tinybert.common.files import Problems, UserError, run_main
 from simplified_tinybert.common.processes import Processes, process_group
 from simplified_tinybert.data.corpus import COLUMNS, DOCUMENTS, check_corpus, map_corpus
@@ -45,7 +45,7 @@ from simplified_tinybert.model import pretrained
 from simplified_tinybert.model.bert import Batch, CrossEncoder
 from simplified_tinybert.model.compression import compress
 from simplified_tinybert.model.configuration import read_config
-from simplified_tinybert.model.precision import select_precision, warn_if_emulated
+from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.vocabulary import Vocabulary
 from simplified_tinybert.model.weights import weights_checksum
@@ -186,13 +186,13 @@ def sample_batches(examples: Examples, seed: int) -> Iterator[Batch]:
 
 def general_distill(args: argparse.Namespace, processes: Processes) -> None:
     device, problems = processes.device, Problems()
-    dtype = select_precision(args.fp16, args.bf16, device, problems)
+    dtype = select_precision(args, device, problems)
     inputs = check_inputs(args, problems)
     run = find_run(args, resumable_settings(args, inputs), processes)
     if run.finished:
         return
 
-    warn_if_emulated(dtype, device)
+    warn_if_slow(dtype, device)
     student, teacher = (model.to(device) for model in load_models(args, inputs, run.checkpoint))
     with processes.first_on_machine():
         examples = map_corpus(args.docs or args.corpus, args.documents, inputs.vocabulary, args.max_seq_length,
@@ -215,8 +215,8 @@ def general_distill(args: argparse.Namespace, processes: Processes) -> None:
 def main() -> None:
     args = parse_args()
     device = select_device(args.device, args.no_cuda)
-    keep_freed_memory(device)
-    with process_group(device) as processes:
+    prepare_device(device, args.tf32 or args.fp16 or args.bf16)
+    with process_group(device) as processes, explain_full_memory(flags.SMALLER_BATCHES):
         general_distill(args, processes)
 
 

@@ -16,8 +16,8 @@ Out, queries in the order of the candidates:
     train       index <tab> query <tab> passage <tab> label        label 1: relevant, 0: not
     test        query_id#document_id_n <tab> query <tab> passage   n = 0, 1, 2 ... within the document
 OUTPUT.run.json records flags, inputs and counts. Queries and documents that cannot be used (for example a missing
-document, or a query without candidates) are counted on stderr and listed in OUTPUT.left_out.tsv: kind <tab> query_id
-<tab> document_id. In train, candidates that the random draw of negatives did not look up are not listed.
+document) are counted on stderr and listed in OUTPUT.left_out.tsv: kind <tab> query_id <tab> document_id. In train,
+candidates that the random draw of negatives did not look up are not listed.
 
 Passages are windows over the words of the body. They start at word 0, stride, 2 * stride ... until the end is covered.
 test:  all passages of the candidates.
@@ -27,11 +27,16 @@ many of these as possible. Passages that also occur in a relevant document are e
 below --relevance_level are not used. Queries without passages of both labels are skipped.
 
 Documents stay on disk. Their index is built once in --cache_file_dir; .gz files are unpacked there.
+
+With --filter_model, several GPUs of a machine, or several machines, share the scoring. The first process writes:
+
+    torchrun --standalone --nproc_per_node=4 prepare_examples.py train --filter_model MODEL ...
 """
 import argparse
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +49,8 @@ from simplified_tinybert.common.files import (
     check_input_file,
     check_output_files,
     check_ranges,
+    process_count,
+    process_number,
     run_main,
     say,
 )
@@ -187,7 +194,7 @@ def log_absent_queries(collection: Collection, sizes: dict[str, int], level: int
 
 def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[str, int],
                 ranker: "PassageFilter | None", skipped: SkippedLog) -> Counter:
-    """Write the output and return the counts."""
+    """Write the output and return the counts. If skipped lines are not written, the output is not either."""
     window = PassageWindow(args.window, args.stride, args.title, args.first_passages)
     passages, counts = PassageSource(collection.documents, window, skipped), Counter()
     if args.set_name == "train":
@@ -202,7 +209,7 @@ def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[st
     else:
         progress = tqdm(total=sum(sizes.values()), desc="splitting", unit=" documents", unit_scale=True)
         lines = test_lines(collection, passages, progress)
-    with progress, atomic_writer(args.output) as handle:
+    with progress, (atomic_writer(args.output) if skipped.path else open(os.devnull, "w", encoding="utf-8")) as handle:
         for line in lines:
             handle.write(line)
             counts["lines"] += 1
@@ -216,20 +223,27 @@ def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[st
 
 
 def main() -> None:
-    args, problems = parse_args(), Problems()
+    args, problems, first = parse_args(), Problems(), process_number("RANK") == 0
     check_args(args, problems)
     dataset, ranker = open_dataset(args, problems), None
     if args.filter_model:
-        from simplified_tinybert.data.passage_filter import PassageFilter  # slow to import
-        ranker = PassageFilter(args.filter_model, args.max_seq_length, args.device, args.bf16, problems)
+        from simplified_tinybert.common.processes import process_group  # slow to import, like the next one
+        from simplified_tinybert.data.passage_filter import PassageFilter
+        ranker = PassageFilter(args, problems)
+    elif process_count() > 1:
+        problems.add(f"{process_count()} processes: only --filter_model can use several; start one")
     problems.raise_if_any()
-    collection = open_collection(args, dataset, problems)
-    sizes = count_candidates(collection, problems)
-    problems.raise_if_any()
-
     with ExitStack() as stack:
-        skipped = SkippedLog(side_files(args.output)[0], stack)
+        if ranker:
+            ranker.processes = stack.enter_context(process_group(ranker.device))
+        with ranker.processes.first_on_machine() if ranker else nullcontext():      # it indexes the documents
+            collection = open_collection(args, dataset, problems)
+        sizes = count_candidates(collection, problems)
+        problems.raise_if_any()
+        skipped = SkippedLog(side_files(args.output)[0] if first else None, stack)
         counts = write_lines(args, collection, sizes, ranker, skipped)
+    if not first:
+        return
     skipped.finish()
     record_file(args.output, args, [path for name in INPUTS if (path := getattr(args, name))], counts=counts,
                 left_out=skipped.counts, filter_weights=ranker.checksum() if ranker else None)
@@ -240,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, distributed=True)

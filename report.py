@@ -31,15 +31,14 @@ from pathlib import Path
 import torch
 
 from simplified_tinybert.common.checks import check_model_fits
-from simplified_tinybert.common.device import keep_freed_memory, select_device
+from simplified_tinybert.common.device import prepare_device, select_device
 from simplified_tinybert.common.files import Problems, atomic_writer, check_output_files, check_ranges, run_main, say
 from simplified_tinybert.common.records import record
 from simplified_tinybert.common.text import argument_text
 from simplified_tinybert.data.features import Examples, FeatureSummary, summarise
-from simplified_tinybert.model.precision import select_precision, warn_if_emulated
+from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.ranking.measures import check_grades, choose_measures
 from simplified_tinybert.ranking.plots import Point, effectiveness_figure, save
-from simplified_tinybert.ranking.scoring import check_int8
 from simplified_tinybert.ranking.significance import LEVEL, PERMUTATIONS, TESTS, Comparison, compare_pairs
 from simplified_tinybert.ranking.speed import SPEED_PAIRS, machine, sample_pairs
 from simplified_tinybert.ranking.systems import System, evaluate_systems, find_systems, measure_systems
@@ -99,7 +98,6 @@ def check_flags(args: argparse.Namespace, systems: list[System], device: torch.d
     minimums = {"relevance_level": 1, "permutations": 1, "seed": 0, "speed_rounds": 1, "speed_pairs": 1}
     check_ranges(args, problems, [(name, getattr(args, name) is None or getattr(args, name) >= minimum,
                                    f"{minimum} or more") for name, minimum in minimums.items()])
-    check_int8(args.int8, args.fp16 or args.bf16, device, problems)
     names = [system.name for system in systems]
     for flag in ("teacher", "baseline"):
         if getattr(args, flag) not in (None, *names):
@@ -221,8 +219,8 @@ def write_report(args: argparse.Namespace, report: Report) -> None:
 def main() -> None:
     args, problems = parse_args(), Problems()
     device = select_device(args.device)
-    keep_freed_memory(device)
-    dtype = select_precision(args.fp16, args.bf16, device, problems)
+    prepare_device(device)
+    dtype = select_precision(args, device, problems)
     systems = find_systems(args.system, problems)
     check_flags(args, systems, device, problems)
     measures, others = choose_measures(args.measures, args.relevance_level, problems)
@@ -231,7 +229,7 @@ def main() -> None:
     check_grades(others, args.qrels, qrels, runs, args.complete, problems)
     problems.raise_if_any()
     if summary:
-        warn_if_emulated(dtype, device, "leave the flag out, or use --int8")
+        warn_if_slow(dtype, device, "leave the flag out, or use --int8")
 
     queries = evaluate_systems(systems, qrels, runs, others, args.relevance_level, args.complete)
     args.output_dir.mkdir(parents=True, exist_ok=True)          # fail here rather than after minutes of measuring

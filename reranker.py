@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.common.checks import check_length, check_model_fits, find_models
-from simplified_tinybert.common.device import keep_freed_memory, select_device
+from simplified_tinybert.common.checks import Models, check_length, check_model_fits, find_models
+from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
 from simplified_tinybert.common.files import (
     Problems,
     UserError,
@@ -42,7 +42,7 @@ from simplified_tinybert.common.files import (
 from simplified_tinybert.common.processes import Processes, locked, process_group
 from simplified_tinybert.common.records import read_record, record, record_file, record_path
 from simplified_tinybert.data.features import Examples, FeatureSummary, summarise
-from simplified_tinybert.model.precision import select_precision, warn_if_emulated
+from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.model.weights import weights_checksum
 from simplified_tinybert.ranking import scoring
 
@@ -64,16 +64,17 @@ def parse_args() -> argparse.Namespace:
         help="apply a ReLU before the classifier, for a model that was trained with it but does not record it")
     add("--fp16", action="store_true", help="compute in float16 (CUDA); pooler and classifier in float32")
     add("--bf16", action="store_true", help="compute in bfloat16; pooler and classifier in float32")
+    add("--tf32", action="store_true", help="compute float32 products with 10-bit mantissas (CUDA)")
+    add("--compile", action="store_true", help="compile the model with torch.compile (CUDA): faster for many pairs")
     add("--int8", action="store_true", help="8-bit matrix products (CPU): faster, scores change slightly; see README")
     add("--resume", action="store_true", help="continue an interrupted run after its last complete chunk")
     return parser.parse_args()
 
 
-def check_settings(args: argparse.Namespace, problems: Problems) -> dict[str, tuple[Path, BertConfig]]:
+def check_settings(args: argparse.Namespace, problems: Problems) -> Models:
     """Check everything but the features. Returns role → directory and configuration of the model."""
     check_ranges(args, problems, [(name, getattr(args, name) is None or getattr(args, name) >= 1, "1 or more")
                                   for name in ("eval_batch_size", "batch_tokens")])
-    scoring.check_int8(args.int8, args.fp16 or args.bf16, select_device(args.device, args.no_cuda), problems)
     return find_models({"model": args.model_dir}, problems)
 
 
@@ -95,7 +96,7 @@ def check_inputs(args: argparse.Namespace, problems: Problems) -> tuple[Path, Be
 
 def resume_settings(args: argparse.Namespace, directory: Path, summary: FeatureSummary, batch_tokens: int) -> dict:
     """Return everything that must be equal for --resume to produce the same bytes."""
-    flags = ("eval_batch_size", "score", "pooled_relu", "fp16", "bf16", "int8")
+    flags = ("eval_batch_size", "score", "pooled_relu", "fp16", "bf16", "tf32", "int8")
     return {"weights": weights_checksum(directory), "features": summary.checksum, "batch_tokens": batch_tokens,
             **{name: getattr(args, name) for name in flags}}
 
@@ -130,11 +131,13 @@ def write_scores(scored: Iterator[tuple[Examples, np.ndarray]], score: str, path
 
 def rerank(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
     problems = Problems()
-    dtype = select_precision(args.fp16, args.bf16, device, problems)
+    dtype = select_precision(args, device, problems)
     directory, config, summary = check_inputs(args, problems)
-    warn_if_emulated(dtype, device, "leave the flag out, or use --int8")
+    warn_if_slow(dtype, device, "leave the flag out, or use --int8")
     config.pooled_relu = args.pooled_relu or getattr(config, "pooled_relu", False)
     model, parameters = scoring.load_scorer(directory, config, device, dtype, args.int8)
+    if args.compile:
+        model.compile(dynamic=True, fullgraph=True)
 
     output = Path(os.path.realpath(args.output_scores_file))
     partial = output.with_name(output.name + ".partial")
@@ -172,8 +175,8 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
 def main() -> None:
     args = parse_args()
     device = select_device(args.device, args.no_cuda)
-    keep_freed_memory(device)
-    with process_group(device) as processes:
+    prepare_device(device, args.tf32)
+    with process_group(device) as processes, explain_full_memory("lower --batch_tokens"):
         rerank(args, device, processes)
 
 

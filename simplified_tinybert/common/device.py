@@ -4,26 +4,36 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
-from simplified_tinybert.common.files import UserError, process_count, process_number, warn
+from simplified_tinybert.common.files import UserError, process_count, process_number, reason, warn
 
 Item = TypeVar("Item")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                   # from glibc's malloc.h
+NVIDIA_DRIVER = "/proc/driver/nvidia/version"           # exists where the driver is loaded
 
 
 def select_device(name: str, no_cuda: bool = False) -> torch.device:
     """Device for --device: auto, cpu, cuda, cuda:1, or a CUDA index, as in the original. Raises UserError.
 
     On a machine without CUDA, an index means the CPU, as in the original; `cuda` is an error. With several processes
-    per machine, each takes the CUDA device with its local rank.
+    per machine, each takes the CUDA device with its local rank, or the only one that its job manager shows to it.
     """
-    available = 0 if no_cuda or not torch.cuda.is_available() else torch.cuda.device_count()
-    if name == "cpu" or no_cuda or (name == "auto" and not available):
+    if name == "cpu" or no_cuda:
         return torch.device("cpu")
-    index = str(process_number("LOCAL_RANK")) if name in ("auto", "cuda") else name.removeprefix("cuda:")
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not available and name == "auto":
+        if os.path.exists(NVIDIA_DRIVER):
+            warn(f"there is an NVIDIA driver, but PyTorch {torch.__version__} cannot use a GPU ({why_no_cuda()}); "
+                 f"computing on the CPU")
+        return torch.device("cpu")
+    alone = available == 1 and not os.environ.get("LOCAL_WORLD_SIZE")       # SLURM can show each task only its own GPU
+    index = name.removeprefix("cuda:")
+    if name in ("auto", "cuda"):
+        index = "0" if alone else str(process_number("LOCAL_RANK"))
     if not index.isdecimal():
         raise UserError(f"--device {name}: expected auto, cpu, cuda, cuda:1, or the index of one CUDA device")
     if process_count() > 1:
@@ -40,6 +50,41 @@ def select_device(name: str, no_cuda: bool = False) -> torch.device:
     if int(index) >= available:
         raise UserError(f"--device {name}: {available} CUDA devices are available; use --device cpu")
     return torch.device("cuda", int(index))
+
+
+def why_no_cuda() -> str:
+    """Return PyTorch's reason why it cannot use CUDA, such as a driver that is too old."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:     # AssertionError: PyTorch was built without CUDA
+        return reason(error)
+    return "it finds no device"
+
+
+@contextmanager
+def explain_full_memory(advice: str) -> Iterator[None]:
+    """Turn PyTorch's error about memory that cannot be allocated, on a GPU or not, into a UserError with advice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(f"the memory is full ({reason(error)}); {advice}") from error
+
+
+def prepare_device(device: torch.device, tf32: bool = False) -> None:
+    """Set PyTorch up for the device, for the whole process. tf32: let float32 products on a GPU use TF32."""
+    if device.type == "cpu":
+        keep_freed_memory(device)
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)         # its attention is planned anew, up to a second, for each shape
+    if tf32:
+        torch.set_float32_matmul_precision("high")
+
+
+def padded_length(longest: int, device: torch.device, limit: int) -> int:
+    """Return the length to pad a batch to: on a GPU a multiple of 16 for the fast kernels, but not above `limit`."""
+    return longest if device.type == "cpu" else max(longest, min(-(-longest // 16) * 16, limit))
 
 
 def keep_freed_memory(device: torch.device) -> None:

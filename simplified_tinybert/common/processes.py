@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simplified_tinybert.common.files import UserError, process_count, process_number, reason
 
+GPU_TIMEOUT, LONG_TIMEOUT = timedelta(minutes=15), timedelta(hours=6)
 # The part of a batch that a process computes: fraction of its examples, of their tokens, of their pairs of tokens
 Share = dict[str, float]
 FULL_BATCH: Share = {"examples": 1.0, "tokens": 1.0, "pairs": 1.0}
@@ -31,15 +32,16 @@ class Processes:
     local_rank: int = 0
     count: int = 1
     device: torch.device = torch.device("cpu")          # of this process
+    waiting: dist.ProcessGroup | None = None            # the same processes, with a long timeout; None: those of `dist`
 
     @property
     def first(self) -> bool:
         """True in the one process that writes files and messages."""
         return self.rank == 0
 
-    def barrier(self) -> None:
+    def barrier(self, group: dist.ProcessGroup | None = None) -> None:
         if self.count > 1:
-            dist.barrier()
+            dist.barrier(group)
 
     def gather(self, value: object) -> list:
         """Return the values of all processes, in order of rank."""
@@ -63,12 +65,12 @@ class Processes:
 
     @contextmanager
     def first_on_machine(self) -> Iterator[None]:
-        """Run the body in the first process of each machine, then in the others."""
+        """Run the body in the first process of each machine, then in the others. They may wait for hours."""
         if self.local_rank > 0:
-            self.barrier()
+            self.barrier(self.waiting)
         yield
         if self.local_rank == 0:
-            self.barrier()
+            self.barrier(self.waiting)
 
     def check_agreement(self, settings: dict) -> None:
         """Raise UserError if the processes have different settings because their machines hold different files."""
@@ -108,11 +110,12 @@ def process_group(device: torch.device) -> Iterator[Processes]:
     if cuda:
         torch.cuda.set_device(device)
     try:
-        # The timeout is long because the others wait while the first process of a machine tokenizes a corpus. torchrun
-        # detects processes that died.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6),
+        # GPUs exchange something every few seconds: a hung one should not idle the others for hours. But the others
+        # wait long while the first process of a machine tokenizes a corpus. torchrun detects processes that died.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=GPU_TIMEOUT if cuda else LONG_TIMEOUT,
                                 device_id=device if cuda else None)
-        processes = Processes(process_number("RANK"), process_number("LOCAL_RANK"), count, device)
+        waiting = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+        processes = Processes(process_number("RANK"), process_number("LOCAL_RANK"), count, device, waiting)
         yield processes
         processes.barrier()
         dist.destroy_process_group()

@@ -74,7 +74,7 @@ def check_command(how: str, name: str, arguments: list[str], length: int | None,
     finally:
         sys.argv = original
     if how != "parse":
-        script["select_precision"](args.fp16, args.bf16, script["select_device"](args.device, args.no_cuda), problems)
+        script["select_precision"](args, script["select_device"](args.device, args.no_cuda), problems)
         found = script[how](args, problems)
         for role, (directory, config) in found.items() if how == "check_settings" else ():
             positions = config.max_position_embeddings

@@ -24,6 +24,8 @@ from simplified_tinybert.common.files import Problems, UserError, check_input_fi
 from simplified_tinybert.model.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    import torch
+
     from simplified_tinybert.model.bert import Batch
 
 FORMAT, VERSION = "simplified-tinybert features", 1
@@ -59,20 +61,15 @@ class Examples:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def batch(self, indices: np.ndarray, pad_to: int | None = None) -> "Batch":
-        """Return the examples at `indices`, padded with zeros to `pad_to` tokens (default: to the longest of them)."""
+    def batch(self, indices: np.ndarray, pad_to: int | None = None, device: "torch.device | None" = None) -> "Batch":
+        """Return the examples at `indices` on `device` (default: CPU), padded to `pad_to` (default: longest) tokens."""
         import torch  # slow to import, and only models need it
 
         from simplified_tinybert.model.bert import Batch
-        lengths = self.lengths[indices].astype(np.int64)
-        positions = np.arange(pad_to or lengths.max())
-        mask = positions < lengths[:, None]                                  # (B, L)
-        input_ids = np.zeros(mask.shape, dtype=np.int64)
-        input_ids[mask] = np.concatenate([self.tokens[self.offsets[i]:self.offsets[i + 1]] for i in indices])
-        segment_ids = mask & (positions >= self.query_lengths[indices, None])
-        arrays = input_ids, segment_ids, mask, self.labels[indices]
-        tensors = (torch.from_numpy(array.astype(np.int64, copy=False)) for array in arrays)
-        return Batch(*tensors, has_padding=not mask.all())
+        tokens = np.concatenate([self.tokens[self.offsets[i]:self.offsets[i + 1]] for i in indices])
+        rows = (self.lengths[indices], self.query_lengths[indices], self.labels[indices])
+        arrays = (tokens.astype(np.int32), *(values.astype(np.int64) for values in rows))
+        return Batch.of_tokens(arrays, pad_to or int(rows[0].max()), device or torch.device("cpu"))
 
     def take(self, indices: np.ndarray) -> "Examples":
         """Return the examples at `indices`. They must have ids."""

@@ -14,17 +14,18 @@ class SkippedLog:
     """Counts skipped queries and documents and writes kind <tab> query_id <tab> document_id lines to a file.
 
     The first line creates the file. Closing `stack` completes it; if an exception closes `stack`, it is removed.
+    Without a path, lines are only counted.
     """
 
-    def __init__(self, path: Path, stack: ExitStack):
+    def __init__(self, path: Path | None, stack: ExitStack):
         self.path, self.stack, self.handle = path, stack, None
         self.counts: dict[str, int] = {}
         self.first: dict[str, list[str]] = {}
 
     def add(self, kind: str, query_id: str, document_id: str = "") -> None:
-        if not self.handle:
-            self.handle = self.stack.enter_context(atomic_writer(self.path))
-        self.handle.write(f"{kind}\t{query_id}\t{document_id}\n")
+        if self.path:
+            self.handle = self.handle or self.stack.enter_context(atomic_writer(self.path))
+            self.handle.write(f"{kind}\t{query_id}\t{document_id}\n")
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if self.counts[kind] <= LISTED:
             self.first.setdefault(kind, []).append(f"{query_id} {document_id}".strip())

@@ -9,6 +9,7 @@ Shapes: B batch size, L sequence length, D hidden size, H heads, d = D / H head 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,13 +29,29 @@ class Batch:
     labels: Tensor | None = None                        # (B)
     has_padding: bool = True                            # known without waiting for the device
 
+    @classmethod
+    def of_tokens(cls, arrays: tuple[np.ndarray, ...], length: int, device: torch.device) -> "Batch":
+        """Pad examples with zeros to `length` on `device`, from as few bytes as possible.
+
+        arrays: the tokens of all examples, one after the other; the examples' lengths, lengths of the first segment
+        ([CLS] query [SEP]) and labels, (B) each.
+        """
+        tokens, lengths, first_lengths, labels = (to_device(torch.from_numpy(array), device) for array in arrays)
+        positions = torch.arange(length, device=device)
+        mask = positions < lengths[:, None]                                                   # (B, L)
+        index = (lengths.cumsum(0) - lengths)[:, None] + positions
+        input_ids = tokens[index.clamp_(max=len(tokens) - 1)].long() * mask
+        segments = mask & (positions >= first_lengths[:, None])
+        return cls(input_ids, segments.long(), mask.long(), labels, has_padding=bool(arrays[1].min() < length))
+
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on `device`. Copies to a GPU are asynchronous, from page-locked memory."""
-        if device.type != "cuda":
-            return self
         tensors = (self.input_ids, self.token_type_ids, self.attention_mask, self.labels)
-        return Batch(*(tensor if tensor is None else tensor.pin_memory().to(device, non_blocking=True)
-                       for tensor in tensors), self.has_padding)
+        return Batch(*(tensor if tensor is None else to_device(tensor, device) for tensor in tensors), self.has_padding)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to `device`. Copies to a GPU are asynchronous, from page-locked memory."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass
@@ -104,7 +121,7 @@ class Layer(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor | None, cls_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Map (B, L, D) to output (B, L, D), queries and keys (B, H, L, d).
 
-        mask (B, 1, 1, L) is True at tokens; None means no padding. With cls_only, output (B, 1, D) and queries
+        mask (B, 1, 1, L) is from `padding_mask`; None means no padding. With cls_only, output (B, 1, D) and queries
         (B, H, 1, d) are computed for the first position only.
         """
         residual = hidden[:, :1] if cls_only else hidden
@@ -143,7 +160,7 @@ class CrossEncoder(nn.Module):
     def forward(self, batch: Batch, layers: list[int] | None = None) -> LayerOutputs:
         """Return logits; with `layers` (from 1), also the embedding output, and states, queries, keys of the layers."""
         hidden = self.bert.embeddings(batch)                                                  # (B, L, D)
-        mask = batch.attention_mask[:, None, None, :].bool() if batch.has_padding else None   # (B, 1, 1, L)
+        mask = padding_mask(batch, hidden.dtype) if batch.has_padding else None               # (B, 1, 1, L)
         outputs = LayerOutputs(logits=hidden)
         if layers is not None:
             outputs.hidden_states[0] = hidden
@@ -164,6 +181,19 @@ class CrossEncoder(nn.Module):
     def project(self, index: int, hidden: Tensor) -> Tensor:
         """Project hidden state `index` (0: embedding output) to the teacher's hidden size: (B, L, D) → (B, L, D')."""
         return self.projections[index if len(self.projections) > 1 else 0](hidden)
+
+
+def padding_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Return the mask (B, 1, 1, L) for `attend`: True at tokens, or on a GPU what is added to the attention scores.
+
+    A GPU's kernels need the latter. From a boolean mask, PyTorch would make it again in each layer.
+    """
+    tokens = batch.attention_mask[:, None, None, :].bool()
+    if tokens.device.type == "cpu":
+        return tokens
+    if torch.is_autocast_enabled(tokens.device.type):
+        dtype = torch.get_autocast_dtype(tokens.device.type)
+    return torch.zeros(tokens.shape, dtype=dtype, device=tokens.device).masked_fill_(~tokens, -torch.inf)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

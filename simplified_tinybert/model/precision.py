@@ -1,4 +1,5 @@
-"""Mixed precision: float16 with loss scaling (by PyTorch or NVIDIA apex), bfloat16, or plain float32."""
+"""Mixed precision: float16, bfloat16, or plain float32. (Loss scaling for float16 is in training/optimizer.py.)"""
+import argparse
 import os
 import time
 from collections.abc import Mapping
@@ -7,25 +8,30 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
-from simplified_tinybert.common.files import Problems, UserError, warn
+from simplified_tinybert.common.files import Problems, say, warn
 from simplified_tinybert.model.bert import CrossEncoder
 
-APEX_HELP = ("--fp16_backend apex: {found}; expected a version of NVIDIA apex with apex.amp, built from NVIDIA's "
-             "repository (the package apex on PyPI is something else); --fp16_backend torch needs no apex")
+PRECISIONS = ("fp16", "bf16", "tf32", "int8")           # flags that choose a precision other than float32
+NEEDED_DEVICE = {"fp16": "cuda", "tf32": "cuda", "int8": "cpu", "compile": "cuda"}
 # Environment variables that disable CPU instructions in PyTorch or oneDNN
 ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 EMULATION_FACTOR = 1.5                  # if the instructions are unknown, a slowdown above this means emulation
 
 
-def select_precision(fp16: bool, bf16: bool, device: torch.device, problems: Problems) -> torch.dtype | None:
-    """Return the dtype of --fp16 or --bf16, or None for plain float32. Input errors are added to `problems`."""
-    if fp16 and bf16:
-        problems.add("--fp16 and --bf16: choose one of them")
-    if fp16 and device.type == "cpu":
-        problems.add("--fp16 needs a CUDA device; on a CPU, leave it out (float32) or use --bf16")
-    return torch.float16 if fp16 else torch.bfloat16 if bf16 else None
+def select_precision(args: argparse.Namespace, device: torch.device, problems: Problems) -> torch.dtype | None:
+    """Return the dtype of --fp16 or --bf16, or None for the others of PRECISIONS. Errors are added to `problems`.
+
+    A script may have only some of these flags.
+    """
+    chosen = [name for name in PRECISIONS if vars(args).get(name)]
+    if len(chosen) > 1:
+        problems.add(f"{' and '.join(f'--{name}' for name in chosen)}: choose one of them")
+    for name, needed in NEEDED_DEVICE.items():
+        if vars(args).get(name) and needed != device.type:
+            problems.add(f"--{name} needs a {needed.upper()} device; leave it out, or choose another --device")
+    return torch.float16 if "fp16" in chosen else torch.bfloat16 if "bf16" in chosen else None
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
@@ -39,8 +45,18 @@ def to_half(model: CrossEncoder, dtype: torch.dtype) -> None:
     model.bert.encoder.to(dtype)
 
 
-def warn_if_emulated(dtype: torch.dtype | None, device: torch.device, advice: str = "leave the flag out") -> None:
-    """Warn if `dtype` is bfloat16 and the device only emulates it."""
+def cast_linear_layers(model: CrossEncoder, dtype: torch.dtype) -> None:
+    """Convert the linear layers of an encoder in place. `autocast` would do it in every step, with the same outputs."""
+    for layer in model.bert.encoder.modules():
+        if isinstance(layer, nn.Linear):
+            layer.to(dtype)
+
+
+def warn_if_slow(dtype: torch.dtype | None, device: torch.device, advice: str = "leave the flag out") -> None:
+    """Warn if `dtype` is bfloat16 and the device only emulates it, or if it is None and a GPU could do much better."""
+    if dtype is None and device.type == "cuda" and torch.get_float32_matmul_precision() == "highest" and \
+            torch.cuda.is_bf16_supported(including_emulation=False):
+        say("note         float32: --bf16 (or --tf32, which is more exact) would be several times as fast on this GPU")
     if dtype != torch.bfloat16:
         return
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
@@ -81,45 +97,3 @@ def slowdown(dtype: torch.dtype, device: torch.device) -> float:
     finally:
         torch.set_num_threads(threads)
     return median(times[dtype][1:]) / max(median(times[torch.float32][1:]), 1e-9)
-
-
-def import_apex_amp() -> object:
-    """Return NVIDIA's apex.amp. Raises UserError if it is missing."""
-    try:
-        from apex import amp
-    except ImportError as error:
-        raise UserError(APEX_HELP.format(found=error)) from error
-    if not hasattr(amp, "initialize"):
-        raise UserError(APEX_HELP.format(found="the installed apex has no amp.initialize"))
-    return amp
-
-
-class LossScaler(torch.amp.GradScaler):
-    """Backward pass and optimizer step, with PyTorch's loss scaling if `dtype` is float16."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype | None):
-        super().__init__(device.type, enabled=dtype == torch.float16)
-
-    def backward(self, loss: Tensor) -> None:
-        self.scale(loss).backward()
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.unscale_(optimizer)                        # before the optimizer clips
-        super().step(optimizer)
-        self.update()
-
-
-class ApexScaler:
-    """Does the same as LossScaler with apex, which casts operations itself and needs no autocast context."""
-
-    def __init__(self, student: CrossEncoder, optimizer: torch.optim.Optimizer, opt_level: str):
-        self.amp, self.optimizer = import_apex_amp(), optimizer
-        self.state_dict, self.load_state_dict = self.amp.state_dict, self.amp.load_state_dict
-        self.amp.initialize(student, optimizer, opt_level=opt_level)
-
-    def backward(self, loss: Tensor) -> None:
-        with self.amp.scale_loss(loss, self.optimizer) as scaled:
-            scaled.backward()
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.step()

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import BertConfig
 
-from simplified_tinybert.common.device import read_ahead
-from simplified_tinybert.common.files import Problems, UserError, say
+from simplified_tinybert.common.device import padded_length, read_ahead
+from simplified_tinybert.common.files import UserError, say
 from simplified_tinybert.common.processes import Processes
 from simplified_tinybert.data.features import Examples, FeatureSummary, read_chunks
 from simplified_tinybert.model.bert import CrossEncoder, count_parameters, describe
@@ -19,11 +20,7 @@ from simplified_tinybert.model.precision import to_half
 from simplified_tinybert.model.pretrained import load_ranker
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}     # a CPU is fastest while a batch's activations fit its cache
-
-
-def check_int8(int8: bool, half: bool, device: torch.device, problems: Problems) -> None:
-    if int8 and (half or device.type != "cpu"):
-        problems.add("--int8: needs a CPU, without --fp16 or --bf16; add --device cpu, or leave one of the flags out")
+AHEAD = {"cpu": 0, "cuda": 1}                   # windows of chunks in work before the first of them is read
 
 
 def load_scorer(directory: Path, config: BertConfig, device: torch.device, dtype: torch.dtype | None = None,
@@ -81,25 +78,39 @@ def relevance(logits: np.ndarray, score: str) -> np.ndarray:
     return log_odds if score == "log_odds" else np.exp(-np.logaddexp(0.0, -log_odds))
 
 
+@dataclass
+class ScoredChunk:
+    """A chunk and its logits, batch by batch. They are on the model's device, which may still be computing them."""
+    chunk: Examples
+    batches: list[tuple[np.ndarray, Tensor]]            # indices (B), logits (B, C) in float32
+    classes: int
+
+    def logits(self) -> np.ndarray:
+        """Return the logits (N, C) in input order; zeros for pairs that are in no batch. Waits for the device."""
+        logits = np.zeros((len(self.chunk), self.classes), np.float32)
+        for indices, values in self.batches:
+            logits[indices] = values.cpu().numpy()
+        return logits
+
+
 def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarray],
-                progress: tqdm | None = None) -> np.ndarray:
-    """Return the logits (N, C) of a chunk in float32 and input order; zeros for pairs that are in no batch."""
-    logits, device = np.zeros((len(chunk), model.config.num_labels), np.float32), model.classifier.weight.device
-    pending = []                                        # results stay on the device, because copying waits for it
+                progress: tqdm | None = None) -> ScoredChunk:
+    """Score the batches of a chunk. Does not wait for a GPU."""
+    device, limit = model.classifier.weight.device, model.config.max_position_embeddings
+    scored = ScoredChunk(chunk, [], model.config.num_labels)
     with torch.inference_mode():
         for indices in batches:
-            pending.append((indices, model(chunk.batch(indices).to(device)).logits.float()))
+            length = padded_length(int(chunk.lengths[indices].max()), device, limit)
+            scored.batches.append((indices, model(chunk.batch(indices, length, device)).logits.float()))
             if progress is not None:
                 progress.update(len(indices))
-    for indices, values in pending:
-        logits[indices] = values.cpu().numpy()
-    return logits
+    return scored
 
 
 def score_all(model: CrossEncoder, pairs: Examples) -> np.ndarray:
     """Return the logits (N, C) of pairs in memory, in batches of the fastest size."""
     batches = token_batches(pairs.lengths, BatchLimits.of(model.classifier.weight.device))
-    return check_finite(pairs, score_chunk(model, pairs, batches))
+    return check_finite(pairs, score_chunk(model, pairs, batches).logits())
 
 
 def scored_chunks(model: CrossEncoder, features: FeatureSummary, limits: BatchLimits, processes: Processes,
@@ -108,24 +119,29 @@ def scored_chunks(model: CrossEncoder, features: FeatureSummary, limits: BatchLi
 
     Every process yields all logits. The batches depend only on the lengths, and the processes take turns computing
     them. With n processes, logits are exchanged after every n chunks, so that processes rarely wait for each other.
-    A `passing` progress bar disappears at the end.
+    While a GPU computes, the caller receives the chunks before. A `passing` progress bar disappears at the end.
     """
     chunks = read_ahead(chunk for path in features.paths for chunk in read_chunks(path))
-    seen, turns = 0, cycle(range(processes.count))
+    seen, turns, ahead = 0, cycle(range(processes.count)), AHEAD[model.classifier.weight.device.type]
     while seen < done:
         seen += len(next(chunks))
     with tqdm(total=features.examples, initial=done, desc="scoring", unit=" pairs", leave=not passing,
               disable=not processes.first) as progress:
-        while window := list(islice(chunks, processes.count)):
-            logits = []
+        in_work: list[list[ScoredChunk]] = []           # windows of chunks
+        while (window := list(islice(chunks, processes.count))) or in_work:
+            if window:
+                in_work.append([])
             for chunk in window:
                 batches = token_batches(chunk.lengths, limits)
                 own_batches = [indices for indices in batches if next(turns) == processes.rank]
-                logits.append(score_chunk(model, chunk, own_batches, progress))
-            for chunk, values in zip(window, [processes.merge(own_logits) for own_logits in logits]):
-                yield chunk, check_finite(chunk, values)
-            seen += sum(map(len, window))
-            progress.update(seen - progress.n)          # pairs of the other processes
+                in_work[-1].append(score_chunk(model, chunk, own_batches, progress))
+            if window and len(in_work) <= ahead:
+                continue
+            scored = in_work.pop(0)
+            for own, values in zip(scored, [processes.merge(own.logits()) for own in scored], strict=True):
+                yield own.chunk, check_finite(own.chunk, values)
+            seen += sum(len(own.chunk) for own in scored)
+            progress.update(max(0, seen - progress.n))  # pairs of the other processes
 
 
 def check_finite(chunk: Examples, logits: np.ndarray) -> np.ndarray:

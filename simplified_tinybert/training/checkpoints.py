@@ -64,6 +64,25 @@ def read_state(checkpoint: Path) -> dict:
                         f"checkpoint") from error
 
 
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of the random generators that this process uses."""
+    cuda = {"cuda_random": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"random": torch.get_rng_state(), **cuda}
+
+
+def restore_random_state(states: list[dict], rank: int, count: int, device: torch.device) -> bool:
+    """Restore a process's random state. Returns False if the run had other processes or was not on this kind of device.
+
+    The random state then stays as it is: dropout differs from an uninterrupted run, but not the order of the examples.
+    """
+    if len(states) != count or (device.type == "cuda") != ("cuda_random" in states[rank]):
+        return False
+    torch.set_rng_state(states[rank]["random"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[rank]["cuda_random"], device)
+    return True
+
+
 def checkpoints_of(output_dir: Path) -> list[Path]:
     """Return the checkpoint directories of a run, oldest first."""
     return sorted((path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)),

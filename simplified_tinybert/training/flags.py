@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 
 from simplified_tinybert.common.files import Problems, check_ranges, process_count
-from simplified_tinybert.model.precision import import_apex_amp
 from simplified_tinybert.training.checkpoints import check_output_dir
 from simplified_tinybert.training.losses import PADDING_MODES
 from simplified_tinybert.training.objective import ObjectiveSettings
+from simplified_tinybert.training.optimizer import import_apex_amp
+
+SMALLER_BATCHES = "lower --train_batch_size, and raise --gradient_accumulation_steps as much to keep the steps the same"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +32,15 @@ class TrainingSettings:
     eval_every: int = 1000
     keep_checkpoints: int | None = None                 # how many; None: all
     log_gradients: bool = False
+    compile: bool = False                               # the forward pass, by PyTorch's compiler
     tensorboard_dir: Path | None = None
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, dtype: torch.dtype | None, max_seq_length: int,
                   eval_every: int = eval_every) -> "TrainingSettings":
         apex = args.fp16 and args.fp16_backend == "apex"
-        same = ("seed", "warmup_proportion", "weight_decay", "keep_checkpoints", "log_gradients", "tensorboard_dir")
+        same = ("seed", "warmup_proportion", "weight_decay", "keep_checkpoints", "log_gradients", "compile",
+                "tensorboard_dir")
         return cls(batch_size=args.train_batch_size, max_seq_length=max_seq_length,
                    accumulation=args.gradient_accumulation_steps, group_by_length=args.padding == "masked",
                    dtype=None if apex else dtype, apex_level=args.fp16_opt_level if apex else None,
@@ -89,6 +93,9 @@ def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, learnin
     add("--fp16_backend", choices=("torch", "apex"), default="torch", help="library for --fp16 (default: torch)")
     add("--fp16_opt_level", choices=("O0", "O1", "O2", "O3"), default="O1", help="apex level (default: O1)")
     add("--bf16", action="store_true", help="mixed precision in bfloat16, without loss scaling")
+    add("--tf32", action="store_true", help="compute float32 products with 10-bit mantissas (CUDA)")
+    add("--compile", action="store_true", help="compile the models with torch.compile (CUDA): fewer, larger kernels; "
+        "takes a minute at the start")
     add("--seed", type=int, default=default.seed,
         help=f"random seed for dropout, batch order and new parameters (default: {default.seed})")
     add("--train_loss_step", type=int, default=default.log_every,
@@ -131,4 +138,5 @@ def resumable_settings(args: argparse.Namespace, names: tuple[str, ...]) -> dict
     """Return the settings that must not change when a run is resumed; `names`: flags of the script."""
     names += ("padding", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "learning_rate",
               "warmup_proportion", "weight_decay", "fp16", "fp16_backend", "bf16", "seed", "train_loss_step")
-    return {name: getattr(args, name) for name in names} | {"processes": process_count()}
+    return {name: getattr(args, name) for name in names} | {"processes": process_count()} | (
+        {"tf32": True} if args.tf32 else {})            # without it, as in the records of earlier versions

@@ -24,7 +24,7 @@ class TrainingLog:
         self.loss_file, self.dev_file, self.best = directory / "train_loss.jsonl", directory / "dev.jsonl", -math.inf
         self.processes, self.tensorboard = processes, None
         self.sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=device)           # of this process
-        self.steps, self.examples, self.start = 0, 0, time.perf_counter()
+        self.steps, self.skipped, self.examples, self.start = 0, 0, 0, time.perf_counter()
         self.bad_step = torch.zeros((), dtype=torch.int64, device=device)   # first with a NaN or infinite loss; 0: none
         if not processes.first:
             return
@@ -42,9 +42,10 @@ class TrainingLog:
         zero = self.sums.new_zeros(())
         self.sums += weight * torch.stack([losses.get(name, zero).detach().double() for name in LOSSES])
 
-    def step(self, number: int, examples: int) -> None:
-        """Count a finished step. Does not wait for the device."""
+    def step(self, number: int, examples: int, made: bool = True) -> None:
+        """Count a finished step, or one that loss scaling skipped. Does not wait for the device."""
         self.steps += 1
+        self.skipped += not made
         self.examples += examples
         self.bad_step = torch.where(~torch.isfinite(self.sums[0]) & (self.bad_step == 0), number, self.bad_step)
 
@@ -53,10 +54,11 @@ class TrainingLog:
         sums = self.processes.total(self.sums).tolist()
         seconds = time.perf_counter() - self.start
         row = {"global_step": global_step, **{name: value / self.steps for name, value in zip(LOSSES, sums)},
-               "learning_rate": learning_rate, "examples_per_second": self.examples / seconds, **norms}
+               "learning_rate": learning_rate, "examples_per_second": self.examples / seconds, **norms,
+               **({"skipped_steps": self.skipped} if self.skipped else {})}
         self._append(self.loss_file, row)
         self.sums.zero_()
-        self.steps, self.examples, self.start = 0, 0, time.perf_counter()
+        self.steps, self.skipped, self.examples, self.start = 0, 0, 0, time.perf_counter()
         return row
 
     def write_dev(self, global_step: int, measures: dict[str, float]) -> bool:
@@ -81,13 +83,15 @@ class TrainingLog:
         self.start += seconds
 
     def state(self) -> dict:
-        return {"sums": self.sums.cpu(), "steps": self.steps, "examples": self.examples,
+        return {"sums": self.sums.cpu(), "steps": self.steps, "skipped": self.skipped, "examples": self.examples,
                 "seconds": time.perf_counter() - self.start}
 
-    def restore(self, state: dict) -> None:
-        self.sums.copy_(state["sums"])
-        self.steps, self.examples = state["steps"], state["examples"]
-        self.start = time.perf_counter() - state["seconds"]
+    def restore(self, states: list[dict]) -> None:
+        """Continue from the states of one process, or from those of several if there were more processes."""
+        for state in states:
+            self.sums += state["sums"].to(self.sums.device)
+            self.steps, self.skipped, self.examples = state["steps"], state.get("skipped", 0), state["examples"]
+            self.start = time.perf_counter() - state["seconds"]
 
     def close(self) -> None:
         if self.tensorboard:

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from simplified_tinybert.common.device import padded_length
 from simplified_tinybert.common.files import UserError, say
 from simplified_tinybert.common.processes import data_parallel, exchanging
 from simplified_tinybert.common.signals import StopRequests, raise_for
 from simplified_tinybert.data.features import Examples, ids_of
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.cpu_linear import pack_linear_layers
-from simplified_tinybert.model.precision import ApexScaler, LossScaler, autocast
+from simplified_tinybert.model.precision import autocast, cast_linear_layers
 from simplified_tinybert.training import checkpoints
 from simplified_tinybert.training.flags import Stage, TrainingSettings
 from simplified_tinybert.training.log import GRADIENTS, TrainingLog
 from simplified_tinybert.training.objective import mean_over, objective, total_loss
-from simplified_tinybert.training.optimizer import BertAdam, decay_groups, linear_warmup_decay
+from simplified_tinybert.training.optimizer import ApexScaler, BertAdam, LossScaler, decay_groups, linear_warmup_decay
 from simplified_tinybert.training.run import Run
 from simplified_tinybert.training.validation import DevSet
 
@@ -89,8 +90,10 @@ class Trainer:
     def _begin(self, steps: int) -> None:
         """Make the optimizer, the loss scaling and the objective of a stage."""
         settings, chosen = self.settings, self.stage.objective
-        if self.teacher and not (settings.dtype or settings.apex_level):
-            pack_linear_layers(self.teacher)            # has no effect the second time
+        if self.teacher and settings.dtype:             # neither has an effect the second time
+            cast_linear_layers(self.teacher, settings.dtype)
+        elif self.teacher and not settings.apex_level:
+            pack_linear_layers(self.teacher)
         self.student.projections.requires_grad_("hidden" in chosen.weights)
         schedule = partial(linear_warmup_decay, total_steps=steps, warmup_proportion=settings.warmup_proportion)
         groups = decay_groups(self.student.named_parameters(), settings.weight_decay)
@@ -98,6 +101,8 @@ class Trainer:
         self.scaler = (ApexScaler(self.student, self.optimizer, settings.apex_level) if settings.apex_level
                        else LossScaler(self.device, settings.dtype))
         self.local_terms = partial(objective, self.student, self.teacher, settings=chosen)     # no gradient exchange
+        if settings.compile:
+            self.local_terms = torch.compile(self.local_terms, dynamic=True, fullgraph=True)
         self.terms = data_parallel(self.student, self.local_terms, self.processes, all_used=chosen.uses("head"))
 
     def _advance(self, step: int, batches: list[np.ndarray], progress: tqdm) -> None:
@@ -135,7 +140,8 @@ class Trainer:
         """Return this process's share of the loss of a batch and of its parts."""
         chosen = self.stage.objective
         own, share = self.processes.share(indices, self.examples.lengths)
-        batch = self.examples.batch(own, self.stage.pad_to(self.settings)).to(self.device)
+        batch = self.examples.batch(own, self.stage.pad_to(self.settings) or padded_length(
+            int(self.examples.lengths[own].max()), self.device, self.settings.max_seq_length), self.device)
         with autocast(self.device, self.settings.dtype):
             terms = {name: value * share[mean_over(name, chosen.padding)]
                      for name, value in compute_terms(batch).items()}
@@ -151,9 +157,9 @@ class Trainer:
                 # The exchange averages gradients over the processes, but shares must be added up.
                 self.scaler.backward(losses["loss"] * (weight * self.processes.count))
             self.log.add(losses, weight)
-        self.scaler.step(self.optimizer)
+        made = self.scaler.step(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
-        self.log.step(number, examples)
+        self.log.step(number, examples, made)
 
     def _gradient_norms(self, indices: np.ndarray) -> dict[str, float]:
         """Return the norm of each term's gradient on a batch, without projections. The random state stays unchanged."""
@@ -207,9 +213,7 @@ class Trainer:
 
     def _save_checkpoint(self, step: int) -> None:
         self._check_losses()
-        own_state = {"random": torch.get_rng_state(), "log": self.log.state()}
-        if self.device.type == "cuda":
-            own_state["cuda_random"] = torch.cuda.get_rng_state(self.device)
+        own_state = checkpoints.random_state(self.device) | {"log": self.log.state()}
         state = {"step": step, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                  "processes": self.processes.gather(own_state)}
         if self.processes.first:
@@ -223,11 +227,11 @@ class Trainer:
         state = checkpoints.read_state(checkpoint)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        own_state = state["processes"][self.processes.rank]
-        self.log.restore(own_state["log"])
-        torch.set_rng_state(own_state["random"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(own_state["cuda_random"], self.device)
+        states, rank, count = state["processes"], self.processes.rank, self.processes.count
+        self.log.restore([saved["log"] for saved in states[rank::count]])
+        if not checkpoints.restore_random_state(states, rank, count, self.device) and self.processes.first:
+            say(f"note         {checkpoint} is from another device or number of processes; dropout will differ from "
+                f"that of an uninterrupted run")
         return state["step"]
 
 

@@ -48,18 +48,20 @@ def attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_querie
     ones and zeros. With padding="reference", scores of padded keys are zero in both models, scores of padded queries
     count in full, and the mean is over B·H·L·L. With "masked", only pairs of real tokens count.
 
-    The L×L score matrices are never formed. Let Q, K be the student's queries and keys times d^-¼, and Q', K' the
-    teacher's times d'^-¼. The matrix of differences is A·Bᵀ with A = [Q, -Q'] and B = M·[K, K'], where M zeroes padded
-    keys. Its squared norm is the sum of AᵀA ∘ BᵀB: two Gram matrices of (d+d')×(d+d'), at a cost linear in L. If
-    d = d', A = [Q-Q', Q'] and B = M·[K, K-K'] give the same matrix, without cancellation in float32 when the student
-    is close to its teacher. If d ≠ d', the rounding error is about 1e-7 of the teacher's mean squared score.
+    The L×L score matrices are never formed. Let Q, K be the student's queries and keys, and Q', K' the teacher's. The
+    matrix of differences is A·S·Bᵀ with A = [Q, -Q'], B = M·[K, K'], where M zeroes padded keys and S is a diagonal
+    matrix of d^-½ and d'^-½. Its squared norm is the sum of AᵀA ∘ S·BᵀB·S: two Gram matrices of (d+d')×(d+d'), at a
+    cost linear in L. If d = d', A = [Q-Q', Q'] and B = M·[K, K-K'] give the same matrix, without cancellation in
+    float32 when the student is close to its teacher. If d ≠ d', the rounding error is about 1e-7 of the teacher's mean
+    squared score. S is applied last, because then TF32 products (a GPU in half precision) of A and B are exact: queries
+    and keys come from half precision, and TF32 keeps all their digits. If d = d', it rounds the differences to 2^-11.
     """
     dtype = torch.promote_types(student_queries.dtype, torch.float32)
     keep = attention_mask[:, None, :, None].to(dtype)                                    # (B, 1, L, 1)
     student_queries, student_keys, teacher_queries, teacher_keys = (
-        tensor.to(dtype) * tensor.shape[-1] ** -0.25
-        for tensor in (student_queries, student_keys, teacher_queries, teacher_keys))
-    if student_queries.shape == teacher_queries.shape:
+        tensor.to(dtype) for tensor in (student_queries, student_keys, teacher_queries, teacher_keys))
+    sizes = student_queries.shape[-1], teacher_queries.shape[-1]                         # d, d'
+    if sizes[0] == sizes[1]:
         queries = torch.cat([student_queries - teacher_queries, teacher_queries], dim=-1)
         keys = torch.cat([student_keys, student_keys - teacher_keys], dim=-1) * keep
     else:
@@ -73,7 +75,11 @@ def attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_querie
     with torch.autocast(queries.device.type, enabled=False):    # half precision would lose the difference
         query_gram = queries.transpose(-1, -2) @ queries                                 # (B, H, d+d', d+d')
         key_gram = keys.transpose(-1, -2) @ keys
-    return (query_gram * key_gram).sum() / (real * queries.shape[1])
+    products = query_gram * key_gram
+    if sizes[0] == sizes[1]:
+        return products.sum() / (real * queries.shape[1] * sizes[0])
+    scales = torch.cat([products.new_full((size,), size ** -0.5) for size in sizes])
+    return (products * scales[:, None] * scales).sum() / (real * queries.shape[1])
 
 
 def hidden_loss(student_hidden: Tensor, teacher_hidden: Tensor, attention_mask: Tensor,

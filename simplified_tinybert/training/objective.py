@@ -91,7 +91,7 @@ def objective(student: CrossEncoder, teacher: CrossEncoder | None, batch: Batch,
         pairs = list(enumerate(layer_map, start=1))
     student_layers, teacher_layers = zip(*pairs) if pairs else (None, None)
     if settings.uses("teacher"):
-        with torch.inference_mode():
+        with torch.no_grad():
             teacher_out = teacher(batch, layers=teacher_layers)
     passes = Passes(student, student(batch, layers=student_layers), teacher_out, pairs, batch, settings)
     return {name: TERMS[name].loss(passes) for name in TERMS if name in settings.weights}

@@ -1,14 +1,21 @@
-"""BertAdam, the optimizer of the original BERT and TinyBERT code: few launches on GPUs, few memory reads on CPUs.
+"""BertAdam, the optimizer of the original BERT and TinyBERT code, and loss scaling for float16.
 
 Differences from AdamW: no bias correction of the moments, epsilon 1e-6, weight decay added to the update before it is
-scaled by the learning rate, and each parameter tensor's gradient clipped to norm 1 separately.
+scaled by the learning rate, and each parameter tensor's gradient clipped to norm 1 separately. There are few launches
+on GPUs and few memory reads on CPUs.
 """
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from simplified_tinybert.common.files import UserError
+from simplified_tinybert.model.bert import CrossEncoder
+
+APEX_HELP = ("--fp16_backend apex: {found}; expected a version of NVIDIA apex with apex.amp, built from NVIDIA's "
+             "repository (the package apex on PyPI is something else); --fp16_backend torch needs no apex")
 CPU_BLOCK = 1 << 18             # elements
+INITIAL_SCALE = 2.0 ** 16       # of losses in float16
 
 
 def linear_warmup_decay(step: int, total_steps: int, warmup_proportion: float) -> float:
@@ -37,13 +44,20 @@ class BertAdam(torch.optim.Optimizer):
         self.learning_rate = 0.0                        # of the last step
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> float:
+        """Make a step and return its learning rate."""
+        self.count_step()
         for group in self.param_groups:
-            self.learning_rate = group["lr"] * self.schedule(group["finished_steps"])
-            group["finished_steps"] += 1
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
                 self._update(parameters, group["weight_decay"])
+        return self.learning_rate
+
+    def count_step(self) -> None:
+        """Set the learning rate of the next step. The schedule also counts steps that loss scaling skips."""
+        for group in self.param_groups:
+            self.learning_rate = group["lr"] * self.schedule(group["finished_steps"])
+            group["finished_steps"] += 1
 
     def _update(self, parameters: list[nn.Parameter], weight_decay: float) -> None:
         gradients = [parameter.grad for parameter in parameters]
@@ -60,8 +74,8 @@ class BertAdam(torch.optim.Optimizer):
         for tensors in in_blocks(parameters, gradients, means, squares, scales):
             self._move(*tensors, weight_decay)
 
-    def _move(self, parameters: list[torch.Tensor], gradients: list[torch.Tensor], means: list[torch.Tensor],
-              squares: list[torch.Tensor], scales: list[torch.Tensor], weight_decay: float) -> None:
+    def _move(self, parameters: list[Tensor], gradients: list[Tensor], means: list[Tensor],
+              squares: list[Tensor], scales: list[Tensor], weight_decay: float) -> None:
         """Scale the gradients; update moments and parameters. Everything in place."""
         beta1, beta2 = self.betas
         torch._foreach_mul_(gradients, scales)
@@ -77,17 +91,67 @@ class BertAdam(torch.optim.Optimizer):
         torch._foreach_add_(parameters, updates, alpha=-self.learning_rate)
 
 
-def in_blocks(*lists: list[torch.Tensor]) -> Iterator[Sequence[list[torch.Tensor]]]:
-    """Yield parallel lists of tensors: on a GPU as they are, on a CPU one block of each list, with the same elements.
+def in_blocks(*lists: list[Tensor]) -> Iterator[Sequence[list[Tensor]]]:
+    """Yield parallel lists of tensors: on a GPU all at once, on a CPU one block of each list, with the same elements.
 
     A block stays in the processor's cache while all operations are applied to it. The last list has one number for
-    each tensor of the others.
+    each tensor of the others. On a GPU it is expanded, because only lists of equal shapes share a launch.
     """
-    if lists[0][0].device.type != "cpu":
-        yield lists
+    *first, scales = lists
+    if scales[0].device.type != "cpu":
+        sizes = [tensor.numel() for tensor in first[0]]
+        expanded = torch.cat([scale.expand(size) for scale, size in zip(scales, sizes, strict=True)]).split(sizes)
+        yield *first, [scale.view_as(tensor) for scale, tensor in zip(expanded, first[0], strict=True)]
         return
     for *tensors, scale in zip(*lists, strict=True):
         contiguous = all(tensor.is_contiguous() for tensor in tensors)
         for blocks in zip(*(tensor.view(-1).split(CPU_BLOCK) if contiguous else [tensor] for tensor in tensors),
                           strict=True):
             yield *([block] for block in blocks), [scale]
+
+
+def import_apex_amp() -> object:
+    """Return NVIDIA's apex.amp. Raises UserError if it is missing."""
+    try:
+        from apex import amp
+    except ImportError as error:
+        raise UserError(APEX_HELP.format(found=error)) from error
+    if not hasattr(amp, "initialize"):
+        raise UserError(APEX_HELP.format(found="the installed apex has no amp.initialize"))
+    return amp
+
+
+class LossScaler(torch.amp.GradScaler):
+    """Backward pass and optimizer step, with PyTorch's loss scaling if `dtype` is float16."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype | None):
+        super().__init__(device.type, init_scale=INITIAL_SCALE, enabled=dtype == torch.float16)
+
+    def backward(self, loss: Tensor) -> None:
+        self.scale(loss).backward()
+
+    def step(self, optimizer: BertAdam) -> bool:
+        """Make a step. Returns False if it was skipped because a gradient was not finite; the scale is then halved."""
+        self.unscale_(optimizer)                        # before the optimizer clips
+        made = super().step(optimizer) is not None
+        if not made:
+            optimizer.count_step()
+        self.update()
+        return made
+
+
+class ApexScaler:
+    """Does the same as LossScaler with apex, which casts operations itself and needs no autocast context."""
+
+    def __init__(self, student: CrossEncoder, optimizer: torch.optim.Optimizer, opt_level: str):
+        self.amp, self.optimizer = import_apex_amp(), optimizer
+        self.state_dict, self.load_state_dict = self.amp.state_dict, self.amp.load_state_dict
+        self.amp.initialize(student, optimizer, opt_level=opt_level)
+
+    def backward(self, loss: Tensor) -> None:
+        with self.amp.scale_loss(loss, self.optimizer) as scaled:
+            scaled.backward()
+
+    def step(self, optimizer: BertAdam) -> bool:
+        optimizer.step()                                # replaced by apex, which does not say whether it skips steps
+        return True

@@ -52,10 +52,12 @@ def find_run(args: argparse.Namespace, settings: dict, processes: Processes) -> 
 
 
 def check_same_settings(output_dir: Path, before: dict, now: dict) -> None:
+    """Raise UserError if a setting has changed. The number of processes may change: it changes dropout only."""
     way_out = "name another directory, or remove this one to start again"
     if before.keys() != now.keys():
         raise UserError(f"{output_dir}: created by another version; only that version can resume it; {way_out}")
-    changed = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
+    changed = [f"{name} was {before[name]}, is {now[name]}" for name in now
+               if before[name] != now[name] and name != "processes"]
     if changed:
         raise UserError(f"{output_dir}: holds a run with other settings ({'; '.join(changed)}); {way_out}")
 

@@ -52,7 +52,7 @@ def warn_of_chance(teacher: CrossEncoder, examples: Examples, device: torch.devi
     sample = np.unique(np.linspace(0, len(examples) - 1, SAMPLE_SIZE, dtype=np.int64))
     batches = (sample[indices] for indices in token_batches(examples.lengths[sample], BatchLimits.of(device)))
     with autocast(device, dtype):
-        logits = score_chunk(teacher, examples, batches)
+        logits = score_chunk(teacher, examples, batches).logits()
     area, error = area_under_curve(relevance(logits[sample], "log_odds"), examples.labels[sample] == 1)
     if area < 0.5 + 1.645 * error:                      # 0.5 is chance; one-sided test at 5 %
         worse = "worse than chance: are its classes or the labels swapped?" if area < 0.5 - 1.645 * error else \
