@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from transformers import BertConfig
 
-from simplified_tinybert.common.device import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory, select_device
+from simplified_tinybert.common.device import (
+    M_MMAP_MAX,
+    M_TRIM_THRESHOLD,
+    keep_freed_memory,
+    prepare_device,
+    select_device,
+)
 from simplified_tinybert.common.files import atomic_writer, say
 from simplified_tinybert.common.records import plain
 from simplified_tinybert.ranking.speed import seconds
@@ -23,7 +29,8 @@ from simplified_tinybert.ranking.tables import number
 
 ROOT = Path(__file__).resolve().parent.parent
 M_MMAP_THRESHOLD = -3       # from glibc's malloc.h
-RATE_TOKENS = 2048          # rows of the matrix products that measure the machine's peak
+RATE_TOKENS = {"cpu": 2048, "cuda": 65536}      # rows of the matrix products that measure the machine's peak
+GPU_REPEATS = 20            # products between two waits for the GPU
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,14 +48,21 @@ def set_up(args: argparse.Namespace) -> torch.device:
     """Set the number of threads and return the device."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    return select_device(args.device)
+    device = select_device(args.device)
+    prepare_device(device)
+    return device
 
 
-def set_memory(way: str, device: torch.device) -> None:
-    """Set how malloc treats freed memory: our code keeps it for reuse, the others get glibc's behaviour."""
-    if way.startswith("ours"):
+def set_process(way: str, device: torch.device) -> None:
+    """Set for a way what our scripts set for the process: TF32 in half precision, and malloc keeps freed memory.
+
+    The other ways get the defaults of PyTorch and glibc.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if way.startswith("ours") and "bf16" in way else "highest")
+    elif way.startswith("ours"):
         keep_freed_memory(device)
-    elif device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc itself raises its limits to these values when large tensors are freed
         for parameter, value in ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 2 ** 25), (M_TRIM_THRESHOLD, 2 ** 26)):
             libc.mallopt(parameter, value)
@@ -60,7 +74,7 @@ def interleave(ways: dict[str, Callable[[], object]], rounds: int, device: torch
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds):
         for name, run in ways.items():
-            set_memory(name, device)
+            set_process(name, device)
             times[name].append(seconds(run, device))
         say(f"  round {turn + 1}: " + ", ".join(f"{name} {values[-1]:.2f} s" for name, values in times.items()))
     return times
@@ -105,12 +119,13 @@ def matrix_rates(device: torch.device, dtype: torch.dtype, hidden_size: int, qui
     packs = device.type == "cpu" and not why_not_packed(dtype)
     with torch.inference_mode():
         for rows, columns in ((hidden_size, hidden_size), (hidden_size, wide), (wide, hidden_size)):
-            inputs = torch.randn(RATE_TOKENS, rows, device=device, dtype=dtype)
+            tokens = RATE_TOKENS["cpu" if quick else device.type]
+            inputs = torch.randn(tokens, rows, device=device, dtype=dtype)
             weight, bias = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((columns, rows), (columns,)))
-            flops, shape = 2 * RATE_TOKENS * rows * columns, f"{RATE_TOKENS}×{rows}×{columns}"
+            flops, shape = 2 * tokens * rows * columns, f"{tokens}×{rows}×{columns}"
             rates[shape] = flops / _repeat(lambda: F.linear(inputs, weight, bias), device, quick)  # noqa: B023
             if packs:
-                packed = torch.ops.mkldnn._reorder_linear_weight(weight, RATE_TOKENS)
+                packed = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
                 rates[f"{shape} packed"] = flops / _repeat(lambda: torch.ops.mkldnn._linear_pointwise(
                     inputs, packed, bias, "none", [], ""), device, quick)  # noqa: B023
     return rates
@@ -130,6 +145,11 @@ def describe_rates(rates: dict[str, float]) -> str:
 
 def _repeat(run: Callable[[], object], device: torch.device, quick: bool) -> float:
     """Median seconds over repeated runs."""
+    if device.type == "cuda":                           # waiting for the GPU after each product would be measured too
+        def repeated() -> None:
+            for _ in range(GPU_REPEATS):
+                run()
+        return min(seconds(repeated, device) for _ in range(3)) / GPU_REPEATS
     once = min(seconds(run, device) for _ in range(3))
     return statistics.median(seconds(run, device) for _ in range(max(5, int((0.01 if quick else 0.15) / once))))
 
@@ -158,7 +178,10 @@ def step_flops(student: BertConfig, teacher: BertConfig, lengths: Iterable[int])
 
 def write_results(title: str, hardware: dict[str, str], sections: list[str], args: argparse.Namespace,
                   raw: dict) -> None:
-    """Write NAME.md (tables, also to stdout) and NAME.json (all timings), where NAME is the running benchmark's."""
+    """Write NAME.md (tables) and NAME.json (all timings), where NAME is the running benchmark's.
+
+    Benchmarks call it after each part, so that an interruption does not lose the parts before.
+    """
     name = Path(sys.argv[0]).stem
     command = f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip()
     hardware_line = "; ".join(f"{key}: {value}" for key, value in hardware.items())
@@ -170,4 +193,8 @@ def write_results(title: str, hardware: dict[str, str], sections: list[str], arg
     with atomic_writer(args.output_dir / f"{name}.json") as handle:
         json.dump({"machine": hardware, "arguments": arguments, **raw}, handle, indent=1)
         handle.write("\n")
-    print(text)
+
+
+def print_results(args: argparse.Namespace) -> None:
+    """Print the tables that `write_results` wrote."""
+    print((args.output_dir / f"{Path(sys.argv[0]).stem}.md").read_text(encoding="utf-8"))

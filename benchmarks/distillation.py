@@ -37,7 +37,7 @@ from benchmarks.original import OriginalAdam, OriginalBert, original_losses
 from simplified_tinybert.common.files import run_main, say
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model.bert import Batch
-from simplified_tinybert.model.precision import warn_if_emulated
+from simplified_tinybert.model.precision import warn_if_slow
 from simplified_tinybert.model.pretrained import read_config
 from simplified_tinybert.ranking.speed import machine, seconds
 from simplified_tinybert.ranking.tables import markdown
@@ -121,12 +121,14 @@ def measure_steps(args: argparse.Namespace, name: str, student: Path, teacher: P
     say(f"{name}: batches of {size}")
     for step in steps.values():                                             # warm-up; creates the optimizer's state
         step(small_batch)
+        if device.type == "cuda":                                           # kernels are chosen for a batch's shape
+            step(examples.batch(rounds[0][0], PADDED_LENGTH, device))
     for indices in rounds:
         padded = [examples.batch(indices[0], PADDED_LENGTH).to(device)]
         masked = [examples.batch(chosen).to(device) for chosen in indices]
         for way, step in steps.items():
             batches = masked if MASKED in way else padded
-            common.set_memory(way, device)
+            common.set_process(way, device)
             spent = [seconds(lambda: step(batch), device) for batch in batches]  # noqa: B023
             times[way].append(statistics.mean(spent) / size)
         say(f"  masked: length {' and '.join(str(batch.input_ids.shape[1]) for batch in masked)}; ms per example: "
@@ -195,7 +197,7 @@ def draw(path: Path, measured: dict[str, dict], memory: dict[str, dict[int, floa
 def main() -> None:
     args = parse_args()
     device = common.set_up(args)
-    warn_if_emulated(torch.bfloat16 if args.bf16 else None, device)
+    warn_if_slow(torch.bfloat16 if args.bf16 else None, device)
     hardware, sections, measured, memory = machine(device) | common.packing(device), [], {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = ours.vocabulary_directory(Path(scratch) / "vocabulary", args.vocab_file)
@@ -203,14 +205,16 @@ def main() -> None:
         students = {name: ours.make_model(Path(scratch) / f"student-{name}", name, vocabulary, dropout=args.dropout,
                                           teacher_size=int(args.teacher.split("x")[1])) for name in args.students}
         if "steps" in args.parts:
-            measured = {name: measure_steps(args, name, directory, teacher, vocabulary, device)
-                        for name, directory in students.items()}
-            sections += [steps_table(name, args.teacher, found) for name, found in measured.items()]
+            for name, directory in students.items():
+                measured[name] = measure_steps(args, name, directory, teacher, vocabulary, device)
+                sections.append(steps_table(name, args.teacher, measured[name]))
+                common.write_results("Distillation", hardware, sections, args, {"steps": measured})
         if "memory" in args.parts:
             first = args.students[0]
             memory = measure_memory(args, students[first], teacher, device)
             sections.append(memory_table(first, memory, args.memory_pairs))
-    common.write_results("Distillation", hardware, sections, args, {"steps": measured, "memory": memory})
+            common.write_results("Distillation", hardware, sections, args, {"steps": measured, "memory": memory})
+    common.print_results(args)
     draw(args.output_dir / "distillation.png", measured, memory, f"Memory of a step, {args.students[0]}")
 
 

@@ -15,7 +15,7 @@ from simplified_tinybert.data.features import Examples
 from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize
 from simplified_tinybert.model.bert import Batch, CrossEncoder
 from simplified_tinybert.model.cpu_linear import pack_linear_layers
-from simplified_tinybert.model.precision import autocast
+from simplified_tinybert.model.precision import autocast, cast_linear_layers
 from simplified_tinybert.model.pretrained import fit_projections, initialise, load_cross_encoder, save_cross_encoder
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.ranking import scoring
@@ -119,7 +119,9 @@ class Step:
     def __init__(self, student: CrossEncoder, teacher: CrossEncoder, padding: str, dtype: torch.dtype | None = None,
                  rate: float = 5e-5):
         self.student, self.teacher, self.dtype = student, teacher.requires_grad_(False), dtype
-        if not dtype:
+        if dtype:
+            cast_linear_layers(teacher, dtype)
+        else:
             pack_linear_layers(teacher)
         self.settings = ObjectiveSettings(weights=stage_weights("simplified")[0], padding=padding)
         self.optimizer = BertAdam(decay_groups(student.named_parameters(), 0.01), rate, lambda step: 1.0)

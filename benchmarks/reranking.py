@@ -197,20 +197,24 @@ def main() -> None:
         directories = {name: ours.make_model(Path(scratch) / name, name, vocabulary, pairs.examples)
                        for name in args.models}
         first, sections = args.models[0], []
-        measured, lengths, start = {}, {}, {}
+        found: dict[str, dict] = {"ways": {}, "lengths": {}, "start": {}}
+
+        def keep(section: str) -> None:
+            sections.append(section)
+            common.write_results("Re-ranking", hardware, sections, args, found)
+        for name, directory in directories.items() if "ways" in args.parts else ():
+            found["ways"][name] = measure_ways(args, name, directory, pairs, device)
+            keep(ways_table(name, found["ways"][name]))
         if "ways" in args.parts:
-            measured = {name: measure_ways(args, name, directory, pairs, device)
-                        for name, directory in directories.items()}
-            sections += [ways_table(name, found) for name, found in measured.items()] + [teacher_table(measured)]
+            keep(teacher_table(found["ways"]))
         if "lengths" in args.parts:
-            lengths = measure_lengths(args, directories[first], pairs, device)
-            sections.append(lengths_table(first, lengths))
+            found["lengths"] = measure_lengths(args, directories[first], pairs, device)
+            keep(lengths_table(first, found["lengths"]))
         if "start" in args.parts:
-            start = measure_start(args, directories[first], pairs, device, Path(scratch))
-            sections.append(start_table(first, start))
-    common.write_results("Re-ranking", hardware, sections, args,
-                         {"ways": measured, "lengths": lengths, "start": start})
-    draw(args.output_dir / "reranking.png", measured, lengths, first)
+            found["start"] = measure_start(args, directories[first], pairs, device, Path(scratch))
+            keep(start_table(first, found["start"]))
+    common.print_results(args)
+    draw(args.output_dir / "reranking.png", found["ways"], found["lengths"], first)
 
 
 if __name__ == "__main__":

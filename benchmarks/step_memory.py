@@ -19,7 +19,7 @@ from simplified_tinybert.model.bert import Batch
 
 def random_batch(pairs: int, length: int, device: torch.device) -> Batch:
     """Pairs with three positions of padding."""
-    mask = (torch.arange(length) < length - 3).long().expand(pairs, length)
+    mask = (torch.arange(length) < length - 3).long().repeat(pairs, 1)      # not expand: pinning would fail
     ids = torch.randint(5, 1000, (pairs, length)) * mask
     return Batch(ids, torch.zeros_like(ids), mask, torch.arange(pairs) % 2).to(device)
 

@@ -160,6 +160,7 @@ def main() -> None:
         measured = {kind: measure(args, kind, Path(scratch)) for kind in kinds}
     sections = [kind_table(kind, result, args) for kind, result in measured.items()]
     common.write_results("Tokenization", hardware, sections, args, measured)
+    common.print_results(args)
     speed = {f"{kind}\npairs": {way: statistics.median(rates(result["ways"][way])) for way in WAYS}
              for kind, result in measured.items()}
     size = {f"{kind}\npairs": {way: result["ways"][way]["bytes"] for way in WAYS} for kind, result in measured.items()}

@@ -7,10 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_rows, write_features
-from helpers.training import torchrun
+from helpers.golden import HALF_TOLERANCES, golden_training
+from helpers.training import log_of, torchrun
 
+import distill
 from simplified_tinybert.model import precision
-from simplified_tinybert.model.precision import has_bf16, is_emulated, slowdown, warn_if_emulated
+from simplified_tinybert.model.precision import has_bf16, is_emulated, slowdown, warn_if_slow
+from simplified_tinybert.training import optimizer
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
 
@@ -18,6 +21,28 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 @pytest.fixture
 def features(tmp_path):
     return write_features(tmp_path / "features.pkl", random_rows(60), set_name="test")
+
+
+@pytest.mark.parametrize("flag", ["--bf16", "--fp16"])
+@pytest.mark.parametrize("number", [2, 6, 12])
+def test_golden_training_in_half_precision(golden, golden_models, golden_features, tmp_path, run_here, monkeypatch,
+                                           number, flag):
+    """As on a GPU; the scale is low enough that loss scaling skips no step of --fp16."""
+    monkeypatch.delitem(precision.NEEDED_DEVICE, "fp16")
+    monkeypatch.setattr(optimizer, "INITIAL_SCALE", 256.0)
+    case = golden["cases"][number]
+    run_here(distill, *golden_training(case, golden_features, golden_models, tmp_path / "out"), flag)
+    rows, expected = log_of(tmp_path / "out")[:6], case["training"]["total_loss_per_step"]
+    assert [row["loss"] for row in rows] == pytest.approx(expected, rel=HALF_TOLERANCES[flag][number])
+
+
+def test_steps_that_loss_scaling_skips_are_in_the_log(golden, golden_models, golden_features, tmp_path, run_here,
+                                                      monkeypatch):
+    monkeypatch.delitem(precision.NEEDED_DEVICE, "fp16")
+    run_here(distill, *golden_training(golden["cases"][6], golden_features, golden_models, tmp_path / "out"), "--fp16")
+    rows = log_of(tmp_path / "out")
+    assert [row.get("skipped_steps") for row in rows[:6]] == [1, 1, 1, 1, 1, None]
+    assert rows[-1]["learning_rate"] == pytest.approx(2e-3 / 8)             # the last of 10 steps, of which 2 warm up
 
 
 X86 = {"architecture": "x86_64", "avx2": True}
@@ -66,13 +91,13 @@ def test_slowdown_is_that_of_a_larger_product(capsys):
     found = slowdown(torch.bfloat16, device)
     assert torch.get_num_threads() == threads
     assert 1 / 3 < found / real < 3
-    warn_if_emulated(torch.bfloat16, device, "use float32")
+    warn_if_slow(torch.bfloat16, device, "use float32")
     output = capsys.readouterr().err
     if has_bf16(torch.cpu.get_capabilities(), False) is False and real > 3:
         assert output.count("emulated") == output.count("\n") == 1 and output.endswith("; use float32\n")
     if real < 0.5:
         assert not output
-    warn_if_emulated(None, device)
+    warn_if_slow(None, device)
     assert not capsys.readouterr().err
     assert slowdown(torch.float32, device) < 1.5
 

@@ -18,6 +18,7 @@ from conftest import (
     tiny_vocabulary,
     write_features,
 )
+from helpers.golden import golden_training
 from helpers.training import arguments, log_of, with_dropout, without_speed
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -39,11 +40,7 @@ from simplified_tinybert.training.objective import ObjectiveSettings
 def test_golden_losses_from_the_command_line(golden, golden_models, golden_features, tmp_path, run_here, number):
     """Ten epochs of one batch are ten steps of the golden schedule, of which the first six losses are known."""
     case = golden["cases"][number]
-    run_here(distill, *arguments(
-        golden_features, golden_models, tmp_path / "out", "--distill_model", case["distill_model"], "--temperature",
-        case["temperature"], "--alpha", case["alpha"], "--train_batch_size", 6, "--num_train_epochs", 10,
-        "--learning_rate", 2e-3, "--warmup_proportion", 0.2, "--wd", 0.01, "--train_loss_step", 1,
-        *(["--pooled_relu"] if case["head"] == "tinybert" else []), student=case["student"]))
+    run_here(distill, *golden_training(case, golden_features, golden_models, tmp_path / "out"), "--wd", 0.01)
     rows = log_of(tmp_path / "out")
     assert [row["global_step"] for row in rows] == list(range(1, 11))
     assert [row["loss"] for row in rows[:6]] == pytest.approx(case["training"]["total_loss_per_step"], rel=1e-4)

@@ -118,7 +118,7 @@ def test_no_process_ends_before_the_checkpoint_is_saved(golden_models, tmp_path,
     saved = []
 
     class Watched(Processes):
-        def barrier(self):
+        def barrier(self, group=None):
             saved.append((tmp_path / "out" / "checkpoint-7").is_dir())
     monkeypatch.setattr(distill, "process_group", lambda device: nullcontext(Watched()))
     features = write_features(tmp_path / "train.pkl", random_rows(40))

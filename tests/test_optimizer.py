@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from simplified_tinybert.training import optimizer as optimizer_module
-from simplified_tinybert.training.optimizer import BertAdam, decay_groups, linear_warmup_decay
+from simplified_tinybert.training.optimizer import BertAdam, LossScaler, decay_groups, linear_warmup_decay
 
 
 def naive_step(parameter, gradient, mean, square, rate, decay):
@@ -55,6 +55,24 @@ def test_blocks_change_no_bit(monkeypatch, block):
     whole = train()
     monkeypatch.setattr(optimizer_module, "CPU_BLOCK", block)
     assert all(torch.equal(*pair) for pair in zip(whole, train(), strict=True))
+
+
+def test_a_step_that_loss_scaling_skips_counts_in_the_schedule():
+    """The rate still reaches 0 at the end. A gradient is infinite in float16 if the scale is too large."""
+    parameter = nn.Parameter(torch.ones(3))
+    groups = decay_groups([("weight", parameter)], 0.0)
+    optimizer = BertAdam(groups, 0.1, lambda step: linear_warmup_decay(step, 4, 0.0))
+    scaler, made, rates = LossScaler(torch.device("cpu"), torch.float16), [], []
+    for step in range(4):
+        before, scale = parameter.detach().clone(), scaler.get_scale()
+        scaler.backward(parameter.sum())
+        if step in (0, 2):
+            parameter.grad[1] = torch.inf
+        made.append(scaler.step(optimizer))
+        optimizer.zero_grad()
+        rates.append(optimizer.learning_rate)
+        assert torch.equal(parameter, before) != made[-1] and scaler.get_scale() == (scale if made[-1] else scale / 2)
+    assert made == [False, True, False, True] and rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
 
 
 def test_parameters_without_a_gradient_do_not_change():

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, run_script, single_logit, tiny_vocabulary
+from helpers.training import torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -382,6 +383,19 @@ def test_the_filter_keeps_what_the_reranker_scores_highest(ranked, run_here, mon
     assert Counter(tuple(row[1:3]) for row in ranked.rows() if row[3] == "1") == best(2, threshold)
     record = json.loads((ranked.directory / "out.tsv.run.json").read_text())
     assert len(record["filter_weights"]) == 64 and record["versions"]["torch"]
+
+
+def test_several_processes_filter_together(ranked, run_here):
+    flags = [*ranked.flags(True), "--window", 8, "--stride", 4, "--filter_model", ranked.model, "--max_seq_length", 32]
+    run_here(prepare_examples, "train", *flags)
+    output = ranked.directory / "out.tsv"
+    before = output.read_bytes()
+    output.unlink()
+    done = torchrun(2, "prepare_examples.py", "train", *flags)
+    assert done.returncode == 0, done.stderr
+    assert output.read_bytes() == before and done.stderr.count("60 lines, ") == 1
+    done = torchrun(2, "prepare_examples.py", "train", *ranked.flags(True))
+    assert done.returncode != 0 and "2 processes: only --filter_model can use several" in done.stderr
 
 
 def test_filters_with_one_and_two_logits_agree(ranked, run_here):
