@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForPreTraining
 
 from simplified_tinybert.common.files import UserError, atomic_writer, run_main
-from simplified_tinybert.model.precision import warn_if_emulated
+from simplified_tinybert.model.precision import warn_if_slow
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -233,7 +233,7 @@ def main() -> None:
     if args.hidden_size % args.num_attention_heads:
         raise UserError(f"--hidden_size {args.hidden_size}: expected a multiple of --num_attention_heads "
                         f"{args.num_attention_heads}")
-    warn_if_emulated(torch.bfloat16 if args.bf16 else None, torch.device(args.device))
+    warn_if_slow(torch.bfloat16 if args.bf16 else None, torch.device(args.device))
     texts = read_corpus(args.corpus)
     tokenizer = make_tokenizer(texts, args.layers_of and args.layers_of / "vocab.txt", args.vocab_size)
     lines = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
