@@ -19,6 +19,11 @@ Aggregations of the passage scores s_1 ... s_n of a document:
     AvgP         their mean                         (s_1 + ... + s_n) / n
     k-Max&AvgP   the mean of the k best             k = 1, 2, 3, ...; of all n if n < k. The shell needs quotes around
                                                     the &; 2-Max_and_AvgP means the same
+
+--interpolate bm25.txt adds the scores of a first stage: (1 - w) · ranker + w · first stage, with w from
+--interpolation_weight. Before, the scores of each side are scaled for each query, to mean 0 and standard deviation 1. A
+document that one side lacks gets this side's lowest score. With --interpolation_qrels qrels.dev.txt, the weight with
+the best nDCG@10 on these queries is chosen and printed; use it for the test queries.
 """
 import argparse
 import math
@@ -36,6 +41,7 @@ from simplified_tinybert.common.files import (
     atomic_writer,
     check_input_file,
     check_output_file,
+    check_ranges,
     run_main,
     say,
     shorten,
@@ -43,7 +49,18 @@ from simplified_tinybert.common.files import (
 from simplified_tinybert.common.records import record_file
 from simplified_tinybert.common.text import argument_text, read_lines
 from simplified_tinybert.ranking.aggregation import FIRST_P, NAMES, Aggregation, find_aggregation
-from simplified_tinybert.ranking.trec import float32_ties, parse_score, rank, split_passage_id, warn_of_float32_ties
+from simplified_tinybert.ranking.interpolation import best_weight, count_missing, interpolate_run, values_by_weight
+from simplified_tinybert.ranking.trec import (
+    Run,
+    check_common_queries,
+    float32_ties,
+    parse_score,
+    rank,
+    read_qrels,
+    read_run,
+    split_passage_id,
+    warn_of_float32_ties,
+)
 
 States = dict[str, dict[str, Any]]      # query id → document id → state of the aggregation
 
@@ -114,17 +131,56 @@ def parse_args() -> argparse.Namespace:
     add("--output_results_file", type=Path, required=True, help="TREC run to write")
     add("--aggregation", type=parse_aggregation, default="MaxP",
         help="MaxP, FirstP, SumP, AvgP, or k-Max&AvgP with a number for k (default: %(default)s)")
+    add("--interpolate", type=Path, metavar="RUN", help="TREC run of the first stage, to be interpolated")
+    add("--interpolation_weight", type=float, metavar="W", help="weight of the first stage, 0 to 1")
+    add("--interpolation_qrels", type=Path, metavar="QRELS", help="choose the weight by these judgements")
     add("--run_name", type=argument_text, help="run tag, the last column (default: bert_AGGREGATION)")
     return parser.parse_args()
+
+
+def inputs_of(args: argparse.Namespace) -> list[Path]:
+    return [path for path in (args.scores_file, args.interpolate, args.interpolation_qrels) if path]
 
 
 def check_args(args: argparse.Namespace) -> None:
     problems = Problems()
     check_input_file(args.scores_file, problems, "scores", read_twice=True)
-    check_output_file(args.output_results_file, problems, inputs=[args.scores_file])
+    check_output_file(args.output_results_file, problems, inputs=inputs_of(args))
     if args.run_name is not None and (args.run_name.split() != [args.run_name] or not args.run_name.isprintable()):
         problems.add(f"--run_name {shorten(args.run_name)}: expected one printable word without white space")
+    weight, given = args.interpolation_weight, [name for name in ("interpolation_weight", "interpolation_qrels")
+                                                if getattr(args, name) is not None]
+    if args.interpolate and len(given) != 1:
+        problems.add("--interpolate: add either --interpolation_weight, or --interpolation_qrels to choose it")
+    for name in given if not args.interpolate else ():
+        problems.add(f"--{name}: needs --interpolate")
+    check_ranges(args, problems, [("interpolation_weight", weight is None or 0 <= weight <= 1, "0 to 1")])
+    for name in ("interpolate", "interpolation_qrels"):
+        if path := getattr(args, name):
+            check_input_file(path, problems, "run" if name == "interpolate" else "judgements")
     problems.raise_if_any()
+
+
+def interpolated(args: argparse.Namespace, ranker: Run) -> Run:
+    """Return the ranker's run, interpolated with the first stage if --interpolate is given."""
+    if not args.interpolate:
+        return ranker
+    problems = Problems()
+    first_stage, qrels = read_run(args.interpolate, problems), {}
+    if args.interpolation_qrels:
+        qrels = read_qrels(args.interpolation_qrels, problems)
+        check_common_queries(args.interpolation_qrels, qrels, {args.scores_file: ranker}, problems)
+    if not problems.count and not ranker.keys() & first_stage.keys():
+        problems.add(f"{args.interpolate}: has none of the queries in {args.scores_file}; do the two belong together?")
+    problems.raise_if_any()
+    if qrels:
+        values = values_by_weight(ranker, first_stage, qrels)
+        args.interpolation_weight = best_weight(values)
+        say("weight       " + ", ".join(f"{weight:g}: {value:.4f}" for weight, value in values.items()))
+    missing, absent = count_missing(ranker, first_stage), sum(query_id not in first_stage for query_id in ranker)
+    say(f"interpolated with weight {args.interpolation_weight:g}; documents that only the first stage has: "
+        f"{missing[0]:,}, that only the ranker has: {missing[1]:,}; queries without a first stage: {absent:,}")
+    return interpolate_run(ranker, first_stage, args.interpolation_weight)
 
 
 def main() -> None:
@@ -138,16 +194,17 @@ def main() -> None:
 
     run_name = f"bert_{aggregation.name}" if args.run_name is None else args.run_name
     document_count = ties = 0
+    run = interpolated(args, {query_id: {document_id: aggregation.score(state) for document_id, state in states.items()}
+                              for query_id, states in queries.items()})
     with atomic_writer(args.output_results_file) as handle:
-        for query_id, documents in queries.items():
-            scores = {document_id: aggregation.score(state) for document_id, state in documents.items()}
+        for query_id, scores in run.items():
             for position, document_id in enumerate(rank(scores), start=1):
                 handle.write(f"{query_id}\tQ0\t{document_id}\t{position}\t{scores[document_id]!r}\t{run_name}\n")
             document_count += len(scores)
             ties += float32_ties(scores.values())
 
     args.aggregation = aggregation.name                 # JSON cannot hold the functions
-    record_file(args.output_results_file, args, [args.scores_file], queries=len(queries),
+    record_file(args.output_results_file, args, inputs_of(args), queries=len(queries),
                 documents=document_count, passages=passages)
     if without_underscore:
         say(f'{without_underscore} passage ids have no "_"; each counts as a document with one passage')

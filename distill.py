@@ -7,6 +7,7 @@
 Input: feature files of labelled training pairs (tokenize_to_features.py --set_name train), a teacher fine-tuned for
 ranking, and a general student (a small pre-trained BERT). Models are directories or Hugging Face hub ids. Most
 cross-encoders on the hub have a single logit z; such a model is converted to one with the two logits (0, z).
+--teacher_scores_file: any ranker's scores replace those of the teacher: example_id <tab> score, plain or gzip.
 
     finetune      hard                                      no teacher: to make a teacher, or a baseline without KD
     standard      alpha · soft + (1 - alpha) · hard         standard KD
@@ -14,11 +15,12 @@ cross-encoders on the hub have a single logit z; such a model is converted to on
     simplified    attention + hidden + soft + hard          Simplified TinyBERT: all terms in one stage
 
 --loss_weights hard=0 changes single weights; 0 leaves a term out. In tinybert, attention and hidden belong to the first
-stage, soft and hard to the second: --loss_weights hard=1 adds hard labels to the second stage.
+stage, all others to the second: --loss_weights hard=1 adds hard labels to the second stage. margin and listwise are
+losses for rankings: --loss_weights margin=1 --group_by_query 4 (docs/objectives.md).
 
 Output, in --output_student_dir: the finished student as a Hugging Face directory (config.json, model.safetensors,
 tokenizer, fit_dense.safetensors); train_loss.jsonl, a row every --train_loss_step steps (global_step, loss = cls_loss +
-att_loss + rep_loss, the unweighted soft_loss and hard_loss, learning_rate, examples_per_second), also for TensorBoard;
+att_loss + rep_loss, the unweighted terms of cls_loss, learning_rate, examples_per_second), also for TensorBoard;
 checkpoint-<step>/ every --save_model_step steps and at the start of each stage (checkpoint-0: the student before
 training). --resume continues from the newest checkpoint and ends in the same student.
 
@@ -32,16 +34,18 @@ Several GPUs, or several processes on the CPU, share each batch and give the sam
     torchrun --standalone --nproc_per_node=4 distill.py --features_file train.pkl ...
 """
 import argparse
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from simplified_tinybert.common import checks
 from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
-from simplified_tinybert.common.files import Problems, run_main, say
+from simplified_tinybert.common.files import Problems, process_count, run_main, say
 from simplified_tinybert.common.processes import Processes, process_group
 from simplified_tinybert.data.cache import map_examples
 from simplified_tinybert.data.features import FeatureSummary, summarise
@@ -50,13 +54,21 @@ from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.model.pretrained import fit_projections, load_ranker, save_cross_encoder
 from simplified_tinybert.model.tokenizer_files import has_vocabulary
 from simplified_tinybert.model.weights import weights_checksum
+from simplified_tinybert.ranking.teacher_scores import SCORE_TYPES, read_teacher_scores
 from simplified_tinybert.training import flags
+from simplified_tinybert.training.batches import check_queries, number_queries
 from simplified_tinybert.training.description import describe_run, model_card
 from simplified_tinybert.training.flags import Stage, TrainingSettings
 from simplified_tinybert.training.loop import Trainer, TrainingSet
-from simplified_tinybert.training.objective import METHODS, ObjectiveSettings, parse_loss_weights, stage_weights
+from simplified_tinybert.training.objective import (
+    METHODS,
+    RANKING,
+    ObjectiveSettings,
+    parse_loss_weights,
+    stage_weights,
+)
 from simplified_tinybert.training.run import find_run, output_run
-from simplified_tinybert.training.validation import DevSet, find_dev_set, warn_of_chance
+from simplified_tinybert.training.validation import DevSet, find_dev_set, sample_of, scores_of, warn_of_chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +78,7 @@ class Inputs:
     features: FeatureSummary
     max_seq_length: int
     dev_set: DevSet | None
+    teacher_scores: np.ndarray | None                   # (N), of --teacher_scores_file
 
 
 def parse_args() -> argparse.Namespace:
@@ -73,10 +86,16 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--features_file", type=Path, nargs="+", required=True, help="feature file(s) of labelled pairs")
     add("--teacher_model", help="directory or hub id of the teacher; not needed with finetune")
+    add("--teacher_scores_file", type=Path, nargs="+", metavar="FILE", help="soft labels of any ranker; several files: "
+        "their mean. --teacher_model is then only needed for attention and hidden")
+    add("--teacher_scores", choices=SCORE_TYPES, default="log_odds",
+        help="what the scores in --teacher_scores_file are (default: log_odds)")
     add("--general_student_model", required=True, help="directory or hub id of the student to start from")
     add("--distill_model", choices=METHODS, default="simplified", help="method, see above (default: simplified)")
     add("--loss_weights", nargs="+", default=[], metavar="TERM=WEIGHT",
-        help="change the method's weights of attention, hidden, soft or hard; 0 leaves a term out")
+        help="change the method's weights of attention, hidden, soft, hard, margin or listwise; 0 leaves a term out")
+    add("--group_by_query", type=int, metavar="N", help="batches of whole queries, with N passages of each (fewer if "
+        "it has fewer), drawn anew in each epoch; an epoch is a pass over the queries. margin and listwise need it")
     add("--layer_map", type=int, nargs="+", metavar="LAYER",
         help="teacher layer (from 1) for each student layer (default: every k-th)")
     add("--alpha", type=float, default=0.5, help="weight of the soft loss in standard (default: 0.5)")
@@ -117,17 +136,26 @@ def make_stages(args: argparse.Namespace, problems: Problems) -> list[Stage]:
     weights = stage_weights(args.distill_model, args.alpha, changed)
     schedules = [(args.intermediate_epochs, args.intermediate_learning_rate),
                  (args.num_train_epochs, args.learning_rate)][-len(weights):]
+    if not args.group_by_query and (ranking := [term for stage in weights for term in stage if term in RANKING]):
+        problems.add(f"--loss_weights: {' and '.join(ranking)} compare the passages of a query; add --group_by_query N "
+                     f"for batches with N passages of each query")
     for number, stage in enumerate(weights, start=1):
         if not any(stage.values()):
             problems.add(f"--loss_weights {' '.join(args.loss_weights)}: all weights in stage {number} of "
                          f"{args.distill_model} are 0; set at least one above 0")
     return [Stage(objective=ObjectiveSettings(weights=stage, padding=args.padding, temperature=args.temperature,
-                                              layer_map=args.layer_map), epochs=epochs, learning_rate=rate)
+                                              layer_map=args.layer_map,
+                                              scores_from_file=bool(args.teacher_scores_file)),
+                  epochs=epochs, learning_rate=rate)
             for stage, (epochs, rate) in zip(weights, schedules)]
 
 
 def uses(stages: list[Stage], need: str) -> bool:
     return any(stage.objective.uses(need) for stage in stages)
+
+
+def runs_teacher(stages: list[Stage]) -> bool:
+    return any(stage.objective.runs_teacher for stage in stages)
 
 
 def check_numbers(args: argparse.Namespace, problems: Problems) -> list[Stage]:
@@ -136,11 +164,22 @@ def check_numbers(args: argparse.Namespace, problems: Problems) -> list[Stage]:
     flags.check_training_flags(args, len(stages), problems, [
         ("num_train_epochs", 0 < args.num_train_epochs < math.inf, "more than 0"),
         ("alpha", 0 <= args.alpha <= 1, "0 to 1"), ("eval_step", args.eval_step >= 1, "1 or more"),
+        ("group_by_query", args.group_by_query is None or 2 <= args.group_by_query <=
+         args.train_batch_size // process_count(), "2 to --train_batch_size"
+         + (" divided by the number of processes" if process_count() > 1 else "")),
         ("temperature", 0 < args.temperature < math.inf, "more than 0"),
         ("intermediate_epochs", 0 < args.intermediate_epochs < math.inf, "more than 0"),
         ("intermediate_learning_rate", 0 <= args.intermediate_learning_rate < math.inf, "0 or more")])
-    if uses(stages, "teacher") and not args.teacher_model:
-        problems.add(f"--distill_model {args.distill_model} needs --teacher_model")
+    if args.group_by_query and args.train_batch_size % args.group_by_query:
+        problems.add(f"--train_batch_size {args.train_batch_size}: expected a multiple of --group_by_query "
+                     f"{args.group_by_query}")
+    if runs_teacher(stages) and not args.teacher_model:
+        problems.add(f"--distill_model {args.distill_model} needs --teacher_model"
+                     + (" for its attention and hidden terms" if args.teacher_scores_file else ""))
+    if args.teacher_scores == "probability" and not args.teacher_scores_file:
+        problems.add("--teacher_scores probability: needs --teacher_scores_file")
+    if args.teacher_scores_file and stages and not uses(stages, "scores"):
+        problems.add(f"--teacher_scores_file: --distill_model {args.distill_model} uses no soft labels; leave it out")
     return stages
 
 
@@ -152,7 +191,7 @@ def check_settings(args: argparse.Namespace, problems: Problems) -> checks.Model
 def find_models(args: argparse.Namespace, stages: list[Stage], problems: Problems) -> checks.Models:
     """Find student and teacher, and check that their layers can be matched."""
     models = checks.find_models({"general student": args.general_student_model,
-                                 "teacher": args.teacher_model if uses(stages, "teacher") else None}, problems)
+                                 "teacher": args.teacher_model if runs_teacher(stages) else None}, problems)
     if uses(stages, "layers") and len(models) == 2:
         checks.check_pair(models["teacher"][1], models["general student"][1], problems, args.layer_map)
     return models
@@ -179,7 +218,11 @@ def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
     if dev_set and "general student" in models:
         checks.check_dev_set(dev_set.summary, features, models["general student"][1], problems)
     problems.raise_if_any()
-    return Inputs(stages=stages, models=models, features=features, max_seq_length=max_seq_length, dev_set=dev_set)
+    scores = read_teacher_scores(args.teacher_scores_file, args.teacher_scores, features,
+                                 problems) if args.teacher_scores_file else None
+    problems.raise_if_any()
+    return Inputs(stages=stages, models=models, features=features, max_seq_length=max_seq_length, dev_set=dev_set,
+                  teacher_scores=scores)
 
 
 def resumable_settings(args: argparse.Namespace, inputs: Inputs) -> dict:
@@ -187,6 +230,10 @@ def resumable_settings(args: argparse.Namespace, inputs: Inputs) -> dict:
     settings = flags.resumable_settings(args, ("distill_model", "max_seq_length", "temperature", "pooled_relu",
                                                "layer_map", "intermediate_epochs", "intermediate_learning_rate"))
     models = {role: weights_checksum(directory) for role, (directory, _) in inputs.models.items()}
+    if inputs.teacher_scores is not None:
+        settings["teacher_scores"] = hashlib.sha256(inputs.teacher_scores.tobytes()).hexdigest()
+    if args.group_by_query:
+        settings["group_by_query"] = args.group_by_query
     return settings | models | {
         "loss_weights": [stage.objective.weights for stage in inputs.stages], "features": inputs.features.checksum,
         "validation": [*inputs.dev_set.checksums(), args.eval_step] if inputs.dev_set else None}
@@ -209,6 +256,9 @@ def load_models(args: argparse.Namespace, inputs: Inputs,
         notes += fit_projections(student, teacher.config.hidden_size, generator)
     for note in notes:
         say(f"note         {note}")
+    if args.teacher_scores_file:
+        say(f"soft labels  {', '.join(map(str, args.teacher_scores_file))}" + ("; --teacher_model is not needed"
+            if args.teacher_model and not teacher else ""))
     return student, teacher
 
 
@@ -226,14 +276,22 @@ def distill(args: argparse.Namespace, processes: Processes) -> None:
     args.cache_file_dir.mkdir(parents=True, exist_ok=True)
     with processes.first_on_machine():
         examples = map_examples(args.features_file, inputs.features, args.cache_file_dir)
-    if teacher and not run.checkpoint and processes.first:
-        warn_of_chance(teacher, examples, device, dtype)
+    queries = None
+    if args.group_by_query:
+        queries = number_queries(examples, inputs.features.header["max_seq_length"])
+        check_queries(queries, examples.labels, inputs.stages[-1].objective.weights)
+    from_file = inputs.teacher_scores is not None
+    if (teacher or from_file) and not run.checkpoint and processes.first:
+        sample = sample_of(examples)
+        scores = inputs.teacher_scores[sample] if from_file else scores_of(teacher, examples, sample, device, dtype)
+        warn_of_chance(scores, examples.labels[sample])
     with_vocabulary = [directory for directory, _ in inputs.models.values() if has_vocabulary(directory)]
     save_model = partial(save_cross_encoder, tokenizer_directory=with_vocabulary[0] if with_vocabulary else None,
                          lower_case=inputs.features.header["lower_case"], card=model_card(args, student, bool(teacher)))
-    settings = TrainingSettings.from_args(args, dtype, inputs.max_seq_length, args.eval_step)
+    settings = TrainingSettings.from_args(args, dtype, inputs.max_seq_length, args.eval_step, args.group_by_query)
     with output_run(run, save_model) as run:
-        trainer = Trainer(student, teacher, TrainingSet(examples, args.features_file), settings, run, inputs.dev_set)
+        training_set = TrainingSet(examples, args.features_file, inputs.teacher_scores, queries)
+        trainer = Trainer(student, teacher, training_set, settings, run, inputs.dev_set)
         describe_run(trainer, inputs.stages, args.general_student_model, args.teacher_model)
         trainer.train(inputs.stages)
 

@@ -232,13 +232,15 @@ def main() -> None:
         ranker = PassageFilter(args, problems)
     elif process_count() > 1:
         problems.add(f"{process_count()} processes: only --filter_model can use several; start one")
+    if process_count() > 1 and not args.docs:
+        problems.add("--dataset: with several processes, name the documents as --docs")
     problems.raise_if_any()
     with ExitStack() as stack:
         if ranker:
             ranker.processes = stack.enter_context(process_group(ranker.device))
         with ranker.processes.first_on_machine() if ranker else nullcontext():      # it indexes the documents
             collection = open_collection(args, dataset, problems)
-        sizes = count_candidates(collection, problems)
+            sizes = count_candidates(collection, problems)
         problems.raise_if_any()
         skipped = SkippedLog(side_files(args.output)[0] if first else None, stack)
         counts = write_lines(args, collection, sizes, ranker, skipped)

@@ -3,7 +3,8 @@
     python reranker.py --model_dir student --features_file test.pkl --output_scores_file scores.tsv --device 0 --bf16
 
 In: a fine-tuned or distilled model, student or teacher (directory or Hugging Face hub id), and feature files of pairs
-(tokenize_to_features.py --set_name test).
+(tokenize_to_features.py --set_name test). For examples (--set_name train), the lines are example_id <tab> score, which
+distill.py --teacher_scores_file reads; use --score log_odds for them.
 Out: query_id <tab> passage_id <tab> score, one line per pair in input order. The score is the probability of relevance
 (softmax over the two classes, class 1), printed in full precision so that close scores stay distinct. With --score
 log_odds, it is the difference of the two logits, which does not saturate at 0 and 1. A model with a single logit z is
@@ -87,7 +88,7 @@ def check_inputs(args: argparse.Namespace, problems: Problems) -> tuple[Path, Be
         max_seq_length = check_length(args.max_seq_length, summary, problems)
         for role, (directory, config) in models.items():
             check_model_fits(role, directory, config, summary, max_seq_length, problems)
-        if summary.unpaired:
+        if summary.unpaired and summary.header["set_name"] != "train":
             problems.add(f"{summary.unpaired} of {summary.examples} ids in the features are not query_id#passage_id; "
                          f"tokenize the pairs with --set_name test")
     problems.raise_if_any()
@@ -96,7 +97,8 @@ def check_inputs(args: argparse.Namespace, problems: Problems) -> tuple[Path, Be
 
 def resume_settings(args: argparse.Namespace, directory: Path, summary: FeatureSummary, batch_tokens: int) -> dict:
     """Return everything that must be equal for --resume to produce the same bytes."""
-    flags = ("eval_batch_size", "score", "pooled_relu", "fp16", "bf16", "tf32", "int8")
+    flags = ["eval_batch_size", "score", "pooled_relu", "fp16", "bf16", "int8"]
+    flags += [name for name in ("tf32", "compile") if getattr(args, name)]
     return {"weights": weights_checksum(directory), "features": summary.checksum, "batch_tokens": batch_tokens,
             **{name: getattr(args, name) for name in flags}}
 
@@ -118,13 +120,13 @@ def truncate_to_chunks(partial: Path, run_record: Path, settings: dict, chunk_si
     return done
 
 
-def write_scores(scored: Iterator[tuple[Examples, np.ndarray]], score: str, path: Path) -> None:
-    """Append the scores to a file, chunk by chunk."""
+def write_scores(scored: Iterator[tuple[Examples, np.ndarray]], score: str, path: Path, paired: bool) -> None:
+    """Append the scores to a file, chunk by chunk. paired: ids are query_id#passage_id, written as two columns."""
     with name_in_errors(path), open(path, "a", encoding="utf-8", newline="\n") as handle:
         for chunk, logits in scored:
             for example_id, value in zip(chunk.ids, scoring.relevance(logits, score).tolist()):
-                query_id, passage_id = example_id.split("#", 1)
-                handle.write(f"{query_id}\t{passage_id}\t{value!r}\n")
+                columns = example_id.replace("#", "\t", 1) if paired else example_id
+                handle.write(f"{columns}\t{value!r}\n")
             handle.flush()
         os.fsync(handle.fileno())
 
@@ -162,7 +164,7 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
             os.truncate(partial, 0)
         record(run_record, args, settings=settings, device=str(device))
         start = time.perf_counter()
-        write_scores(scored(done), args.score, partial)
+        write_scores(scored(done), args.score, partial, paired=summary.header["set_name"] != "train")
         os.replace(partial, output)
         run_record.unlink(missing_ok=True)
     sync_directory(output.parent)

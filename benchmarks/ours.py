@@ -19,8 +19,8 @@ from simplified_tinybert.model.precision import autocast, cast_linear_layers
 from simplified_tinybert.model.pretrained import fit_projections, initialise, load_cross_encoder, save_cross_encoder
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.ranking import scoring
+from simplified_tinybert.training.batches import epoch_batches
 from simplified_tinybert.training.flags import TrainingSettings
-from simplified_tinybert.training.loop import epoch_batches
 from simplified_tinybert.training.objective import ObjectiveSettings, objective, stage_weights, total_loss
 from simplified_tinybert.training.optimizer import BertAdam, decay_groups
 

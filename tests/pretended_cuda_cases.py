@@ -9,6 +9,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -37,7 +38,7 @@ from simplified_tinybert.training.run import Run  # noqa: E402
 
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 METHODS = {"finetune": ("finetune", 0), "standard": ("standard", 0), "tinybert, layers": ("tinybert", 0),
-           "tinybert, logits": ("tinybert", 1), "simplified": ("simplified", 0)}
+           "tinybert, logits": ("tinybert", 1), "simplified": ("simplified", 0), "rankings": ("simplified", 0)}
 # Kernels of a training step with two batches: student 2/32, teacher 4/48, simplified
 MOST_KERNELS = {("float32", "masked"): 855, ("bf16", "masked"): 1085, ("bf16", "reference"): 1025,
                 ("fp16", "masked"): 1095}
@@ -63,12 +64,16 @@ def make_trainer(directory: str, device: torch.device, method: str, dtype: str, 
     fit_projections(student, 48, torch.Generator().manual_seed(0))
     teacher = model(4, 48).eval().requires_grad_(False).to(device) if name != "finetune" else None
     settings = TrainingSettings(batch_size=8, max_seq_length=32, accumulation=2, group_by_length=padding == "masked",
-                                dtype=DTYPES[dtype], warmup_proportion=0.0)
+                                group_by_query=4, dtype=DTYPES[dtype], warmup_proportion=0.0)
     run = Run(args=Namespace(output_student_dir=Path(directory)), settings={}, processes=Processes(device=device),
               save_model=lambda student, directory: None)
-    trainer = loop.Trainer(student.to(device), teacher, loop.TrainingSet(random_examples()), settings, run)
-    trainer.stage = Stage(objective=ObjectiveSettings(weights=stage_weights(name)[stage], padding=padding), epochs=1,
-                          learning_rate=1e-4)
+    training_set, weights = loop.TrainingSet(random_examples()), stage_weights(name)[stage]
+    if method == "rankings":                            # with the teacher's scores from a file
+        weights |= {"margin": 1.0, "listwise": 1.0}
+        training_set = replace(training_set, queries=np.arange(10) // 5, teacher_scores=np.zeros(10, np.float32))
+    trainer = loop.Trainer(student.to(device), teacher, training_set, settings, run)
+    trainer.stage = Stage(objective=ObjectiveSettings(weights=weights, padding=padding, scores_from_file=method ==
+                                                      "rankings"), epochs=1, learning_rate=1e-4)
     trainer.first_step, trainer.last_step, trainer.postfix = 0, 100, {}
     trainer._begin(100)
     trainer.student.train()

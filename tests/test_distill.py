@@ -30,9 +30,9 @@ from simplified_tinybert.common.files import UserError
 from simplified_tinybert.common.processes import locked
 from simplified_tinybert.data.features import read_chunks
 from simplified_tinybert.model.pretrained import load_cross_encoder
+from simplified_tinybert.training.batches import epoch_batches
 from simplified_tinybert.training.description import padding_share
 from simplified_tinybert.training.flags import Stage, TrainingSettings
-from simplified_tinybert.training.loop import epoch_batches
 from simplified_tinybert.training.objective import ObjectiveSettings
 
 

@@ -167,7 +167,7 @@ def test_shares_of_a_batch_add_up_to_it(golden_models, lengths, count, kind, see
         return total, {name: weight.grad.clone() for name, weight in student.named_parameters()
                        if weight.grad is not None}
     whole, gradients = terms_and_gradients([(indices, FULL_BATCH)])
-    parts = [Processes(rank, rank, count).share(indices, examples.lengths) for rank in range(count)]
+    parts = [Processes(rank, rank, count).share(indices, examples) for rank in range(count)]
     shared, sums = terms_and_gradients(parts)
     assert shared == pytest.approx(whole, rel=1e-12)
     for name, gradient in gradients.items():
@@ -179,7 +179,8 @@ def test_shares_of_a_batch_add_up_to_it(golden_models, lengths, count, kind, see
 
 def test_one_process_has_the_whole_batch_exactly():
     lengths = np.random.default_rng(0).integers(5, 512, 1000).astype(np.uint16)
-    own, share = Processes().share(np.arange(3, 700, 7), lengths)
+    examples = Examples(np.empty(0, np.uint16), lengths, lengths, np.zeros(1000, np.int8))
+    own, share = Processes().share(np.arange(3, 700, 7), examples)
     assert share == FULL_BATCH and np.array_equal(own, np.arange(3, 700, 7))
 
 

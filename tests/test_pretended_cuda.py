@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 
 DTYPES = ("float32", "bf16", "fp16")
-METHODS = ("finetune", "standard", "tinybert, layers", "tinybert, logits", "simplified")
+METHODS = ("finetune", "standard", "tinybert, layers", "tinybert, logits", "simplified", "rankings")
 CASES = [*(f"step: {method}, {dtype}, {padding}"
            for method, dtype, padding in product(METHODS, DTYPES, ("reference", "masked"))),
          *(f"{kind}: {dtype}" for kind, dtype in product(("checkpoint", "validation", "scoring"), DTYPES))]

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,10 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simplified_tinybert.common.files import UserError, process_count, process_number, reason
 
+if TYPE_CHECKING:
+    from simplified_tinybert.data.features import Examples
+
 GPU_TIMEOUT, LONG_TIMEOUT = timedelta(minutes=15), timedelta(hours=6)
-# The part of a batch that a process computes: fraction of its examples, of their tokens, of their pairs of tokens
+# The part of a batch that a process computes: fraction of its examples, of their tokens, of their pairs of tokens, and
+# with batches of whole queries also of the queries, and of pairs of a relevant and an irrelevant passage
 Share = dict[str, float]
-FULL_BATCH: Share = {"examples": 1.0, "tokens": 1.0, "pairs": 1.0}
+FULL_BATCH: Share = {"examples": 1.0, "tokens": 1.0, "pairs": 1.0, "queries": 1.0, "margins": 1.0}
 
 
 @dataclass(frozen=True)
@@ -81,18 +86,32 @@ class Processes:
                 raise UserError(f"the processes found different files ({'; '.join(differing)}); use storage that all "
                                 f"machines share, or copy the files to each machine")
 
-    def share(self, indices: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, Share]:
+    def share(self, indices: np.ndarray, examples: "Examples",
+              queries: np.ndarray | None = None) -> tuple[np.ndarray, Share]:
         """Return the examples of a batch that this process computes, and their share of the batch.
 
-        Takes every n-th example, so that shares are similar even if the batch is sorted by length. With fewer examples
-        than processes, some processes compute one example with weight zero.
+        Takes every n-th example, so that shares are similar even if the batch is sorted by length; with `queries` (the
+        number of each example's query), every n-th query with all its examples. If there are fewer than processes, some
+        processes compute one example or query with weight zero.
         """
-        own = indices[self.rank::self.count]
+        number = np.arange(len(indices)) if queries is None else np.unique(queries[indices], return_inverse=True)[1]
+        own = indices[number % self.count == self.rank]
         if not len(own):
-            return indices[:1], dict.fromkeys(FULL_BATCH, 0.0)
-        part, batch = (lengths[chosen].astype(np.float64) for chosen in (own, indices))
-        return own, {"examples": len(part) / len(batch), "tokens": float(part.sum() / batch.sum()),
-                     "pairs": float((part ** 2).sum() / (batch ** 2).sum())}
+            return indices[number == 0], dict.fromkeys(FULL_BATCH, 0.0)
+        part, batch = (measures_of(chosen, examples, queries) for chosen in (own, indices))
+        return own, {name: part[name] / max(batch[name], 1.0) for name in FULL_BATCH}
+
+
+def measures_of(indices: np.ndarray, examples: "Examples", queries: np.ndarray | None) -> dict[str, float]:
+    """Count what `Share` is about in a batch of examples."""
+    lengths, labels = examples.lengths[indices].astype(np.float64), examples.labels[indices]
+    measures = {"examples": len(indices), "tokens": float(lengths.sum()), "pairs": float((lengths ** 2).sum()),
+                "queries": 1.0, "margins": 1.0}
+    if queries is not None:
+        number = np.unique(queries[indices], return_inverse=True)[1]
+        relevant, others = (np.bincount(number, weights=labels == label) for label in (1, 0))
+        measures |= {"queries": float(len(relevant)), "margins": float((relevant * others).sum())}
+    return measures
 
 
 @contextmanager

@@ -28,6 +28,8 @@ class Batch:
     attention_mask: Tensor                              # (B, L): 1 for tokens, 0 for padding
     labels: Tensor | None = None                        # (B)
     has_padding: bool = True                            # known without waiting for the device
+    teacher_scores: Tensor | None = None                # (B), log-odds from a file
+    queries: Tensor | None = None                       # (B), equal numbers for passages of the same query
 
     @classmethod
     def of_tokens(cls, arrays: tuple[np.ndarray, ...], length: int, device: torch.device) -> "Batch":
@@ -37,6 +39,7 @@ class Batch:
         ([CLS] query [SEP]) and labels, (B) each.
         """
         tokens, lengths, first_lengths, labels = (to_device(torch.from_numpy(array), device) for array in arrays)
+        assert arrays[1].max() <= length, f"{arrays[1].max()} tokens do not fit into {length} positions"
         positions = torch.arange(length, device=device)
         mask = positions < lengths[:, None]                                                   # (B, L)
         index = (lengths.cumsum(0) - lengths)[:, None] + positions
@@ -45,8 +48,8 @@ class Batch:
         return cls(input_ids, segments.long(), mask.long(), labels, has_padding=bool(arrays[1].min() < length))
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (self.input_ids, self.token_type_ids, self.attention_mask, self.labels)
-        return Batch(*(tensor if tensor is None else to_device(tensor, device) for tensor in tensors), self.has_padding)
+        return Batch(**{name: to_device(value, device) if isinstance(value, Tensor) else value
+                        for name, value in vars(self).items()})
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -203,6 +206,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
     the attention scores of a block are recomputed in the backward pass.
     """
     if dropout == 0.0 or query.device.type != "cpu":
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(query.dtype)                 # differs only with apex, which casts operations itself
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
     blocks = [checkpoint(_attend_block, block, key, value, mask, dropout, use_reentrant=False)
               for block in query.split(64, dim=2)]

@@ -56,7 +56,7 @@ def warn_if_slow(dtype: torch.dtype | None, device: torch.device, advice: str = 
     """Warn if `dtype` is bfloat16 and the device only emulates it, or if it is None and a GPU could do much better."""
     if dtype is None and device.type == "cuda" and torch.get_float32_matmul_precision() == "highest" and \
             torch.cuda.is_bf16_supported(including_emulation=False):
-        say("note         float32: --bf16 (or --tf32, which is more exact) would be several times as fast on this GPU")
+        say("note         float32: --bf16 would be several times as fast on this GPU")
     if dtype != torch.bfloat16:
         return
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \

@@ -50,7 +50,7 @@ def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> None:
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """Largest number of tokens of a batch, including padding, and of pairs; None: any number of pairs."""
+    """Largest number of tokens of a batch, before a GPU rounds its length up, and of pairs; None: any number."""
     tokens: int
     pairs: int | None = None
 

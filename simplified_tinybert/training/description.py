@@ -5,8 +5,9 @@ import numpy as np
 
 from simplified_tinybert.common.files import say
 from simplified_tinybert.model.bert import CrossEncoder, describe, uniform_layer_map
+from simplified_tinybert.training.batches import epoch_batches
 from simplified_tinybert.training.flags import Stage
-from simplified_tinybert.training.loop import Trainer, epoch_batches
+from simplified_tinybert.training.loop import Trainer
 from simplified_tinybert.training.objective import formula
 
 
@@ -24,6 +25,9 @@ def describe_run(trainer: Trainer, stages: list[Stage], student_name: str, teach
     labelled = int((examples.labels >= 0).sum())
     relevant = f"{100 * float((examples.labels == 1).sum()) / labelled:.1f} % relevant, " if labelled else ""
     say(f"examples     {len(examples):,}, {relevant}{float(examples.lengths.mean(dtype=float)):.1f} tokens on average")
+    if trainer.training_set.queries is not None:
+        say(f"queries      {int(trainer.training_set.queries.max()) + 1:,}, up to {trainer.settings.group_by_query} "
+            f"examples of each in a batch")
     for number, stage in enumerate(stages, start=1):
         if len(stages) > 1:
             say(f"stage {number} of {len(stages)}")
@@ -35,8 +39,9 @@ def describe_run(trainer: Trainer, stages: list[Stage], student_name: str, teach
 
 def describe_stage(trainer: Trainer, stage: Stage) -> None:
     examples, settings, weights = trainer.examples, trainer.settings, stage.objective.weights
-    steps, per_epoch = (count(len(examples), settings) for count in (stage.total_steps, stage.steps_per_epoch))
-    padding = padding_share(examples.lengths, epoch_batches(examples.lengths, settings, 0), stage.pad_to(settings))
+    steps, per_epoch = (count(trainer.epoch_size, settings) for count in (stage.total_steps, stage.steps_per_epoch))
+    batches = epoch_batches(examples.lengths, settings, 0, trainer.training_set.queries)
+    padding = padding_share(examples.lengths, batches, stage.pad_to(settings))
     soft = weights.get("soft", 0)
     note = f" (soft is a mean over the 2 classes: soft cross-entropy weighs {soft / 2:g})" if soft else ""
     say(f"objective    {formula(weights)}{note}")
@@ -48,7 +53,7 @@ def describe_stage(trainer: Trainer, stage: Stage) -> None:
 def padding_share(lengths: np.ndarray, batches: list[np.ndarray], pad_to: int | None) -> float:
     """Return the fraction of positions that are padding if batches are padded to `pad_to` or their longest example."""
     padded = sum(len(batch) * (pad_to or int(lengths[batch].max())) for batch in batches)
-    return 1.0 - float(lengths.sum(dtype=np.int64)) / padded
+    return 1.0 - sum(float(lengths[batch].sum(dtype=np.int64)) for batch in batches) / padded
 
 
 def general_card(args: argparse.Namespace, student: CrossEncoder) -> str:

@@ -25,6 +25,7 @@ class TrainingSettings:
     warmup_proportion: float = 0.1
     weight_decay: float = 1e-2
     group_by_length: bool = False                       # batches of examples of similar length
+    group_by_query: int | None = None                   # examples of each query in a batch; None: any examples
     dtype: torch.dtype | None = None                    # of mixed precision; None: float32, or apex
     apex_level: str | None = None
     log_every: int = 1000                               # in steps, as are the next two
@@ -37,7 +38,7 @@ class TrainingSettings:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, dtype: torch.dtype | None, max_seq_length: int,
-                  eval_every: int = eval_every) -> "TrainingSettings":
+                  eval_every: int = eval_every, group_by_query: int | None = None) -> "TrainingSettings":
         apex = args.fp16 and args.fp16_backend == "apex"
         same = ("seed", "warmup_proportion", "weight_decay", "keep_checkpoints", "log_gradients", "compile",
                 "tensorboard_dir")
@@ -45,6 +46,7 @@ class TrainingSettings:
                    accumulation=args.gradient_accumulation_steps, group_by_length=args.padding == "masked",
                    dtype=None if apex else dtype, apex_level=args.fp16_opt_level if apex else None,
                    log_every=args.train_loss_step, save_every=args.save_model_step, eval_every=eval_every,
+                   group_by_query=group_by_query,
                    **{name: getattr(args, name) for name in same})
 
 
@@ -61,7 +63,10 @@ class Stage:
         return settings.max_seq_length if fixed else None
 
     def steps_per_epoch(self, examples: int, settings: TrainingSettings) -> int:
-        """Return the optimizer steps of an epoch. Every example is used, so the last batch may be smaller."""
+        """Return the optimizer steps of an epoch. The last batch may be smaller.
+
+        examples: the size of an epoch, from `TrainingSet.epoch_size`.
+        """
         return math.ceil(math.ceil(examples / settings.batch_size) / settings.accumulation)
 
     def total_steps(self, examples: int, settings: TrainingSettings) -> int:
@@ -101,7 +106,7 @@ def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, learnin
     add("--train_loss_step", type=int, default=default.log_every,
         help=f"steps between rows of the log (default: {default.log_every})")
     add("--log_gradients", action="store_true", help="also log the norm of each loss term's gradient (att_grad, "
-        "rep_grad, soft_grad, hard_grad); each row costs the time of one more batch")
+        "rep_grad, soft_grad, hard_grad, ...); each row costs the time of one more batch")
     add("--save_model_step", type=int, default=default.save_every,
         help=f"steps between checkpoints (default: {default.save_every})")
     add("--keep_checkpoints", type=int, metavar="N", help="keep only the N newest checkpoints (default: all)")
@@ -130,8 +135,9 @@ def check_training_flags(args: argparse.Namespace, stages: int, problems: Proble
     if args.fp16 and args.fp16_backend == "apex":
         with problems.collect():
             import_apex_amp()
-        if process_count() > 1 or stages > 1:
-            problems.add("--fp16_backend apex: works with one process and one stage only; use --fp16_backend torch")
+        if process_count() > 1 or stages > 1 or args.compile:
+            problems.add("--fp16_backend apex: works with one process and one stage only, without --compile; use "
+                         "--fp16_backend torch")
 
 
 def resumable_settings(args: argparse.Namespace, names: tuple[str, ...]) -> dict:

@@ -12,8 +12,10 @@ from torch import Tensor
 from simplified_tinybert.common.files import atomic_writer, name_in_errors
 from simplified_tinybert.common.processes import Processes
 
-LOSSES = ("loss", "cls_loss", "att_loss", "rep_loss", "soft_loss", "hard_loss")
-GRADIENTS = {"att_loss": "att_grad", "rep_loss": "rep_grad", "soft_loss": "soft_grad", "hard_loss": "hard_grad"}
+RANKING_LOSSES = ("margin_loss", "listwise_loss")       # only in the log if they are used
+LOSSES = ("loss", "cls_loss", "att_loss", "rep_loss", "soft_loss", "hard_loss", *RANKING_LOSSES)
+GRADIENTS = {"att_loss": "att_grad", "rep_loss": "rep_grad", "soft_loss": "soft_grad", "hard_loss": "hard_grad",
+             "margin_loss": "margin_grad", "listwise_loss": "listwise_grad"}
 
 
 class TrainingLog:
@@ -23,6 +25,7 @@ class TrainingLog:
                  finished_steps: int = 0):
         self.loss_file, self.dev_file, self.best = directory / "train_loss.jsonl", directory / "dev.jsonl", -math.inf
         self.processes, self.tensorboard = processes, None
+        self.used: set[str] = set()                     # names of losses
         self.sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=device)           # of this process
         self.steps, self.skipped, self.examples, self.start = 0, 0, 0, time.perf_counter()
         self.bad_step = torch.zeros((), dtype=torch.int64, device=device)   # first with a NaN or infinite loss; 0: none
@@ -40,6 +43,7 @@ class TrainingLog:
     def add(self, losses: dict[str, Tensor], weight: float) -> None:
         """Add the losses of a batch with its weight in the step. Does not wait for the device."""
         zero = self.sums.new_zeros(())
+        self.used |= losses.keys()
         self.sums += weight * torch.stack([losses.get(name, zero).detach().double() for name in LOSSES])
 
     def step(self, number: int, examples: int, made: bool = True) -> None:
@@ -53,7 +57,9 @@ class TrainingLog:
         """Append a row for the steps since the last row. norms: gradient norms at the last step."""
         sums = self.processes.total(self.sums).tolist()
         seconds = time.perf_counter() - self.start
-        row = {"global_step": global_step, **{name: value / self.steps for name, value in zip(LOSSES, sums)},
+        losses = {name: value / self.steps for name, value in zip(LOSSES, sums, strict=True)
+                  if name in self.used or name not in RANKING_LOSSES}
+        row = {"global_step": global_step, **losses,
                "learning_rate": learning_rate, "examples_per_second": self.examples / seconds, **norms,
                **({"skipped_steps": self.skipped} if self.skipped else {})}
         self._append(self.loss_file, row)
@@ -89,7 +95,8 @@ class TrainingLog:
     def restore(self, states: list[dict]) -> None:
         """Continue from the states of one process, or from those of several if there were more processes."""
         for state in states:
-            self.sums += state["sums"].to(self.sums.device)
+            saved = state["sums"].to(self.sums.device)
+            self.sums[:len(saved)] += saved             # earlier versions had fewer losses
             self.steps, self.skipped, self.examples = state["steps"], state.get("skipped", 0), state["examples"]
             self.start = time.perf_counter() - state["seconds"]
 

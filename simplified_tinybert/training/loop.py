@@ -16,10 +16,11 @@ from simplified_tinybert.common.files import UserError, say
 from simplified_tinybert.common.processes import data_parallel, exchanging
 from simplified_tinybert.common.signals import StopRequests, raise_for
 from simplified_tinybert.data.features import Examples, ids_of
-from simplified_tinybert.model.bert import CrossEncoder
+from simplified_tinybert.model.bert import CrossEncoder, to_device
 from simplified_tinybert.model.cpu_linear import pack_linear_layers
 from simplified_tinybert.model.precision import autocast, cast_linear_layers
 from simplified_tinybert.training import checkpoints
+from simplified_tinybert.training.batches import epoch_batches
 from simplified_tinybert.training.flags import Stage, TrainingSettings
 from simplified_tinybert.training.log import GRADIENTS, TrainingLog
 from simplified_tinybert.training.objective import mean_over, objective, total_loss
@@ -28,7 +29,6 @@ from simplified_tinybert.training.run import Run
 from simplified_tinybert.training.validation import DevSet
 
 CHECK_EVERY = {"cpu": 1, "cuda": 50}        # steps between checks of losses and signals, which wait for a GPU
-BUCKET_BATCHES = 64                         # batches per bucket when examples are grouped by length
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,14 @@ class TrainingSet:
     """Examples, and the feature files that hold their ids. The segments of a corpus have no ids."""
     examples: Examples
     feature_files: list[Path] | None = None
+    teacher_scores: np.ndarray | None = None            # (N), log-odds of a file in float32
+    queries: np.ndarray | None = None                   # (N), numbers of the queries, for batches of whole queries
+
+    def epoch_size(self, settings: TrainingSettings) -> int:
+        """Return the number of examples in an epoch, as if each query had as many as it may have."""
+        if self.queries is None:
+            return len(self.examples)
+        return (int(self.queries.max()) + 1) * settings.group_by_query
 
     def names(self, indices: np.ndarray) -> list[str]:
         """Return names of examples for messages."""
@@ -54,6 +62,7 @@ class Trainer:
         self.student, self.teacher, self.training_set, self.settings = student, teacher, training_set, settings
         self.run, self.processes, self.device, self.dev_set = run, run.processes, run.processes.device, dev_set
         self.examples, self.checkpoint, self.last_step = training_set.examples, run.checkpoint, 0
+        self.epoch_size = training_set.epoch_size(settings)
         self.save_model = partial(run.save_model, student)                      # to a directory
         resumed = checkpoints.step_of(self.checkpoint) if self.checkpoint else 0
         self.log = TrainingLog(run.output_dir, settings.tensorboard_dir, self.device, self.processes, resumed)
@@ -70,7 +79,7 @@ class Trainer:
 
     def _train_stage(self, stage: Stage) -> None:
         self.stage, self.first_step, self.postfix = stage, self.last_step, {}
-        steps = stage.total_steps(len(self.examples), self.settings)
+        steps = stage.total_steps(self.epoch_size, self.settings)
         self.last_step += steps
         if self.checkpoint and checkpoints.step_of(self.checkpoint) >= self.last_step:
             return                                      # the checkpoint is from a later stage
@@ -101,9 +110,8 @@ class Trainer:
         self.scaler = (ApexScaler(self.student, self.optimizer, settings.apex_level) if settings.apex_level
                        else LossScaler(self.device, settings.dtype))
         self.local_terms = partial(objective, self.student, self.teacher, settings=chosen)     # no gradient exchange
-        if settings.compile:
-            self.local_terms = torch.compile(self.local_terms, dynamic=True, fullgraph=True)
-        self.terms = data_parallel(self.student, self.local_terms, self.processes, all_used=chosen.uses("head"))
+        terms = torch.compile(self.local_terms, dynamic=True, fullgraph=True) if settings.compile else self.local_terms
+        self.terms = data_parallel(self.student, terms, self.processes, all_used=chosen.uses("head"))
 
     def _advance(self, step: int, batches: list[np.ndarray], progress: tqdm) -> None:
         """Make one step. Then write the log, validate, save a checkpoint and check for signals, if these are due."""
@@ -129,26 +137,34 @@ class Trainer:
     def _batches(self, first: int, last: int) -> Iterator[list[np.ndarray]]:
         """Yield the batches of each optimizer step after step `first`, up to step `last`."""
         settings = self.settings
-        per_epoch = self.stage.steps_per_epoch(len(self.examples), settings)
+        per_epoch = self.stage.steps_per_epoch(self.epoch_size, settings)
         for step in range(first - self.first_step, last - self.first_step):
             if step == first - self.first_step or step % per_epoch == 0:
-                batches = epoch_batches(self.examples.lengths, settings, step // per_epoch)
+                batches = epoch_batches(self.examples.lengths, settings, step // per_epoch, self.training_set.queries)
             start = step % per_epoch * settings.accumulation
             yield batches[start:start + settings.accumulation]
 
     def _losses(self, compute_terms: Callable[..., dict[str, Tensor]], indices: np.ndarray) -> dict[str, Tensor]:
         """Return this process's share of the loss of a batch and of its parts."""
         chosen = self.stage.objective
-        own, share = self.processes.share(indices, self.examples.lengths)
+        data = self.training_set
+        own, share = self.processes.share(indices, self.examples, data.queries)
         batch = self.examples.batch(own, self.stage.pad_to(self.settings) or padded_length(
             int(self.examples.lengths[own].max()), self.device, self.settings.max_seq_length), self.device)
+        if data.teacher_scores is not None:
+            batch.teacher_scores = to_device(torch.from_numpy(data.teacher_scores[own]), self.device)
+        if data.queries is not None:
+            batch.queries = to_device(torch.from_numpy(data.queries[own]), self.device)
         with autocast(self.device, self.settings.dtype):
             terms = {name: value * share[mean_over(name, chosen.padding)]
                      for name, value in compute_terms(batch).items()}
             return total_loss(terms, chosen.weights)
 
     def _step(self, number: int, batches: list[np.ndarray]) -> None:
-        """Make an optimizer step on the mean over all examples. It does not depend on their division into batches."""
+        """Make an optimizer step on the mean over all examples. It does not depend on their division into batches.
+
+        Ranking losses are the exception: a mean over pairs or queries of a batch weighs as much as its examples.
+        """
         examples = sum(map(len, batches))
         for part, indices in enumerate(batches, start=1):
             weight = len(indices) / examples
@@ -233,21 +249,3 @@ class Trainer:
             say(f"note         {checkpoint} is from another device or number of processes; dropout will differ from "
                 f"that of an uninterrupted run")
         return state["step"]
-
-
-def epoch_batches(lengths: np.ndarray, settings: TrainingSettings, epoch: int) -> list[np.ndarray]:
-    """Return the indices of each batch of an epoch. They depend only on seed and epoch. The last batch may be smaller.
-
-    With `group_by_length`, buckets of BUCKET_BATCHES batches are sorted by length before they are cut into batches,
-    and the batches of the epoch are shuffled again.
-    """
-    random, batch_size = np.random.default_rng([settings.seed, epoch]), settings.batch_size
-    order = random.permutation(len(lengths))
-    if settings.group_by_length:
-        size = BUCKET_BATCHES * batch_size
-        buckets = [order[start:start + size] for start in range(0, len(order), size)]
-        order = np.concatenate([bucket[np.argsort(lengths[bucket], kind="stable")] for bucket in buckets])
-    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
-    if settings.group_by_length:
-        batches = [batches[number] for number in random.permutation(len(batches))]
-    return batches

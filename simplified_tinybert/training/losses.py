@@ -27,6 +27,32 @@ def hard_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(student_logits.to(torch.promote_types(student_logits.dtype, torch.float32)), labels)
 
 
+def margin_loss(student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+    """MarginMSE (Hofstätter et al., arXiv 2010.02666), log-odds (B), labels (B), numbers of the queries (B).
+
+    The squared difference of the student's and the teacher's margin, the score of a relevant passage minus that of one
+    that is not relevant to the same query. The mean over all such pairs in the batch; 0 without any.
+    """
+    pairs = (queries[:, None] == queries) & (labels[:, None] == 1) & (labels == 0)                 # (B, B)
+    difference = student_scores - teacher_scores
+    squared = (difference[:, None] - difference).square()
+    return torch.where(pairs, squared, 0.0).sum() / pairs.sum().clamp(min=1)
+
+
+def listwise_loss(student_scores: Tensor, teacher_scores: Tensor, queries: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL divergence KL(teacher ‖ student) of the softmax over the passages of a query in the batch, log-odds (B).
+
+    Both scores are divided by the temperature. The mean over the queries.
+    """
+    same = queries[:, None] == queries                                                             # (B, B)
+
+    def log_probabilities(scores: Tensor) -> Tensor:
+        scores = scores / temperature
+        return scores - torch.where(same, scores, -torch.inf).logsumexp(dim=1)
+    teacher, student = log_probabilities(teacher_scores), log_probabilities(student_scores)
+    return (teacher.exp() * (teacher - student)).sum() / same.sum(dim=1, dtype=teacher.dtype).reciprocal().sum()
+
+
 def direct_attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_queries: Tensor, teacher_keys: Tensor,
                           attention_mask: Tensor, padding: str = "reference") -> Tensor:
     """The definition of `attention_loss`, which computes the same value faster. Tests compare the two."""

@@ -23,10 +23,16 @@ class ObjectiveSettings:
     padding: str = "reference"
     temperature: float = 1.0
     layer_map: list[int] | None = None                  # teacher layer (from 1) of each student layer; None: every k-th
+    scores_from_file: bool = False                      # the teacher's scores come with the batches
 
     def uses(self, need: str) -> bool:
-        """Whether a term needs the `teacher`, the `layers` of both models, or the student's `head`."""
+        """Whether a term needs the teacher's `scores`, the `layers` of both models, or the student's `head`."""
         return any(need in TERMS[term].needs for term in self.weights)
+
+    @property
+    def runs_teacher(self) -> bool:
+        """Whether the teacher computes something for the terms."""
+        return self.uses("layers") or self.uses("scores") and not self.scores_from_file
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,12 @@ class Passes:
     layers: list[tuple[int, int]]                       # (student layer, teacher layer), counted from 1
     batch: Batch
     settings: ObjectiveSettings
+
+    @property
+    def teacher_logits(self) -> Tensor:
+        """The teacher's logits (B, C). A score z from a file stands for the logits (0, z)."""
+        scores = self.batch.teacher_scores
+        return self.teacher_out.logits if scores is None else torch.stack([torch.zeros_like(scores), scores], dim=-1)
 
 
 def attention(passes: Passes) -> Tensor:
@@ -57,11 +69,27 @@ def hidden(passes: Passes) -> Tensor:
 
 
 def soft(passes: Passes) -> Tensor:
-    return losses.soft_loss(passes.student_out.logits, passes.teacher_out.logits, passes.settings.temperature)
+    return losses.soft_loss(passes.student_out.logits, passes.teacher_logits, passes.settings.temperature)
 
 
 def hard(passes: Passes) -> Tensor:
     return losses.hard_loss(passes.student_out.logits, passes.batch.labels)
+
+
+def log_odds(logits: Tensor) -> Tensor:
+    """(B, 2) → (B), in float32 or better."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits[:, 1] - logits[:, 0]
+
+
+def margin(passes: Passes) -> Tensor:
+    return losses.margin_loss(log_odds(passes.student_out.logits), log_odds(passes.teacher_logits),
+                              passes.batch.labels, passes.batch.queries)
+
+
+def listwise(passes: Passes) -> Tensor:
+    return losses.listwise_loss(log_odds(passes.student_out.logits), log_odds(passes.teacher_logits),
+                                passes.batch.queries, passes.settings.temperature)
 
 
 @dataclass(frozen=True)
@@ -70,15 +98,18 @@ class Term:
     loss: Callable[[Passes], Tensor]
     part: str                                           # log column that sums the weighted terms of this kind
     column: str | None                                  # log column of the unweighted term, if any
-    mean_over: str                                      # what the loss averages over with --padding masked
+    mean_over: str                                      # what the loss averages over (layers: with --padding masked)
     needs: tuple[str, ...]
 
 
 # Name in the paper and in --loss_weights → term
-TERMS = {"attention": Term(attention, "att_loss", None, "pairs", ("teacher", "layers")),
-         "hidden": Term(hidden, "rep_loss", None, "tokens", ("teacher", "layers")),
-         "soft": Term(soft, "cls_loss", "soft_loss", "examples", ("teacher", "head")),
-         "hard": Term(hard, "cls_loss", "hard_loss", "examples", ("head",))}
+TERMS = {"attention": Term(attention, "att_loss", None, "pairs", ("layers",)),
+         "hidden": Term(hidden, "rep_loss", None, "tokens", ("layers",)),
+         "soft": Term(soft, "cls_loss", "soft_loss", "examples", ("scores", "head")),
+         "hard": Term(hard, "cls_loss", "hard_loss", "examples", ("head",)),
+         "margin": Term(margin, "cls_loss", "margin_loss", "margins", ("scores", "head", "queries")),
+         "listwise": Term(listwise, "cls_loss", "listwise_loss", "queries", ("scores", "head", "queries"))}
+RANKING = [name for name, term in TERMS.items() if "queries" in term.needs]
 
 
 def objective(student: CrossEncoder, teacher: CrossEncoder | None, batch: Batch,
@@ -90,7 +121,7 @@ def objective(student: CrossEncoder, teacher: CrossEncoder | None, batch: Batch,
                                                             teacher.config.num_hidden_layers)
         pairs = list(enumerate(layer_map, start=1))
     student_layers, teacher_layers = zip(*pairs) if pairs else (None, None)
-    if settings.uses("teacher"):
+    if settings.runs_teacher:
         with torch.no_grad():
             teacher_out = teacher(batch, layers=teacher_layers)
     passes = Passes(student, student(batch, layers=student_layers), teacher_out, pairs, batch, settings)
@@ -98,12 +129,13 @@ def objective(student: CrossEncoder, teacher: CrossEncoder | None, batch: Batch,
 
 
 def mean_over(term: str, padding: str) -> str:
-    """What a term averages over. With --padding reference, all examples have the same weight, even short ones."""
-    return TERMS[term].mean_over if padding == "masked" else "examples"
+    """What a term averages over. With --padding reference, the layers of all examples weigh the same, long or short."""
+    by_layers = "layers" in TERMS[term].needs
+    return "examples" if by_layers and padding == "reference" else TERMS[term].mean_over
 
 
 def total_loss(terms: dict[str, Tensor], weights: Weights) -> dict[str, Tensor]:
-    """Return "loss", the sum of the weighted att_loss, rep_loss and cls_loss, and unweighted soft_loss, hard_loss."""
+    """Return "loss", the sum of the weighted att_loss, rep_loss, cls_loss, and the unweighted terms of cls_loss."""
     parts: dict[str, Tensor] = {}
     for name, value in terms.items():
         part = TERMS[name].part

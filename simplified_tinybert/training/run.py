@@ -11,6 +11,8 @@ from simplified_tinybert.common.records import read_record, record
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.training.checkpoints import newest_checkpoint, remove_leftovers
 
+OPTIONAL = {"tf32", "teacher_scores", "group_by_query"}   # settings that are only recorded if they are used
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -54,10 +56,10 @@ def find_run(args: argparse.Namespace, settings: dict, processes: Processes) -> 
 def check_same_settings(output_dir: Path, before: dict, now: dict) -> None:
     """Raise UserError if a setting has changed. The number of processes may change: it changes dropout only."""
     way_out = "name another directory, or remove this one to start again"
-    if before.keys() != now.keys():
+    if before.keys() - OPTIONAL != now.keys() - OPTIONAL:
         raise UserError(f"{output_dir}: created by another version; only that version can resume it; {way_out}")
-    changed = [f"{name} was {before[name]}, is {now[name]}" for name in now
-               if before[name] != now[name] and name != "processes"]
+    changed = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in {**before, **now}
+               if before.get(name) != now.get(name) and name != "processes"]
     if changed:
         raise UserError(f"{output_dir}: holds a run with other settings ({'; '.join(changed)}); {way_out}")
 

@@ -47,18 +47,27 @@ class DevSet:
         return {name: means[name] for name in ("nDCG@10", "MRR@10")}
 
 
-def warn_of_chance(teacher: CrossEncoder, examples: Examples, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Warn, before hours of training, if the teacher does not score relevant pairs above the others in a sample."""
-    sample = np.unique(np.linspace(0, len(examples) - 1, SAMPLE_SIZE, dtype=np.int64))
+def sample_of(examples: Examples) -> np.ndarray:
+    """Return the indices of evenly spaced examples."""
+    return np.unique(np.linspace(0, len(examples) - 1, SAMPLE_SIZE, dtype=np.int64))
+
+
+def scores_of(teacher: CrossEncoder, examples: Examples, sample: np.ndarray, device: torch.device,
+              dtype: torch.dtype | None) -> np.ndarray:
+    """Return the teacher's log-odds for the examples of the sample."""
     batches = (sample[indices] for indices in token_batches(examples.lengths[sample], BatchLimits.of(device)))
     with autocast(device, dtype):
-        logits = score_chunk(teacher, examples, batches).logits()
-    area, error = area_under_curve(relevance(logits[sample], "log_odds"), examples.labels[sample] == 1)
+        return relevance(score_chunk(teacher, examples, batches).logits()[sample], "log_odds")
+
+
+def warn_of_chance(scores: np.ndarray, labels: np.ndarray) -> None:
+    """Warn, before hours of training, if the teacher does not score relevant pairs above the others in a sample."""
+    area, error = area_under_curve(scores, labels == 1)
     if area < 0.5 + 1.645 * error:                      # 0.5 is chance; one-sided test at 5 %
         worse = "worse than chance: are its classes or the labels swapped?" if area < 0.5 - 1.645 * error else \
             "no better than chance: was it fine-tuned for ranking, on texts like these?"
         warn(f"the teacher scores a relevant pair above a non-relevant one in {100 * area:.0f} % of the cases (in a "
-             f"sample of {len(sample)} training pairs), {worse}")
+             f"sample of {len(scores)} training pairs), {worse}")
 
 
 def area_under_curve(scores: np.ndarray, relevant: np.ndarray) -> tuple[float, float]:
