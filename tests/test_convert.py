@@ -254,9 +254,13 @@ def test_damaged_gzip(refused):
     assert "damaged or cut off" in refused(gzip.compress(b"q\tA_0\t1\n" * 9)[:-6])[0]
 
 
+def flags(**given):
+    names = ("run_name", "interpolate", "interpolation_weight", "interpolation_qrels")
+    return argparse.Namespace(**dict.fromkeys(names) | given)
+
+
 def test_arguments_are_checked_together(tmp_path, monkeypatch):
-    args = argparse.Namespace(scores_file=tmp_path / "none.tsv", output_results_file=tmp_path / "no" / "run.trec",
-                              run_name="my run")
+    args = flags(scores_file=tmp_path / "none.tsv", output_results_file=tmp_path / "no" / "run.trec", run_name="my run")
     with pytest.raises(UserError) as caught:
         convert.check_args(args)
     assert [line.replace(str(tmp_path), "").partition(": ")[0] for line in str(caught.value).splitlines()] == [
@@ -272,15 +276,14 @@ def test_the_input_is_never_overwritten(tmp_path):
     path = tmp_path / "scores.tsv"
     path.write_text("q\tA_0\t1\n")
     with pytest.raises(UserError, match="is also an input; name another output"):
-        convert.check_args(argparse.Namespace(scores_file=path, output_results_file=path, run_name=None))
+        convert.check_args(flags(scores_file=path, output_results_file=path))
 
 
 def test_a_pipe_is_refused(tmp_path):
     reading, writing = os.pipe()
     try:
         with pytest.raises(UserError, match="is not a regular file, but the scores must be read twice"):
-            convert.check_args(argparse.Namespace(scores_file=Path(f"/dev/fd/{reading}"), run_name=None,
-                                                  output_results_file=tmp_path / "run.trec"))
+            convert.check_args(flags(scores_file=Path(f"/dev/fd/{reading}"), output_results_file=tmp_path / "run.trec"))
     finally:
         os.close(reading)
         os.close(writing)

@@ -168,7 +168,7 @@ def test_nan_weights_are_an_error(golden_models, tmp_path, run_here):
 
 
 def test_all_errors_at_once_with_exit_code_2(golden_models, tmp_path):
-    file = write_features(tmp_path / "train.pkl", [("17", *row[1:]) for row in random_rows(3)])
+    file = write_features(tmp_path / "pairs.pkl", [("17", *row[1:]) for row in random_rows(3)], set_name="test")
     done = run_script("reranker.py", *arguments(tmp_path / "no", file, tmp_path / "nowhere" / "s.tsv",
                                                 "--batch_tokens", 0))
     assert done.returncode == 2 and "Traceback" not in done.stderr
