@@ -594,6 +594,18 @@ def test_the_worldtree_teacher_is_reported_as_recorded():
     assert f"exceeds BM25's by {teacher['dev'][-1]['nDCG@10'] - 0.481641:.4f}" in text
 
 
+def test_the_trials_of_worldtree_students_are_reported_as_recorded():
+    text = (ROOT / "docs" / "replication.md").read_text().partition("### WorldTree: students")[2].partition("###")[0]
+    for method, title in (("none", "no distillation"), ("standard", "standard KD"),
+                          ("simplified-masked", "Simplified TinyBERT, padding masked")):
+        cells = []
+        for rate in ("5e-05", "0.0001", "0.0002"):
+            record = ROOT / f"experiments/results/worldtree/3-384-{method}-{rate}-seed1-tuning.json"
+            found = json.loads(record.read_text()) if record.exists() else None
+            cells.append(f"{found['dev'][-1]['nDCG@10']:.4f}" if found else "–")
+        assert f"| {title} | {' | '.join(cells)} |" in text
+
+
 def test_the_first_worldtree_teacher_is_reported_as_recorded():
     text = (ROOT / "docs" / "replication.md").read_text().partition("### WorldTree: the first")[2]
     directory = ROOT / "experiments" / "results" / "worldtree-first"
