@@ -58,15 +58,9 @@ from simplified_tinybert.ranking.teacher_scores import SCORE_TYPES, read_teacher
 from simplified_tinybert.training import flags
 from simplified_tinybert.training.batches import check_queries, number_queries
 from simplified_tinybert.training.description import describe_run, model_card
-from simplified_tinybert.training.flags import Stage, TrainingSettings
+from simplified_tinybert.training.flags import Stage, TrainingSettings, make_stages, runs_teacher, uses
 from simplified_tinybert.training.loop import Trainer, TrainingSet
-from simplified_tinybert.training.objective import (
-    METHODS,
-    RANKING,
-    ObjectiveSettings,
-    parse_loss_weights,
-    stage_weights,
-)
+from simplified_tinybert.training.objective import METHODS, ObjectiveSettings
 from simplified_tinybert.training.run import find_run, output_run
 from simplified_tinybert.training.validation import DevSet, find_dev_set, sample_of, scores_of, warn_of_chance
 
@@ -124,38 +118,6 @@ def parse_args() -> argparse.Namespace:
     if args.intermediate_learning_rate is None:
         args.intermediate_learning_rate = args.learning_rate
     return args
-
-
-def make_stages(args: argparse.Namespace, problems: Problems) -> list[Stage]:
-    """Return the stages of --distill_model, with the weights of --loss_weights."""
-    try:
-        changed = parse_loss_weights(args.loss_weights)
-    except ValueError as error:
-        problems.add(str(error))
-        return []
-    weights = stage_weights(args.distill_model, args.alpha, changed)
-    schedules = [(args.intermediate_epochs, args.intermediate_learning_rate),
-                 (args.num_train_epochs, args.learning_rate)][-len(weights):]
-    if not args.group_by_query and (ranking := [term for stage in weights for term in stage if term in RANKING]):
-        problems.add(f"--loss_weights: {' and '.join(ranking)} compare the passages of a query; add --group_by_query N "
-                     f"for batches with N passages of each query")
-    for number, stage in enumerate(weights, start=1):
-        if not any(stage.values()):
-            problems.add(f"--loss_weights {' '.join(args.loss_weights)}: all weights in stage {number} of "
-                         f"{args.distill_model} are 0; set at least one above 0")
-    return [Stage(objective=ObjectiveSettings(weights=stage, padding=args.padding, temperature=args.temperature,
-                                              layer_map=args.layer_map,
-                                              scores_from_file=bool(args.teacher_scores_file)),
-                  epochs=epochs, learning_rate=rate)
-            for stage, (epochs, rate) in zip(weights, schedules)]
-
-
-def uses(stages: list[Stage], need: str) -> bool:
-    return any(stage.objective.uses(need) for stage in stages)
-
-
-def runs_teacher(stages: list[Stage]) -> bool:
-    return any(stage.objective.runs_teacher for stage in stages)
 
 
 def check_numbers(args: argparse.Namespace, problems: Problems) -> list[Stage]:

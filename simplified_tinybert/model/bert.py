@@ -38,8 +38,8 @@ class Batch:
         arrays: the tokens of all examples, one after the other; the examples' lengths, lengths of the first segment
         ([CLS] query [SEP]) and labels, (B) each.
         """
-        tokens, lengths, first_lengths, labels = (to_device(torch.from_numpy(array), device) for array in arrays)
         assert arrays[1].max() <= length, f"{arrays[1].max()} tokens do not fit into {length} positions"
+        tokens, lengths, first_lengths, labels = (to_device(torch.from_numpy(array), device) for array in arrays)
         positions = torch.arange(length, device=device)
         mask = positions < lengths[:, None]                                                   # (B, L)
         index = (lengths.cumsum(0) - lengths)[:, None] + positions

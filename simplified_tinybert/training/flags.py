@@ -9,7 +9,7 @@ import torch
 from simplified_tinybert.common.files import Problems, check_ranges, process_count
 from simplified_tinybert.training.checkpoints import check_output_dir
 from simplified_tinybert.training.losses import PADDING_MODES
-from simplified_tinybert.training.objective import ObjectiveSettings
+from simplified_tinybert.training.objective import RANKING, ObjectiveSettings, parse_loss_weights, stage_weights
 from simplified_tinybert.training.optimizer import import_apex_amp
 
 SMALLER_BATCHES = "lower --train_batch_size, and raise --gradient_accumulation_steps as much to keep the steps the same"
@@ -71,6 +71,39 @@ class Stage:
 
     def total_steps(self, examples: int, settings: TrainingSettings) -> int:
         return max(1, round(self.epochs * self.steps_per_epoch(examples, settings))) if self.epochs else 0
+
+
+def make_stages(args: argparse.Namespace, problems: Problems) -> list[Stage]:
+    """Return the stages of distill.py's --distill_model, with the weights of --loss_weights."""
+    try:
+        changed = parse_loss_weights(args.loss_weights)
+    except ValueError as error:
+        problems.add(str(error))
+        return []
+    weights = stage_weights(args.distill_model, args.alpha, changed)
+    schedules = [(args.intermediate_epochs, args.intermediate_learning_rate),
+                 (args.num_train_epochs, args.learning_rate)][-len(weights):]
+    if not args.group_by_query and (ranking := [term for stage in weights for term in stage if term in RANKING]):
+        problems.add(f"--loss_weights: {' and '.join(ranking)} compare the passages of a query; add --group_by_query N "
+                     f"for batches with N passages of each query")
+    for number, stage in enumerate(weights, start=1):
+        if not any(stage.values()):
+            problems.add(f"--loss_weights {' '.join(args.loss_weights)}: all weights in stage {number} of "
+                         f"{args.distill_model} are 0; set at least one above 0")
+    return [Stage(objective=ObjectiveSettings(weights=stage, padding=args.padding, temperature=args.temperature,
+                                              layer_map=args.layer_map,
+                                              scores_from_file=bool(args.teacher_scores_file)),
+                  epochs=epochs, learning_rate=rate)
+            for stage, (epochs, rate) in zip(weights, schedules)]
+
+
+def uses(stages: list[Stage], need: str) -> bool:
+    """Whether a stage's objective uses something (see `ObjectiveSettings.uses`)."""
+    return any(stage.objective.uses(need) for stage in stages)
+
+
+def runs_teacher(stages: list[Stage]) -> bool:
+    return any(stage.objective.runs_teacher for stage in stages)
 
 
 def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, learning_rate: float, epochs: float) -> None:
