@@ -9,6 +9,7 @@ Out, in --output_dir: reranking.md (tables), reranking.json (all timings), reran
     original                 as the original scores features: eager attention, all positions of all layers, scores and
                              hidden states of all layers kept, batches of 100 padded to 256
     sentence-transformers    CrossEncoder.predict on texts, with the fastest of --st_batch_sizes; bf16: bfloat16 weights
+    ..., ONNX, OpenVINO      its backends, in float32 and 8 bits; needs --backends_python (see peer_backends.py)
     ours                     reranker.py on features; bf16: with --bf16, int8: with --int8 (CPU)
     ours, from texts         the same, including the work of tokenize_to_features.py
 
@@ -29,14 +30,14 @@ import numpy as np
 import torch
 
 from benchmarks import common, ours, pictures, samples
-from benchmarks.ways import ALL, ORIGINAL, OURS, OURS_BF16, PEER, Sample, equal_sample, real_sample, ways
+from benchmarks.ways import ALL, ORIGINAL, OURS, OURS_BF16, PEER, Peer, Sample, equal_sample, real_sample, ways
 from simplified_tinybert.common.files import run_main, say
 from simplified_tinybert.model.pretrained import read_config
 from simplified_tinybert.ranking.speed import machine
 from simplified_tinybert.ranking.tables import markdown, number
 
 PAIRS = {"cpu": {"3x384": 200, "6x768": 32, "12x768": 24}, "cuda": {"3x384": 8192, "6x768": 4096, "12x768": 4096}}
-LENGTHS = (64, 128, 256, 512)
+LENGTHS, NONE = (64, 128, 256, 512), "–"
 
 SENTENCE_TRANSFORMERS_SCRIPT = """
 from sentence_transformers import CrossEncoder
@@ -55,9 +56,13 @@ def parse_args() -> argparse.Namespace:
     add("--rounds", type=int, default=3, help="how often each implementation runs (default: 3)")
     add("--st_batch_sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128],
         help="batch sizes to try for sentence-transformers (default: 8 16 32 64 128)")
+    add("--backends_python", type=Path,
+        help="Python interpreter of an environment with sentence-transformers' backends (default: leave them out)")
     add("--parts", nargs="+", choices=("ways", "lengths", "start"), default=["ways", "lengths", "start"],
         help="what to measure (default: all)")
     args = parser.parse_args()
+    if args.backends_python and not args.backends_python.is_file():
+        parser.error(f"--backends_python {args.backends_python}: no such file")
     if args.quick:
         args.models, args.pairs, args.rounds, args.st_batch_sizes = ["1x48", "2x96"], 10, 1, [8, 16]
     return args
@@ -68,6 +73,10 @@ def pairs_of(args: argparse.Namespace, name: str, device: torch.device) -> int:
     return args.pairs or PAIRS[device.type].get(name, 24)
 
 
+def peer_of(args: argparse.Namespace) -> Peer:
+    return Peer(args.st_batch_sizes, args.backends_python)
+
+
 def measure_ways(args: argparse.Namespace, name: str, directory: Path, pairs: Sample, device: torch.device) -> dict:
     config, sample = read_config(directory), pairs.part(pairs_of(args, name, device))
     scores: dict[str, np.ndarray] = {}
@@ -76,8 +85,8 @@ def measure_ways(args: argparse.Namespace, name: str, directory: Path, pairs: Sa
     def keep(way: str, run: Callable[[], np.ndarray]) -> None:
         scores[way] = run()
     compared = {way: partial(keep, way, run)
-                for way, run in ways(directory, sample, device, args.st_batch_sizes, ALL).items()}
-    if device.type == "cuda":                           # the first calls are much slower there
+                for way, run in ways(directory, sample, device, peer_of(args), ALL).items()}
+    if device.type == "cuda" or args.backends_python:   # the first calls are much slower there
         common.interleave(compared, 1, device)
     rates = [common.best_rates(device, config.hidden_size, args.quick)]
     times, lengths = common.interleave(compared, args.rounds, device), sample.examples.lengths
@@ -85,7 +94,13 @@ def measure_ways(args: argparse.Namespace, name: str, directory: Path, pairs: Sa
     return {"pairs": len(lengths), "mean_length": float(lengths.mean()), "flops": common.forward_flops(config, lengths),
             "rates": {kind: max(rate[kind] for rate in rates) for kind in rates[0]}, "times": times,
             "scores_spread": float(np.std(scores[ORIGINAL])),
-            "difference": {way: float(np.abs(values - scores[ORIGINAL]).max()) for way, values in scores.items()}}
+            "difference": {way: float(np.abs(values - scores[ORIGINAL]).max()) for way, values in scores.items()},
+            "correlation": {way: correlation(values, scores[ORIGINAL]) for way, values in scores.items()}}
+
+
+def correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Pearson's correlation; 0 if one of them is constant."""
+    return float(np.corrcoef(first, second)[0, 1]) if first.std() and second.std() else 0.0
 
 
 def ways_table(name: str, measured: dict) -> str:
@@ -94,14 +109,15 @@ def ways_table(name: str, measured: dict) -> str:
         rate = measured["flops"] / statistics.median(spent)
         best = measured["rates"]["bf16" if "bf16" in way else "float32"]
         rows.append([way, common.spread([measured["pairs"] / value for value in spent]),
-                     common.ratio(times[ORIGINAL], spent), common.ratio(times[PEER], spent) if PEER in times else "–",
-                     f"{rate / 1e9:,.0f}", f"{100 * rate / best:.0f} %", f"{measured['difference'][way]:.1e}"])
+                     common.ratio(times[ORIGINAL], spent), common.ratio(times[PEER], spent) if PEER in times else NONE,
+                     f"{rate / 1e9:,.0f}", NONE if "int8" in way else f"{100 * rate / best:.0f} %",
+                     f"{measured['difference'][way]:.1e}", f"{measured['correlation'][way]:.4f}"])
     return (f"## {name}: {measured['pairs']} pairs, {measured['mean_length']:.0f} tokens on average\n\n"
             f"Matrix products on this machine at this hidden size: {common.describe_rates(measured['rates'])}. A pair "
             f"needs {measured['flops'] / measured['pairs'] / 1e9:.2f} GFLOP. Standard deviation of the scores: "
             f"{measured['scores_spread']:.2f}.\n\n"
             + markdown(["way", "pairs/s", "× original", "× sentence-transformers", "GFLOP/s", "of the rate",
-                        "largest score difference"], rows))
+                        "largest score difference", "correlation of scores"], rows))
 
 
 def pairs_per_second(measured: dict) -> dict[str, float]:
@@ -117,7 +133,7 @@ def teacher_table(measured: dict[str, dict]) -> str:
         if teacher_rate := rates[teacher].get(way):
             rows.append([way, number(teacher_rate),
                          *(f"{rates[student][way] / teacher_rate:.1f} ×" for student in students)])
-    rows.append(["the paper", "–", *("15 ×" if student == "3x384" else "–" for student in students)])
+    rows.append(["the paper", NONE, *("15 ×" if student == "3x384" else NONE for student in students)])
     return f"## Students against the teacher {teacher}\n\n" + markdown(
         ["way", "teacher, pairs/s", *(f"{student} is faster by" for student in students)], rows)
 
@@ -129,7 +145,7 @@ def measure_lengths(args: argparse.Namespace, directory: Path, pairs: Sample,
     tokens = args.pairs * 64 if args.pairs else {"cpu": 8192, "cuda": 2 ** 20}[device.type]
     for length in LENGTHS[:2] if args.quick else LENGTHS:
         sample = equal_sample(pairs, directory, length, max(2, tokens // length))
-        compared = ways(directory, sample, device, args.st_batch_sizes, (ORIGINAL, PEER, OURS, OURS_BF16))
+        compared = ways(directory, sample, device, peer_of(args), (ORIGINAL, PEER, OURS, OURS_BF16))
         say(f"{length} tokens, {len(sample.lines)} pairs")
         for way, spent in common.interleave(compared, args.rounds, device).items():
             rates.setdefault(way, {})[length] = len(sample.lines) / statistics.median(spent)

@@ -1,12 +1,16 @@
 """Score the same pairs with the same weights: as the original, by sentence-transformers, by our code. Not a command."""
+import json
+import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks import ours, samples
+from benchmarks import ours, peer_backends, samples
 from benchmarks.original import RERANK_BATCH, RERANK_LENGTH, OriginalBert, original_scores
 from simplified_tinybert.common.files import UserError, say
 from simplified_tinybert.data.features import Examples
@@ -14,7 +18,14 @@ from simplified_tinybert.ranking.speed import seconds
 
 ORIGINAL, PEER, PEER_BF16 = "original", "sentence-transformers", "sentence-transformers, bf16"
 OURS, OURS_TEXTS, OURS_BF16, OURS_INT8 = "ours", "ours, from texts", "ours, bf16", "ours, int8"
-ALL = (ORIGINAL, PEER, PEER_BF16, OURS, OURS_TEXTS, OURS_BF16, OURS_INT8)
+ALL = (ORIGINAL, PEER, PEER_BF16, *peer_backends.WAYS, OURS, OURS_TEXTS, OURS_BF16, OURS_INT8)
+
+
+@dataclass
+class Peer:
+    """Batch sizes to try with sentence-transformers, and the interpreter of an environment with its backends."""
+    batch_sizes: list[int]
+    backends_python: Path | None = None
 
 
 @dataclass
@@ -52,7 +63,36 @@ def equal_sample(pairs: Sample, vocabulary: Path, length: int, size: int) -> Sam
     return Sample([lines[index] for index in full], examples.take(full), length)
 
 
-def ways(directory: Path, sample: Sample, device: torch.device, batch_sizes: list[int],
+class Backends:
+    """A process that runs peer_backends.py. It ends when this object is deleted."""
+
+    def __init__(self, python: Path, model: Path, texts: list[tuple[str, str]], max_length: int,
+                 batch_sizes: list[int]):
+        self.directory = tempfile.TemporaryDirectory()
+        settings = Path(self.directory.name) / "settings.json"
+        settings.write_text(json.dumps({"model": str(model), "texts": texts, "max_length": max_length,
+                                        "batch_sizes": batch_sizes}), encoding="utf-8")
+        self.log = Path(self.directory.name) / "log.txt"
+        with open(self.log, "w", encoding="utf-8") as log:
+            self.process = subprocess.Popen([python, peer_backends.__file__, settings], stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, stderr=log, text=True)
+
+    def score(self, way: str) -> np.ndarray:
+        """Return the probability of relevance of each pair. Raises UserError with the end of the log."""
+        if self.process.poll() is None:
+            print(way, file=self.process.stdin, flush=True)
+        if not (line := self.process.stdout.readline()):
+            log = self.log.read_text(encoding="utf-8", errors="replace")
+            raise UserError(f"--backends_python {self.process.args[0]}: {way} failed\n{log[-2000:]}")
+        return np.array(json.loads(line))
+
+    def __del__(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.directory.cleanup()
+
+
+def ways(directory: Path, sample: Sample, device: torch.device, peer: Peer,
          names: tuple[str, ...]) -> dict[str, Callable[[], np.ndarray]]:
     """Return for each of the named implementations a function that scores all pairs of the sample."""
     original, length = OriginalBert(directory).eval().to(device), max(RERANK_LENGTH, sample.max_length)
@@ -61,7 +101,7 @@ def ways(directory: Path, sample: Sample, device: torch.device, batch_sizes: lis
     model, tokenize = ours.load_scorer(directory, device), ours.tokenizer(directory)
     bf16_model = ours.load_scorer(directory, device, torch.bfloat16)
     scorers = {ORIGINAL: lambda: original_scores(original, [batch.to(device) for batch in batches]).numpy(),
-               **sentence_transformers(directory, sample, device, batch_sizes),
+               **sentence_transformers(directory, sample, device, peer.batch_sizes),
                OURS: lambda: ours.score(model, sample.examples),
                OURS_TEXTS: lambda: ours.score(model, tokenize(sample.lines, sample.max_length)),
                OURS_BF16: lambda: ours.score(bf16_model, sample.examples)}
@@ -71,6 +111,9 @@ def ways(directory: Path, sample: Sample, device: torch.device, batch_sizes: lis
             scorers[OURS_INT8] = lambda: ours.score(int8_model, sample.examples)
         except UserError as error:
             say(f"{error}: left out")
+        if peer.backends_python and set(names) & set(peer_backends.WAYS):
+            backends = Backends(peer.backends_python, directory, sample.texts(), sample.max_length, peer.batch_sizes)
+            scorers |= {way: partial(backends.score, way) for way in peer_backends.WAYS}
     return {name: scorer for name, scorer in scorers.items() if name in names}
 
 

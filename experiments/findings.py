@@ -129,7 +129,7 @@ def report_text(results: dict) -> str:
     else:
         judgement = "The teacher is significantly better than BM25."
     return "\n\n".join([
-        f"{results['queries']} test queries, {len(settings['seeds'])} seeds, re-ranking BM25's first "
+        f"{results['queries']} test queries, {counted(len(settings['seeds']), 'seed')}, re-ranking BM25's first "
         f"{settings['test_depth']} candidates. {judgement}",
         effectiveness_table(results),
         f"± is the standard deviation over the seeds. † marks a significant difference from the teacher, ‡ from BM25: "
@@ -140,6 +140,10 @@ def report_text(results: dict) -> str:
         "correction for all comparisons with the same system. So an interval may exclude 0 although the difference is "
         "not significant.",
         *parts]) + "\n"
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def write_all(results: dict, name: str, directory: Path) -> None:

@@ -52,7 +52,7 @@ def losses_picture(results: dict, path: Path) -> None:
                    if curve["shape"] == shape and "att_grad" in curve["rows"][0]]
     chosen = [curve for number, curve in enumerate(with_layers)
               if curve["method"] == proposed or number in (0, len(with_layers) - 1)]
-    figure = new_figure(max(1, len(chosen)), width=3.6, height=3.4)
+    figure = new_figure(max(1, len(chosen)), width=4.2, height=3.6)
     values = [row[f"{term}_{suffix}"] for curve in chosen for row in curve["rows"] for term in TERMS
               for suffix in ("loss", "grad") if row.get(f"{term}_{suffix}")]
     for axes, curve in zip(figure.axes, chosen):
@@ -63,10 +63,13 @@ def losses_picture(results: dict, path: Path) -> None:
                 if points:
                     axes.plot(*zip(*points), color=colour, linestyle=dash, linewidth=1.4,
                               label=name if suffix == "loss" else None)
+        low, high = min(values) / 1.5, max(values) * 1.5
         axes.set_yscale("log")
-        axes.set_ylim(min(values) / 1.5, max(values) * 1.5)
-        axes.set_xlabel("steps (dashed: gradient norm)", fontsize=9, color=INK)
-        style(axes, f"{title(results, curve['method'])}, {shape}")
+        axes.set_yticks(*plain_ticks(low, high))
+        axes.minorticks_off()
+        axes.set_ylim(low, high)
+        axes.set_xlabel("steps (solid: loss, dashed: norm of its gradient)", fontsize=9, color=INK)
+        style(axes, f"{title(results, curve['method'])}\n{shape}")
     if chosen:
-        figure.axes[-1].legend(fontsize=8, frameon=False)
+        figure.axes[-1].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(figure, path)

@@ -24,7 +24,7 @@ from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.pretrained import fit_projections, load_cross_encoder, save_cross_encoder
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
-from simplified_tinybert.model.weights import canonical_names, weights_checksum
+from simplified_tinybert.model.weights import canonical_names, weight_files, weights_checksum
 
 NAME = "student_2x24"
 WEIGHTS, CONFIG = load_file(DATA / f"{NAME}.safetensors"), json.loads((DATA / f"{NAME}.config.json").read_text())
@@ -173,6 +173,20 @@ def test_sharded_safetensors(sharded):
 def test_a_missing_shard_is_named(sharded):
     (sharded / "model-00002-of-00002.safetensors").unlink()
     assert "model.safetensors.index.json: lists missing files (model-00002-of-00002.safetensors)" in error_of(sharded)
+
+
+def test_shards_may_be_in_a_directory_of_their_own(sharded):
+    index = sharded / "model.safetensors.index.json"
+    shards = sorted(sharded.glob("model-*"))
+    (sharded / "parts").mkdir()
+    for shard in shards:
+        shard.rename(sharded / "parts" / shard.name)
+    index.write_text(index.read_text().replace('"model-', '"parts/model-'))
+    assert weight_files(sharded) == sorted((sharded / "parts").iterdir())
+    assert has_weights(load_cross_encoder(sharded)[0])
+    for outside in ("../model-1.safetensors", str(shards[0])):
+        index.write_text(json.dumps({"weight_map": {"a": outside}}))
+        assert f"lists files outside its directory ({outside})" in error_of(sharded)
 
 
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"a": 5}}', '{"weight_map": {}}',

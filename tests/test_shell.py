@@ -286,7 +286,7 @@ def test_every_command_line_is_valid(page, help_texts, monkeypatch, capsys):
             pytest.fail(f"{script}{arguments}: {capsys.readouterr().err.splitlines()[-1]}")
 
 
-@pytest.mark.parametrize("block", [block for page in ("docs/msmarco.md", "docs/replication.md") for block in re.findall(
+@pytest.mark.parametrize("block", [block for page in PAGES for block in re.findall(
     r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)])
 def test_blocks_to_paste_are_shell(block):
     done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)

@@ -31,7 +31,10 @@ WORDS = st.lists(st.sampled_from(["the", "unaffable", "Ça", "ΟΔΟΣ", "Σ", "
 def vocabulary(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("vocabulary")
     (directory / "vocab.txt").write_bytes((ROOT / "tests/data/bert-base-uncased-vocab.txt").read_bytes())
-    return load_vocabulary(directory, lower_case=request.param)
+    loaded = load_vocabulary(directory, lower_case=request.param)
+    library = loaded.tokenizer()
+    loaded.tokenizer = lambda: library                  # building it takes most of the time of an example
+    return loaded
 
 
 @settings(max_examples=1500, deadline=None)

@@ -65,21 +65,28 @@ class Int8Linear(nn.Module):
         return products.addcmul_(low / span, self.weight_sums).mul_(span).add_(self.bias)
 
 
-def pack_linear_layers(model: CrossEncoder) -> None:
-    """Replace the encoder's linear layers by packed ones, in place, if the model is float32 on a CPU with oneDNN."""
+def pack_linear_layers(model: CrossEncoder) -> bool:
+    """Replace the encoder's linear layers by packed ones, in place, if the model is float32 on a CPU with oneDNN.
+
+    Returns whether it did.
+    """
     weight = model.classifier.weight
     has_kernel = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if not has_kernel or weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return
+        return False
     for layer in model.bert.encoder.layer:
         if layer.activation is F.gelu:
             layer.intermediate["dense"] = PackedLinear(layer.intermediate["dense"], gelu=True)
             layer.activation = nn.Identity()
     _replace(model, PackedLinear)
+    return True
 
 
-def quantize_linear_layers(model: CrossEncoder) -> None:
-    """Replace the encoder's linear layers by 8-bit ones, in place. Raises UserError for NaN or infinite weights."""
+def quantize_linear_layers(model: CrossEncoder) -> int:
+    """Replace the encoder's linear layers by 8-bit ones, in place. Returns the number of bits of their weights.
+
+    Raises UserError for NaN or infinite weights.
+    """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"--int8: the model's {name} is NaN or infinite; the weights are broken")
@@ -87,6 +94,7 @@ def quantize_linear_layers(model: CrossEncoder) -> None:
         raise UserError("--int8: this PyTorch has no 8-bit kernels for this CPU; leave the flag out")
     bits = 7 if overflows() else 8
     _replace(model, lambda layer: Int8Linear(layer, bits))
+    return bits
 
 
 def overflows() -> bool:

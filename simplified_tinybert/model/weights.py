@@ -4,6 +4,7 @@ Tensors get the names of BertForSequenceClassification, whatever names a trainin
 executed.
 """
 import hashlib
+import os
 import pickle
 import re
 from codecs import BOM_UTF8, getincrementaldecoder
@@ -85,9 +86,13 @@ def weight_files(directory: Path) -> list[Path]:
     if path.name.endswith(".index.json"):
         try:
             shards = set(read_json(path, "index of weight files")["weight_map"].values())
-            paths = [directory / Path(shard).name for shard in sorted(shards)]
+            paths = [directory / shard for shard in sorted(shards)]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: is not a valid index of weight files ({error!r}); fetch it again") from error
+        outside = [shard for shard in sorted(shards)
+                   if os.path.isabs(shard) or os.path.normpath(shard).startswith(os.pardir)]
+        if outside:
+            raise UserError(f"{path}: lists files outside its directory ({abbreviate(outside)}); fetch it again")
         missing = [shard.name for shard in paths if not shard.is_file()]
         if missing or not paths:
             raise UserError(f"{path}: lists missing files ({', '.join(missing)}); fetch them, too")

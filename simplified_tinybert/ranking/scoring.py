@@ -27,25 +27,32 @@ def load_scorer(directory: Path, config: BertConfig, device: torch.device, dtype
                 int8: bool = False, label: str = "model") -> tuple[CrossEncoder, int]:
     """Load a model, prepared for scoring, and return it with its number of parameters. Raises UserError.
 
-    Prints a line that starts with `label`, and the loader's notes.
+    Prints a line that starts with `label`, the loader's notes, and how matrix products are computed.
     """
     model, notes = load_ranker(directory, config)
     say(f"{label:<12} {describe(model)}")
     for note in notes:
         say(f"note         {note}")
     parameters = count_parameters(model)
-    prepare(model.to(device), dtype, int8)
+    products = prepare(model.to(device), dtype, int8)
+    say(f"products     {products}" + (f" ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else ""))
     return model, parameters
 
 
-def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> None:
-    """Convert the model, in place, to the form that scores fastest in this precision. dtype=None: float32."""
+def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> str:
+    """Convert the model, in place, to the form that scores fastest in this precision. dtype=None: float32.
+
+    Returns a description of this form.
+    """
     if dtype:
         to_half(model, dtype)
-    elif int8:
-        quantize_linear_layers(model)
-    else:
-        pack_linear_layers(model)
+        return str(dtype).removeprefix("torch.")
+    if int8:
+        bits = quantize_linear_layers(model)
+        return "8-bit integers" + ("; weights have 7 bits, as 8-bit sums overflow on this CPU" if bits == 7 else "")
+    if pack_linear_layers(model):
+        return "float32, with weights packed for oneDNN"
+    return "float32" if torch.get_float32_matmul_precision() == "highest" else "TF32"
 
 
 @dataclass(frozen=True)
