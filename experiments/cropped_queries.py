@@ -4,7 +4,7 @@
 
 A BERT that was not trained on pairs of texts may not learn to rank even from thousands of judged pairs with hard
 negatives. From two thousand cropped queries, it learns which passage contains a query's words. It can then be
-fine-tuned on judged queries (figures: docs/replication.md).
+fine-tuned on judged queries (figures: docs/replication-nfcorpus.md).
 
 In: documents as prepare_examples.py takes them (document_id <tab> url <tab> title <tab> body, or document_id <tab>
 text; plain or .gz). A random sample of --max_documents is used.

@@ -1,6 +1,6 @@
 """Tables and pictures of a study, made from the results.json that replicate.py writes.
 
-    python -m experiments.findings experiments/results/nfcorpus.json --output_dir experiments/results \\
+    python -m experiments.findings experiments/results/worldtree.json --output_dir experiments/results \\
         --document docs/replication.md
 
 Out, in --output_dir, for each results file NAME.json:
@@ -132,9 +132,10 @@ def report_text(results: dict) -> str:
         f"{results['queries']} test queries, {counted(len(settings['seeds']), 'seed')}, re-ranking BM25's first "
         f"{settings['test_depth']} candidates. {judgement}",
         effectiveness_table(results),
-        f"± is the standard deviation over the seeds. † marks a significant difference from the teacher, ‡ from BM25: "
-        f"paired t-test over the queries, on each query's mean over the seeds, p < {LEVEL} after Holm's correction for "
-        f"all rows of a measure. The speed-up is computed in each round. Pairs per second: {results['speed_note']}",
+        f"{'± is the standard deviation over the seeds. ' if len(settings['seeds']) > 1 else ''}† marks a significant "
+        f"difference from the teacher, ‡ from BM25: paired t-test over the queries, on each query's mean over the "
+        f"seeds, p < {LEVEL} after Holm's correction for all rows of a measure. The speed-up is the median of the "
+        f"rounds' ratios. Pairs per second: {results['speed_note']}",
         differences_table(results),
         "Intervals are over the queries, for these seeds, without correction. p and verdict are after Holm's "
         "correction for all comparisons with the same system. So an interval may exclude 0 although the difference is "
