@@ -21,7 +21,6 @@ from pathlib import Path
 WAYS = {f"sentence-transformers, {title}": (backend, quantized)
         for title, backend, quantized in (("ONNX", "onnx", False), ("ONNX int8", "onnx", True),
                                           ("OpenVINO", "openvino", False), ("OpenVINO int8", "openvino", True))}
-CALIBRATION = "calibration.csv"
 
 
 def onnx_instructions() -> str:
@@ -34,7 +33,7 @@ def onnx_instructions() -> str:
 
 
 def load(settings: dict, backend: str, quantized: bool, scratch: Path) -> object:
-    """Return the CrossEncoder of a way; `quantized`: 8-bit, by the functions that sentence-transformers has for it."""
+    """Return a CrossEncoder with this backend. With `quantized`, sentence-transformers converts it to 8 bits."""
     from sentence_transformers import CrossEncoder
 
     def cross_encoder(file: str | None = None) -> CrossEncoder:
@@ -54,7 +53,7 @@ def load(settings: dict, backend: str, quantized: bool, scratch: Path) -> object
     from sentence_transformers import export_static_quantized_openvino_model
     texts = scratch / "texts"
     texts.mkdir()
-    with open(texts / CALIBRATION, "w", newline="", encoding="utf-8") as handle:
+    with open(texts / "pairs.csv", "w", newline="", encoding="utf-8") as handle:
         csv.writer(handle).writerows([["text"], *([" ".join(pair)] for pair in settings["texts"])])
     export_static_quantized_openvino_model(
         model, OVQuantizationConfig(num_samples=min(300, len(settings["texts"]))), str(scratch / backend),
@@ -89,7 +88,8 @@ def serve(settings: dict, answers: object) -> None:
 
 
 if __name__ == "__main__":
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": tempfile.mkdtemp()}
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")                 # the libraries print to stdout, too
+    settings_file = Path(sys.argv[1])
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(settings_file.parent)}   # its owner removes this
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")       # the libraries print to stdout, too
     os.dup2(2, 1)
-    serve(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), channel)
+    serve(json.loads(settings_file.read_text(encoding="utf-8")), channel)

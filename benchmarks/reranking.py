@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks import common, ours, pictures, samples
-from benchmarks.ways import ALL, ORIGINAL, OURS, OURS_BF16, PEER, Peer, Sample, equal_sample, real_sample, ways
+from benchmarks.ways import ALL, ORIGINAL, OURS, OURS_BF16, PEER, PeerSettings, Sample, equal_sample, real_sample, ways
 from simplified_tinybert.common.files import run_main, say
 from simplified_tinybert.model.pretrained import read_config
 from simplified_tinybert.ranking.speed import machine
@@ -73,8 +73,8 @@ def pairs_of(args: argparse.Namespace, name: str, device: torch.device) -> int:
     return args.pairs or PAIRS[device.type].get(name, 24)
 
 
-def peer_of(args: argparse.Namespace) -> Peer:
-    return Peer(args.st_batch_sizes, args.backends_python)
+def peer_of(args: argparse.Namespace) -> PeerSettings:
+    return PeerSettings(args.st_batch_sizes, args.backends_python)
 
 
 def measure_ways(args: argparse.Namespace, name: str, directory: Path, pairs: Sample, device: torch.device) -> dict:

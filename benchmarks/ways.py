@@ -22,7 +22,7 @@ ALL = (ORIGINAL, PEER, PEER_BF16, *peer_backends.WAYS, OURS, OURS_TEXTS, OURS_BF
 
 
 @dataclass
-class Peer:
+class PeerSettings:
     """Batch sizes to try with sentence-transformers, and the interpreter of an environment with its backends."""
     batch_sizes: list[int]
     backends_python: Path | None = None
@@ -92,7 +92,7 @@ class Backends:
         self.directory.cleanup()
 
 
-def ways(directory: Path, sample: Sample, device: torch.device, peer: Peer,
+def ways(directory: Path, sample: Sample, device: torch.device, peer: PeerSettings,
          names: tuple[str, ...]) -> dict[str, Callable[[], np.ndarray]]:
     """Return for each of the named implementations a function that scores all pairs of the sample."""
     original, length = OriginalBert(directory).eval().to(device), max(RERANK_LENGTH, sample.max_length)
