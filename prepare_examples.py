@@ -73,9 +73,9 @@ if TYPE_CHECKING:
     from simplified_tinybert.data.passage_filter import PassageFilter
 
 INPUTS = {"docs": "documents", "queries": "queries", "qrels": "judgements", "candidates": "candidates"}
-TRAIN_ONLY = {"qrels": None, "relevance_level": 1, "negatives": 1.0, "max_queries": None, "positive_passages": None,
-              "retrieved_positives": False, "seed": 42, "filter_model": None, "filter_threshold": None,
-              "max_seq_length": 256, "device": "auto", "bf16": False}
+TRAIN_ONLY = {"qrels": None, "relevance_level": 1, "negatives": 1.0, "positive_passages": None,
+              "retrieved_positives": False, "filter_model": None, "filter_threshold": None, "max_seq_length": 256,
+              "device": "auto", "bf16": False}
 GROUP = 8192        # passages that are scored together
 FILTER_ONLY = ("filter_threshold", "max_seq_length", "device", "bf16")
 
@@ -94,6 +94,8 @@ def parse_args() -> argparse.Namespace:
     add("--title", action="store_true", help="prepend the document's title to each passage")
     add("--first_passages", type=int, metavar="N", help="use the first N passages of a document (default: all)")
     add("--depth", type=int, metavar="N", help="use the N best candidates of each query (default: all)")
+    add("--max_queries", type=int, metavar="N", help="use N queries drawn at random (default: all)")
+    add("--seed", type=int, default=42, help="seed of all random draws (default: 42)")
     add("--cache_file_dir", type=Path, default=Path("cache"),
         help="directory for the document index and the unpacked text of .gz files (default: cache)")
     add = parser.add_argument_group("train only").add_argument
@@ -105,8 +107,6 @@ def parse_args() -> argparse.Namespace:
     add("--retrieved_positives", action="store_true", default=None, help="use relevant documents only if they are "
         "candidates, as in re-ranking. Use it if the first-stage ranking misses most relevant documents: the missed "
         "ones would teach that relevant passages share few words with their query")
-    add("--max_queries", type=int, metavar="N", help="use N queries drawn at random (default: all)")
-    add("--seed", type=int, help="seed of all random draws (default: 42)")
     add("--filter_model", metavar="MODEL", help="ranker (directory or hub id) that selects passages of relevant "
         "documents")
     add("--filter_threshold", type=float, metavar="P", help="keep passages with a probability of at least P according "
@@ -150,9 +150,11 @@ def check_args(args: argparse.Namespace, problems: Problems) -> None:
         problems.add(f"--cache_file_dir {args.cache_file_dir}: is a file; name a directory")
 
 
-def test_lines(collection: Collection, passages: PassageSource, progress: tqdm) -> Iterator[str]:
-    """Yield an output line for each passage of each candidate."""
+def test_lines(collection: Collection, chosen: set[str], passages: PassageSource, progress: tqdm) -> Iterator[str]:
+    """Yield an output line for each passage of each candidate of the `chosen` queries."""
     for query_id, ranked in collection.candidates(Problems()):
+        if query_id not in chosen:
+            continue
         if text := collection.queries.get(query_id):
             for document_id in ranked:
                 for number, passage in enumerate(passages.get(query_id, document_id)):
@@ -197,18 +199,20 @@ def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[st
     """Write the output and return the counts. If skipped lines are not written, the output is not either."""
     window = PassageWindow(args.window, args.stride, args.title, args.first_passages)
     passages, counts = PassageSource(collection.documents, window, skipped), Counter()
-    if args.set_name == "train":
-        usable = [query_id for query_id in sizes if collection.queries.get(query_id)
-                  and relevant_documents(collection, query_id, args.relevance_level)]
-        chosen = set(usable) if args.max_queries is None else draw_queries(usable, args.max_queries, args.seed)
+    train = args.set_name == "train"
+    usable = [query_id for query_id in sizes if not train or collection.queries.get(query_id)
+              and relevant_documents(collection, query_id, args.relevance_level)]
+    chosen = set(usable) if args.max_queries is None else draw_queries(usable, args.max_queries, args.seed)
+    if train:
         sampling = Sampling(args.relevance_level, args.negatives, args.positive_passages,
                             args.filter_threshold or 0.0, args.retrieved_positives, args.seed)
         progress = tqdm(training_queries(collection, chosen, sampling, passages), total=len(chosen), desc="sampling",
                         unit=" queries", unit_scale=True)
         lines = train_lines(progress, sampling, ranker, passages, counts)
     else:
-        progress = tqdm(total=sum(sizes.values()), desc="splitting", unit=" documents", unit_scale=True)
-        lines = test_lines(collection, passages, progress)
+        progress = tqdm(total=sum(sizes[query_id] for query_id in chosen), desc="splitting", unit=" documents",
+                        unit_scale=True)
+        lines = test_lines(collection, chosen, passages, progress)
     with progress, (atomic_writer(args.output) if skipped.path else open(os.devnull, "w", encoding="utf-8")) as handle:
         for line in lines:
             handle.write(line)

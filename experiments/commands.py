@@ -49,6 +49,7 @@ class Commands:
                           "--device", self.args.device]
         else:
             flags = ["test", "--depth", settings.dev_depth if split == "dev" else settings.test_depth]
+            flags += ["--max_queries", settings.dev_queries] if split == "dev" and settings.dev_queries else []
         return Command(f"pairs-{split}", output, self.script(
             "prepare_examples.py", *flags, "--docs", files["docs"], "--queries", files[f"queries.{split}"],
             "--candidates", files[f"bm25.{split}"], "--output", output, "--cache_file_dir", self.out / "cache",

@@ -144,7 +144,7 @@ def main() -> None:
         inputs = {name: file_identity(path) for name, path in files.items()} | {
             role: weights_checksum(directory) for role, (directory, _) in models.items()} | {
             name: getattr(settings, name)
-            for name in ("max_seq_length", "passages", "sampling", "dev_depth", "test_depth")}
+            for name in ("max_seq_length", "passages", "sampling", "dev_depth", "dev_queries", "test_depth")}
         for directory in (args.output_dir, args.records):
             keep_inputs(directory / "inputs.json", inputs)
         study = Study(args, settings, files)

@@ -95,6 +95,7 @@ def run_all(title: str, commands: list[Command], jobs: int, logs: Path) -> None:
                 for command in ready[:jobs - len(running)]:
                     waiting.remove(command)
                     running.append((command, command.start(logs, environment, die_with_parent)))
+                    progress.set_postfix_str(", ".join(command.name for command, _ in running))
                 if not running:
                     raise UserError(f"{waiting[0].name} needs {waiting[0].needs}, which no command makes")
                 for command, process in running[:]:

@@ -95,6 +95,7 @@ class Settings:
     tuning: Tuning = field(default_factory=Tuning)
     steps: list[Step] = field(default_factory=list)         # default: all students by all methods
     titles: dict[str, str] = field(default_factory=dict)    # method → name in tables
+    dev_queries: int | None = None  # dev queries to validate on, drawn at random; None: all
 
     def __post_init__(self) -> None:
         self.steps = self.steps or [Step(list(self.students), list(self.methods))]
@@ -126,9 +127,9 @@ class Settings:
     def check_numbers(self) -> Iterator[str]:
         if self.tuning.epochs < 0 or self.tuning.extensions < 0:
             yield "tuning: expected epochs and extensions of 0 or more"
-        for name in ("max_seq_length", "dev_depth", "test_depth"):
-            if getattr(self, name) < 1:
-                yield f"{name} = {getattr(self, name)}: expected 1 or more"
+        for name in ("max_seq_length", "dev_depth", "test_depth", "dev_queries"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                yield f"{name} = {value}: expected 1 or more"
         for name, seeds in (("seeds", self.seeds), ("teacher.seeds", self.teacher.seeds)):
             if len(set(seeds)) < len(seeds) or any(type(seed) is not int or seed < 0 for seed in seeds) or not seeds:
                 yield f"{name} = {seeds}: expected distinct whole numbers, 0 or more"

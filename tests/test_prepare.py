@@ -328,6 +328,18 @@ def test_the_output_depends_on_the_seed_only(large, run_here):
     assert subset < first
 
 
+def test_some_of_the_test_queries(large, run_here):
+    """--max_queries keeps all lines of the drawn queries; the draw depends on ids and seed only."""
+    def outcome(*flags):
+        run_here(prepare_examples, "test", *large.flags(), *flags)
+        return (large.directory / "out.tsv").read_bytes().splitlines()
+    everything, some = outcome(), outcome("--max_queries", 7)
+    drawn = {line.partition(b"#")[0] for line in some}
+    assert len(drawn) == 7 and some == [line for line in everything if line.partition(b"#")[0] in drawn]
+    assert outcome("--max_queries", 7, "--seed", 43) != some
+    assert outcome("--max_queries", 10_000) == everything
+
+
 # --- the filter
 
 @pytest.fixture
@@ -492,7 +504,8 @@ def test_errors_of_all_files_are_reported_together(files):
 @pytest.mark.parametrize(("flags", "messages"), [
     (["test"], ["--docs: add", "--queries: add", "--candidates: add"]),
     (["train"], ["--qrels: add this flag, or --dataset"]),
-    (["test", "--qrels", "q.txt", "--seed", 1], ["--qrels: is for train only", "--seed: is for train only", "q.txt"]),
+    (["test", "--qrels", "q.txt", "--negatives", 1],
+     ["--qrels: is for train only", "--negatives: is for train only", "q.txt"]),
     (["train", "--window", 0, "--negatives", -1, "--depth", 0, "--relevance_level", 0, "--max_queries", 0],
      ["--window 0: expected 1 word", "--negatives -1.0: expected", "--depth 0", "--relevance_level 0", "--max_qu"]),
     (["test", "--stride", 151], ["--stride 151: expected 1 to --window"]),
