@@ -73,9 +73,8 @@ if TYPE_CHECKING:
     from simplified_tinybert.data.passage_filter import PassageFilter
 
 INPUTS = {"docs": "documents", "queries": "queries", "qrels": "judgements", "candidates": "candidates"}
-TRAIN_ONLY = {"qrels": None, "relevance_level": 1, "negatives": 1.0, "positive_passages": None,
-              "retrieved_positives": False, "filter_model": None, "filter_threshold": None, "max_seq_length": 256,
-              "device": "auto", "bf16": False}
+TRAIN_ONLY = {"relevance_level": 1, "negatives": 1.0, "positive_passages": None, "retrieved_positives": False,
+              "filter_model": None, "filter_threshold": None, "max_seq_length": 256, "device": "auto", "bf16": False}
 GROUP = 8192        # passages that are scored together
 FILTER_ONLY = ("filter_threshold", "max_seq_length", "device", "bf16")
 
@@ -87,6 +86,7 @@ def parse_args() -> argparse.Namespace:
     add("--docs", type=Path, help="documents, plain or .gz")
     add("--queries", type=Path, help="queries")
     add("--candidates", type=Path, help="candidate documents of each query")
+    add("--qrels", type=Path, help="judgements (test: optional; then only judged queries are used)")
     add("--dataset", metavar="ID", help="ir_datasets id of a dataset, which supplies every input without a file")
     add("--output", type=Path, required=True, help="file to write")
     add("--window", type=int, default=150, help="maximum number of words in a passage, title excluded (default: 150)")
@@ -99,7 +99,6 @@ def parse_args() -> argparse.Namespace:
     add("--cache_file_dir", type=Path, default=Path("cache"),
         help="directory for the document index and the unpacked text of .gz files (default: cache)")
     add = parser.add_argument_group("train only").add_argument
-    add("--qrels", type=Path, help="judgements")
     add("--relevance_level", type=int, help="lowest grade that counts as relevant (default: 1)")
     add("--negatives", type=float, help="passages of label 0 per passage of label 1, may be a fraction (default: 1)")
     add("--positive_passages", type=int, metavar="N", help="maximum number of passages per relevant document: drawn at "
@@ -194,14 +193,21 @@ def log_absent_queries(collection: Collection, sizes: dict[str, int], level: int
             skipped.add("query_without_text", query_id)
 
 
+def is_usable(query_id: str, collection: Collection, args: argparse.Namespace) -> bool:
+    """Whether a query may be drawn by --max_queries. Without this flag, test also takes queries without a text."""
+    if args.set_name == "train":
+        return bool(collection.queries.get(query_id) and relevant_documents(collection, query_id, args.relevance_level))
+    judged = not args.qrels or query_id in collection.grades
+    return judged and (args.max_queries is None or bool(collection.queries.get(query_id)))
+
+
 def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[str, int],
                 ranker: "PassageFilter | None", skipped: SkippedLog) -> Counter:
     """Write the output and return the counts. If skipped lines are not written, the output is not either."""
     window = PassageWindow(args.window, args.stride, args.title, args.first_passages)
     passages, counts = PassageSource(collection.documents, window, skipped), Counter()
     train = args.set_name == "train"
-    usable = [query_id for query_id in sizes if not train or collection.queries.get(query_id)
-              and relevant_documents(collection, query_id, args.relevance_level)]
+    usable = [query_id for query_id in sizes if is_usable(query_id, collection, args)]
     chosen = set(usable) if args.max_queries is None else draw_queries(usable, args.max_queries, args.seed)
     if train:
         sampling = Sampling(args.relevance_level, args.negatives, args.positive_passages,
@@ -210,6 +216,9 @@ def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[st
                         unit=" queries", unit_scale=True)
         lines = train_lines(progress, sampling, ranker, passages, counts)
     else:
+        for query_id in sizes if args.qrels else ():
+            if query_id not in collection.grades:
+                skipped.add("query_without_judgement", query_id)
         progress = tqdm(total=sum(sizes[query_id] for query_id in chosen), desc="splitting", unit=" documents",
                         unit_scale=True)
         lines = test_lines(collection, chosen, passages, progress)

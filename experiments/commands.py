@@ -48,8 +48,9 @@ class Commands:
                 flags += ["--filter_model", self.args.teacher_model, "--max_seq_length", settings.max_seq_length,
                           "--device", self.args.device]
         else:
-            flags = ["test", "--depth", settings.dev_depth if split == "dev" else settings.test_depth]
-            flags += ["--max_queries", settings.dev_queries] if split == "dev" and settings.dev_queries else []
+            most = getattr(settings, f"{split}_queries")
+            flags = ["test", "--qrels", files[f"qrels.{split}"], "--depth", getattr(settings, f"{split}_depth"),
+                     *(["--max_queries", most] if most else [])]
         return Command(f"pairs-{split}", output, self.script(
             "prepare_examples.py", *flags, "--docs", files["docs"], "--queries", files[f"queries.{split}"],
             "--candidates", files[f"bm25.{split}"], "--output", output, "--cache_file_dir", self.out / "cache",

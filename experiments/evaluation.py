@@ -76,17 +76,18 @@ def comparisons(values: Values, shapes: dict[str, str], measures: list[str], pro
 
 def speeds(configs: dict[str, BertConfig], features: Path, device: torch.device) -> dict:
     """Measure each shape: parameters, pairs per second, speed-up over the first shape. The weights are random."""
-    models = {}
+    models, parameters = {}, {}
     for name, config in configs.items():
         models[name] = new_cross_encoder(config, torch.Generator().manual_seed(42)).to(device)
+        parameters[name] = count_parameters(models[name])       # packed weights are no parameters
         prepare(models[name], None, False)
     pairs = sample_pairs([features], summarise([features], Problems()).examples, SPEED_PAIRS[device.type])
     rates = measure(models, pairs, device, SPEED_ROUNDS)
     baseline = next(iter(rates.values()))
-    shapes = {name: {"shape": name, "parameters": count_parameters(model), "rounds": rates[name],
+    shapes = {name: {"shape": name, "parameters": parameters[name], "rounds": rates[name],
                      "pairs_per_second": statistics.median(rates[name]),
                      "speed_up": statistics.median(rate / base for rate, base in zip(rates[name], baseline))}
-              for name, model in models.items()}
+              for name in models}
     hardware = machine(device)
     where = hardware["GPU"] if device.type == "cuda" else f"{hardware['CPU']}, cores {hardware['cores']}"
     return {"shapes": shapes, "note": f"median of {SPEED_ROUNDS} rounds in turn over the same {len(pairs)} pairs of "

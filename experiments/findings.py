@@ -130,7 +130,7 @@ def report_text(results: dict) -> str:
         judgement = "The teacher is significantly better than BM25."
     return "\n\n".join([
         f"{results['queries']} test queries, {counted(len(settings['seeds']), 'seed')}, re-ranking BM25's first "
-        f"{settings['test_depth']} candidates. {judgement}",
+        f"{settings['test_depth']} candidates{candidates_note(results)}. {judgement}",
         effectiveness_table(results),
         f"{'± is the standard deviation over the seeds. ' if len(settings['seeds']) > 1 else ''}† marks a significant "
         f"difference from the teacher, ‡ from BM25: paired t-test over the queries, on each query's mean over the "
@@ -141,6 +141,16 @@ def report_text(results: dict) -> str:
         "correction for all comparisons with the same system. So an interval may exclude 0 although the difference is "
         "not significant.",
         *parts]) + "\n"
+
+
+def candidates_note(results: dict) -> str:
+    """Say if queries have fewer candidates than the depth, or none. Results of earlier versions do not say it."""
+    notes, mean = [], results.get("candidates", results["settings"]["test_depth"])
+    if mean < results["settings"]["test_depth"]:
+        notes.append(f"{mean:.1f} on average")
+    if missing := results.get("without_candidates"):
+        notes.append(f"judged queries without candidates, left out: {missing}")
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def counted(number: int, noun: str) -> str:

@@ -25,18 +25,23 @@ missing student or the test queries need its weights. To train a model again, re
 commands run in parallel and share the CPU threads.
 """
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
 
+from tqdm import tqdm
 from transformers import BertConfig
 
+from experiments.plan import say_teacher, say_work
 from experiments.results import write_results
 from experiments.settings import keep_inputs, read_settings
 from experiments.study import Study
 from simplified_tinybert.common.checks import check_pair, find_models
+from simplified_tinybert.common.device import select_device
 from simplified_tinybert.common.files import Problems, check_input_file, check_ranges, run_main, say
 from simplified_tinybert.common.processes import locked
 from simplified_tinybert.common.records import file_identity
-from simplified_tinybert.data.collection import by_query, read_rows
+from simplified_tinybert.common.workers import available_cores
+from simplified_tinybert.data.collection import by_query, read_queries, read_rows
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.weights import weights_checksum
 from simplified_tinybert.ranking.trec import check_common_queries, first_ten, read_qrels
@@ -73,17 +78,21 @@ def find_files(collection: Path, problems: Problems) -> dict[str, Path]:
     return files
 
 
-def check_judgements(files: dict[str, Path], problems: Problems) -> None:
-    """Check before hours of training that the qrels can be read and that dev and test have judged candidates."""
+def check_collection(files: dict[str, Path], problems: Problems) -> None:
+    """Check all files but the documents before anything is made, and that each split has judged candidates."""
     for split in ("train", "dev", "test"):
-        path, candidates = files[f"qrels.{split}"], files[f"bm25.{split}"]
-        qrels = read_qrels(path, problems) if path.is_file() else {}
-        if split != "train" and candidates.is_file():
-            ranked = {query_id: {} for query_id, _ in by_query(read_rows(candidates, problems), "", 1, Problems())}
-            check_common_queries(path, qrels, {candidates: ranked}, problems)
-            if missing := [query_id for query_id in qrels if query_id not in ranked]:
-                say(f"{path}: {len(missing)} judged queries have no candidates and are left out for all systems: "
-                    f"{first_ten(missing)}")
+        queries, path, candidates = (files[f"{kind}.{split}"] for kind in ("queries", "qrels", "bm25"))
+        if not all(file.is_file() for file in (queries, path, candidates)):
+            continue                                    # find_files has named those that are missing
+        read_queries(queries, problems)
+        qrels = read_qrels(path, problems)
+        progress = tqdm(by_query(read_rows(candidates, problems), str(candidates), 1, problems),
+                        desc=f"checking {candidates.name}", unit=" queries", unit_scale=True)
+        ranked = {query_id: {} for query_id, _ in progress}
+        check_common_queries(path, qrels, {candidates: ranked}, problems)
+        if missing := [query_id for query_id in qrels if query_id not in ranked]:
+            say(f"{path}: {len(missing):,} of {len(qrels):,} judged queries have no candidates and are left out for "
+                f"all systems: {first_ten(missing)}")
 
 
 def check_models(models: dict[str, tuple[Path, BertConfig]], problems: Problems) -> None:
@@ -104,13 +113,17 @@ def check_models(models: dict[str, tuple[Path, BertConfig]], problems: Problems)
 
 def run(study: Study, steps: int | None) -> None:
     """Run the steps one after the other, up to --until and --steps, and write results after each."""
+    say_work(study, steps)
     if study.args.until == "models":
         study.make_models(list(study.shapes))
         write_results(study, {})
+        say_teacher(study, steps)
         return
     study.make_models([], weights=False)
     if study.args.until == "test":
         study.test_first()
+    write_results(study, {})
+    say_teacher(study, steps)
     finished = {}
     for step in study.settings.steps[:steps]:
         if step.teachers:
@@ -131,22 +144,25 @@ def main() -> None:
         f"student {name}": shape.model for name, shape in (settings.students.items() if settings else ())}, problems)
     check_ranges(args, problems, [(name, getattr(args, name) is None or getattr(args, name) >= 1, "1 or more")
                                   for name in ("jobs", "steps")])
-    check_judgements(files, problems)
+    check_collection(files, problems)
     problems.raise_if_any()
     check_models(models, problems)
     problems.raise_if_any()
-    args.bert_model = models["pre-trained BERT"][0]
-    args.teacher_model = models["teacher"][0] if args.teacher_model else None
+    say(f"device       {select_device(args.device)}, {available_cores()} cores, up to {args.jobs} commands at a time")
+    args.bert_model = models["pre-trained BERT"][0].resolve()
+    args.teacher_model = models["teacher"][0].resolve() if args.teacher_model else None
     args.records = (args.records or args.output_dir / "records").resolve()
     for directory in (args.output_dir, args.records):
         directory.mkdir(parents=True, exist_ok=True)
-    with locked(args.output_dir), locked(args.records):
+    with ExitStack() as stack:
+        for directory in sorted({args.output_dir, args.records}):
+            stack.enter_context(locked(directory))
         inputs = {name: file_identity(path) for name, path in files.items()} | {
             role: weights_checksum(directory) for role, (directory, _) in models.items()} | {
-            name: getattr(settings, name)
-            for name in ("max_seq_length", "passages", "sampling", "dev_depth", "dev_queries", "test_depth")}
-        for directory in (args.output_dir, args.records):
-            keep_inputs(directory / "inputs.json", inputs)
+            name: getattr(settings, name) for name in ("max_seq_length", "passages", "sampling", "dev_depth",
+                                                       "dev_queries", "test_depth", "test_queries")}
+        keep_inputs(args.output_dir / "inputs.json", inputs, made=any((args.output_dir / "data").glob("*.tsv")))
+        keep_inputs(args.records / "inputs.json", inputs, made=len(list(args.records.glob("*.json"))) > 1)
         study = Study(args, settings, files)
         study.prepare()
         run(study, args.steps)

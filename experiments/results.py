@@ -75,7 +75,9 @@ def test_results(study: Study, rates: dict[Pair, float]) -> dict:
         shape, method = pairs.get(name, (study.teacher_shape, name))
         systems.append({"name": name, "method": method, "shape": None, "seeds": by_measure}
                        | (speed["shapes"][shape] if name != "BM25" else {}))
+    qrels, bm25 = read_qrels(study.files["qrels.test"], Problems()), first_ranking(study.out / "data" / "test.tsv")
     return {"queries": len(values["BM25"][settings.measures[0]]), "systems": systems, "speed_note": speed["note"],
+            "candidates": statistics.fmean(map(len, bm25.values())), "without_candidates": len(qrels.keys() - bm25),
             "teacher_seeds": {str(seed): study.records.test([name], settings.measures)[0]
                               for seed, name in zip(settings.teacher.seeds, teachers) if not study.needs_test(name)},
             "comparisons": comparisons(values, {name: pair[0] for name, pair in pairs.items()}, settings.measures,

@@ -14,6 +14,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from simplified_tinybert.common.files import UserError, atomic_writer
+from simplified_tinybert.common.workers import available_cores
+
+# No time left: some commands take seconds, some hours.
+BAR = "{desc}: {n_fmt} of {total_fmt} commands done, {elapsed}{postfix}"
 
 
 @dataclass
@@ -27,6 +31,7 @@ class Command:
     words: list[str] = field(repr=False)
     needs: list[Path] = field(default_factory=list)
     after: Callable[[], None] | None = None
+    log_start: int = 0              # where this run begins in the log, in bytes
 
     def is_done(self, logs: Path) -> bool:
         """Return whether the output exists. Raises UserError if a different command made it."""
@@ -39,11 +44,20 @@ class Command:
         check_same(self.output, comparable(before), comparable(self.words))
         return True
 
-    def start(self, logs: Path, environment: dict[str, str], preexec: Callable[[], None] | None) -> subprocess.Popen:
+    def start(self, logs: Path, threads: int, preexec: Callable[[], None] | None) -> subprocess.Popen:
         """Start the command in a new session, so that it does not get this process's Ctrl-C."""
+        environment = {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "30", **os.environ}
         with open(logs / f"{self.name}.log", "ab") as log:
+            self.log_start = log.tell()
             return subprocess.Popen(self.words, stdout=log, stderr=log, env=environment, start_new_session=True,
                                     preexec_fn=preexec)
+
+    def warnings(self, logs: Path) -> list[str]:
+        """The warnings that the command has printed since its start."""
+        with open(logs / f"{self.name}.log", "rb") as log:
+            log.seek(self.log_start)
+            text = log.read().decode("utf-8", errors="replace").replace("\r", "\n")
+        return [line for line in text.splitlines() if line.startswith("warning: ")]
 
     def finish(self) -> None:
         if self.after:
@@ -71,30 +85,29 @@ def comparable(words: list[str], named_paths: dict[str, Path] | None = None) -> 
 
 
 def run_all(title: str, commands: list[Command], jobs: int, logs: Path) -> None:
-    """Run the commands that are not done yet, up to `jobs` at a time, each with its own log and share of the threads.
+    """Run the commands that are not done yet, up to `jobs` at a time, each with its own log and share of the cores.
 
-    If a command fails, raises UserError with the end of its log. The other commands then get SIGTERM, as they do when
-    this process ends, and save their state.
+    Their warnings are printed, each only once. If a command fails, raises UserError with the end of its log. The other
+    commands then get SIGTERM, as they do when this process ends, and save their state.
     """
-    waiting = []
+    waiting, printed = [], set()
     for command in commands:
         if command.is_done(logs):
             command.finish()
         else:
             waiting.append(command)
-    threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(waiting))))
-    environment = {"OMP_NUM_THREADS": str(threads), "TQDM_MININTERVAL": "30", **os.environ}
     die_with_parent = make_die_with_parent()
     running: list[tuple[Command, subprocess.Popen]] = []
-    with tqdm(total=len(commands), initial=len(commands) - len(waiting), desc=title, unit=" commands") as progress:
+    with tqdm(total=len(commands), initial=len(commands) - len(waiting), desc=title, bar_format=BAR) as progress:
         try:
             while waiting or running:
                 unfinished = {command.output for command in (*waiting, *(command for command, _ in running))}
                 ready = [command for command in waiting
                          if all(path.exists() and path not in unfinished for path in command.needs)]
+                threads = max(1, available_cores() // max(1, min(jobs, len(running) + len(ready))))
                 for command in ready[:jobs - len(running)]:
                     waiting.remove(command)
-                    running.append((command, command.start(logs, environment, die_with_parent)))
+                    running.append((command, command.start(logs, threads, die_with_parent)))
                     progress.set_postfix_str(", ".join(command.name for command, _ in running))
                 if not running:
                     raise UserError(f"{waiting[0].name} needs {waiting[0].needs}, which no command makes")
@@ -102,6 +115,7 @@ def run_all(title: str, commands: list[Command], jobs: int, logs: Path) -> None:
                     if process.poll() is not None:
                         running.remove((command, process))
                         check_success(command, process.returncode, logs / f"{command.name}.log")
+                        print_new(command, logs, printed)
                         command.finish()
                         progress.update()
                 time.sleep(0.1)
@@ -110,6 +124,14 @@ def run_all(title: str, commands: list[Command], jobs: int, logs: Path) -> None:
                 process.terminate()
             for _, process in running:
                 process.wait()
+
+
+def print_new(command: Command, logs: Path, printed: set[str]) -> None:
+    """Print the command's warnings that are not in `printed`, and add them to it."""
+    for line in command.warnings(logs):
+        if line not in printed:
+            tqdm.write(f"{line} ({command.name})", file=sys.stderr)
+        printed.add(line)
 
 
 def make_die_with_parent() -> Callable[[], None] | None:
@@ -132,7 +154,8 @@ def check_success(command: Command, code: int, log: Path) -> None:
     """Raise UserError with the last lines of the log if a command failed."""
     if code or not command.output.exists():
         text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+        hint = "; it was killed, perhaps because the memory was full (try --jobs 1)" if code == -signal.SIGKILL else ""
         last_lines = [line for line in text.splitlines() if line.strip() and "/s]" not in line][-12:]
         raise UserError("\n".join([
-            f"{command.name} ended with exit code {code}: {shlex.join(command.words)}", *last_lines,
+            f"{command.name} ended with exit code {code}{hint}: {shlex.join(command.words)}", *last_lines,
             f"full log: {log}; after fixing the cause, run the same study command to continue"]))

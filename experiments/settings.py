@@ -50,6 +50,11 @@ class Training:
     def epochs(self, examples: int) -> float:
         return min(self.most_epochs, self.pairs / examples)
 
+    def part(self, share: float) -> "Training":
+        """This training on a share of the budget, validated once."""
+        return replace(self, pairs=max(1, round(self.pairs * share)), most_epochs=self.most_epochs * share,
+                       validations=1)
+
     def of(self, learning_rate: float, seed: int) -> "Training":
         """This training with one learning rate and one seed."""
         return replace(self, learning_rates=[learning_rate], seeds=[seed])
@@ -59,10 +64,10 @@ class Training:
 class Tuning:
     """How a method's learning rate is chosen, with the first seed.
 
-    `epochs`: length of a trial; 0: the full budget, so that the trial is also the first seed's run.
+    `share`: length of a trial, as a share of the budget; 0: all of it, so that a trial is also the first seed's run.
     `extensions`: maximum number of further rates to try below the lowest or above the highest, if that is the best.
     """
-    epochs: float = 0.0
+    share: float = 0.0
     extensions: int = 2
 
 
@@ -95,7 +100,8 @@ class Settings:
     tuning: Tuning = field(default_factory=Tuning)
     steps: list[Step] = field(default_factory=list)         # default: all students by all methods
     titles: dict[str, str] = field(default_factory=dict)    # method → name in tables
-    dev_queries: int | None = None  # dev queries to validate on, drawn at random; None: all
+    dev_queries: int | None = None  # at most so many, drawn at random; None: all
+    test_queries: int | None = None
 
     def __post_init__(self) -> None:
         self.steps = self.steps or [Step(list(self.students), list(self.methods))]
@@ -125,9 +131,9 @@ class Settings:
             yield f"titles: {unknown} are not methods"
 
     def check_numbers(self) -> Iterator[str]:
-        if self.tuning.epochs < 0 or self.tuning.extensions < 0:
-            yield "tuning: expected epochs and extensions of 0 or more"
-        for name in ("max_seq_length", "dev_depth", "test_depth", "dev_queries"):
+        if not 0 <= self.tuning.share < 1 or self.tuning.extensions < 0:
+            yield "tuning: expected a share from 0 to below 1, and extensions of 0 or more"
+        for name in ("max_seq_length", "dev_depth", "test_depth", "dev_queries", "test_queries"):
             if (value := getattr(self, name)) is not None and value < 1:
                 yield f"{name} = {value}: expected 1 or more"
         for name, seeds in (("seeds", self.seeds), ("teacher.seeds", self.teacher.seeds)):
@@ -197,9 +203,9 @@ def read_toml(path: Path) -> dict:
     return merged
 
 
-def keep_inputs(path: Path, inputs: dict[str, object]) -> None:
-    """Save a study's inputs. Raises UserError if it was started with other inputs."""
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else inputs
+def keep_inputs(path: Path, inputs: dict[str, object], made: bool) -> None:
+    """Save a study's inputs. Raises UserError if something was `made` from other inputs."""
+    before = json.loads(path.read_text(encoding="utf-8")) if made and path.is_file() else inputs
     changed = [f"{name} was {old!r}, is {inputs.get(name)!r}" for name, old in before.items()
                if old != inputs.get(name)]
     if changed:

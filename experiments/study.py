@@ -156,8 +156,8 @@ class Study:
     def student(self, pair: Pair, rate: float, seed: int, tuning: bool = False) -> Command:
         """The command that trains a student; with `tuning`, on the budget of a trial."""
         budget, flags = self.settings.distillation, self.settings.methods[pair[1]].split()
-        if tuning := tuning and self.settings.tuning.epochs > 0:
-            budget = replace(budget, most_epochs=min(budget.most_epochs, self.settings.tuning.epochs), validations=1)
+        if tuning := tuning and self.settings.tuning.share > 0:
+            budget = budget.part(self.settings.tuning.share)
         made_of = {"general student": self.general_student(pair[0])}
         if "finetune" not in flags:
             made_of["teacher"] = self.teacher()

@@ -328,6 +328,20 @@ def test_the_output_depends_on_the_seed_only(large, run_here):
     assert subset < first
 
 
+def test_only_judged_test_queries(large, run_here):
+    run_here(prepare_examples, "test", *large.flags())
+    everything = (large.directory / "out.tsv").read_text().splitlines()
+    judged = [line.partition("#")[0] for line in everything[::40]]
+    large.write("some.txt", "".join(f"{query_id} 0 other 0\n" for query_id in judged))
+    stderr = run_here(prepare_examples, "test", *large.flags(qrels="some.txt"))
+    lines = (large.directory / "out.tsv").read_text().splitlines()
+    assert lines == [line for line in everything if line.partition("#")[0] in judged] and len(lines) < len(everything)
+    absent = {line.partition("#")[0] for line in everything} - set(judged)
+    assert f"skipped {len(absent)} (query_without_judgement)" in stderr
+    left_out = (large.directory / "out.tsv.left_out.tsv").read_text()
+    assert {line.split("\t")[1] for line in left_out.splitlines() if "judgement" in line} == absent
+
+
 def test_some_of_the_test_queries(large, run_here):
     """--max_queries keeps all lines of the drawn queries; the draw depends on ids and seed only."""
     def outcome(*flags):
@@ -504,8 +518,7 @@ def test_errors_of_all_files_are_reported_together(files):
 @pytest.mark.parametrize(("flags", "messages"), [
     (["test"], ["--docs: add", "--queries: add", "--candidates: add"]),
     (["train"], ["--qrels: add this flag, or --dataset"]),
-    (["test", "--qrels", "q.txt", "--negatives", 1],
-     ["--qrels: is for train only", "--negatives: is for train only", "q.txt"]),
+    (["test", "--qrels", "q.txt", "--negatives", 1], ["--negatives: is for train only", "q.txt: cannot read"]),
     (["train", "--window", 0, "--negatives", -1, "--depth", 0, "--relevance_level", 0, "--max_queries", 0],
      ["--window 0: expected 1 word", "--negatives -1.0: expected", "--depth 0", "--relevance_level 0", "--max_qu"]),
     (["test", "--stride", 151], ["--stride 151: expected 1 to --window"]),

@@ -22,15 +22,18 @@ from helpers.scripts import SCRIPTS, forked
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from transformers import BertConfig, BertForSequenceClassification
 
 from experiments import cropped_queries, evaluation, findings, running
 from experiments import replicate as replicate_script
 from experiments.cropped_queries import examples, sample_texts
 from experiments.model_records import Records, read_log, weights_sha256
 from experiments.running import Command, run_all
-from experiments.settings import divisor_at_least, read_settings
+from experiments.settings import Training, divisor_at_least, keep_inputs, read_settings
 from experiments.study import extension
 from simplified_tinybert.common.files import Problems, UserError
+from simplified_tinybert.common.workers import available_cores
+from simplified_tinybert.model.bert import count_parameters
 from simplified_tinybert.ranking.trec import read_qrels
 
 RESULTS = ROOT / "experiments" / "results"
@@ -101,7 +104,7 @@ steps = [
     { students = ["half"], methods = ["Simplified TinyBERT"] },
 ]
 [tuning]
-epochs = 0.1
+share = 0.3
 extensions = 1
 [teacher]
 seeds = [3, 4]
@@ -156,8 +159,16 @@ def study(golden_models, tmp_path, monkeypatch, run_here):
     return run
 
 
-def test_teacher_and_general_students(study, tmp_path):
+def test_teacher_and_general_students(study, tmp_path, run_here, golden_models):
+    (tmp_path / "small.toml").write_text(SETTINGS.replace("dev_depth = 4", "dev_depth = 4\ndev_queries = 6"))
     results = study("small.toml", "out", "--until", "models")
+    assert results["dev"]["queries"] == 6
+    stderr = run_here(
+        replicate_script, tmp_path / "small.toml", "--collection", tmp_path / "raw", "--output_dir", tmp_path / "out",
+        "--device", "cpu", "--bert_model", golden_models["teacher"], "--until", "models")
+    assert re.search(r"\d\d to train with; each model re-ranks \d\d dev and \d\d\d test pairs", stderr), stderr
+    assert "6 runs of 24: TinyBERT, Simplified TinyBERT (1/24)" in stderr
+    assert re.search(r"BM25 0\.\d{4}, teacher 0\.\d{4}\n(.*\n)*step 1 +about 0.0 hours", stderr), stderr
     assert set(results["dev"]["nDCG@10"]) == {"random order", "BM25", "BERT after its warm-up",
                                               "general student 1/24", "teacher, learning rate 0.001"}
     assert all(0 < value <= 1 for value in results["dev"]["nDCG@10"].values()) and results["tuned"] == []
@@ -409,7 +420,54 @@ def test_input_errors_are_reported_before_anything_is_made(tmp_path):
         assert part in done.stderr, done.stderr
 
 
+def test_errors_in_the_collection_are_found_before_anything_is_made(tmp_path, golden_models):
+    write_collection(tmp_path / "raw")
+    queries, run = tmp_path / "raw" / "queries.train.tsv", tmp_path / "raw" / "bm25.train.txt"
+    queries.write_text(queries.read_text().replace("q1\t", "q#1\t"))
+    run.write_text(run.read_text() + run.read_text().splitlines(keepends=True)[0])
+    (tmp_path / "small.toml").write_text(SETTINGS)
+    done = run_script("experiments.replicate", tmp_path / "small.toml", "--collection", tmp_path / "raw",
+                      "--output_dir", tmp_path / "out", "--device", "cpu", "--bert_model", golden_models["teacher"])
+    assert done.returncode == 2 and "queries.train.tsv:2: found query id 'q#1'" in done.stderr, done.stderr
+    assert "must be contiguous" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_inputs_are_fixed_once_something_is_made(tmp_path):
+    path = tmp_path / "inputs.json"
+    keep_inputs(path, {"docs": 1}, made=False)
+    keep_inputs(path, {"docs": 2}, made=False)                  # for example after mending the documents
+    keep_inputs(path, {"docs": 2, "dev_queries": 5}, made=True)
+    with pytest.raises(UserError, match="docs was 2, is 3"):
+        keep_inputs(path, {"docs": 3}, made=True)
+
+
+def test_trials_are_shares_of_the_budget():
+    training = Training(pairs=100_000, most_epochs=2, batch_size=16, flags="", validations=4)
+    for pairs in (18_300, 160_000):
+        trial = training.part(0.25)
+        assert trial.epochs(pairs) == pytest.approx(training.epochs(pairs) / 4) and trial.validations == 1
+    assert training.part(0.25).epochs(18_300) == 0.5                            # as in the recorded commands
+
+
+def test_warnings_of_commands_are_printed_once(tmp_path, capsys):
+    code = "import sys; print('passages:  50%\\rwarning: skipped 3\\nnote', file=sys.stderr); open(sys.argv[1], 'w')"
+    for attempt in range(2):
+        run_all("both", [Command(name, tmp_path / name, [sys.executable, "-c", code, str(tmp_path / name)])
+                         for name in ("a", "b")], 1, tmp_path)
+        assert capsys.readouterr().err.count("warning: skipped 3 (a)\n") == 1 - attempt
+
+
+def test_a_command_alone_uses_all_cores(tmp_path):
+    code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['OMP_NUM_THREADS'])"
+    first, second = (Command(name, tmp_path / name, [sys.executable, "-c", code, str(tmp_path / name)],
+                             [tmp_path / "a"] * (name == "b")) for name in ("a", "b"))
+    run_all("in turn", [first, second], 2, tmp_path)
+    assert {(tmp_path / name).read_text() for name in "ab"} == {os.environ.get("OMP_NUM_THREADS",
+                                                                               str(available_cores()))}
+
+
 @pytest.mark.parametrize(("old", "new", "part"), [
+    ("dev_depth = 4", "dev_depth = 4\ndev_queries = 0", "dev_queries = 0"), ("extensions = 0", "share = 1", "tuning: "),
     ("seeds = [1, 2]", "seeds = []", "seeds is empty"), ("seeds = [1, 2]", "sedes = [1]", "sedes"),
     ("seeds = [1, 2]", "seeds = [1, 1]", "seeds = [1, 1]"), ("seeds = [1, 2]", "seeds = 3", "wrong type"),
     ("[warm_up]", "[warm_up", "TOML"), ("depth = 0.25", "depth = 25", "students.quarter: found depth 25"),
@@ -531,6 +589,18 @@ def test_wrong_documents(tmp_path):
                           tmp_path / "out.tsv", "--texts", tmp_path / "texts.txt")
         assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "out.tsv").exists()
+
+
+@pytest.mark.parametrize("name", ["worldtree", "nfcorpus"])
+def test_parameters_in_the_committed_results(name):
+    """Counted anew; packing the weights for a CPU once hid most of them."""
+    bert = {"vocab_size": 30522, "num_attention_heads": 12, "max_position_embeddings": 512}
+    for system in json.loads((RESULTS / f"{name}.json").read_text())["systems"]:
+        if system["shape"]:
+            layers, hidden_size = map(int, system["shape"].split("/"))
+            config = BertConfig(**bert, num_hidden_layers=layers, hidden_size=hidden_size,
+                                intermediate_size=4 * hidden_size, num_labels=2)
+            assert system["parameters"] == count_parameters(BertForSequenceClassification(config))
 
 
 def test_every_committed_result_is_on_a_page():

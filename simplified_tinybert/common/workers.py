@@ -14,9 +14,13 @@ from simplified_tinybert.common.signals import STOP_SIGNALS, signals_delayed
 MAX_WORKERS = 8
 
 
+def available_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_WORKERS)
+    return min(available_cores(), MAX_WORKERS)
 
 
 def map_in_order(make_function: Callable[[], Callable], items: Iterable, workers: int) -> Iterator:

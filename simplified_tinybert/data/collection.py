@@ -43,8 +43,10 @@ def open_collection(args: argparse.Namespace, dataset: Documents | None, problem
     """
     queries = read_queries(args.queries, problems) if args.queries else dataset.queries(problems)
     grades = {}
-    if args.set_name == "train":
-        grades = read_qrels(args.qrels, problems) if args.qrels else dataset.grades(problems)
+    if args.qrels:
+        grades = read_qrels(args.qrels, problems)
+    elif args.set_name == "train":
+        grades = dataset.grades(problems)
 
     def candidates(problems: Problems, check_ranks: bool = False) -> Iterator[tuple[str, list[str]]]:
         rows = read_rows(args.candidates, problems) if args.candidates else dataset.candidates()
