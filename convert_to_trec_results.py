@@ -21,9 +21,9 @@ Aggregations of the passage scores s_1 ... s_n of a document:
                                                     the &; 2-Max_and_AvgP means the same
 
 --interpolate bm25.txt adds the scores of a first stage: (1 - w) · ranker + w · first stage, with w from
---interpolation_weight. Before, the scores of each side are scaled for each query, to mean 0 and standard deviation 1. A
-document that one side lacks gets this side's lowest score. With --interpolation_qrels qrels.dev.txt, the weight with
-the best nDCG@10 on these queries is chosen and printed; use it for the test queries.
+--interpolation_weight. First, the scores of each ranking are scaled for each query, to mean 0 and standard deviation 1.
+A document that is missing from one ranking gets the lowest score there. With --interpolation_qrels qrels.dev.txt, the
+weight with the best nDCG@10 on these queries is chosen and printed; use it for the test queries.
 """
 import argparse
 import math

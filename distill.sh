@@ -70,7 +70,7 @@ fi
 use_python requirements.txt
 check_settings PROCESSES DEVICE TRAIN_BATCH_SIZE LEARNING_RATE NUM_TRAIN_EPOCHS TRAIN_LOSS_STEP SAVE_MODEL_STEP \
     ${MAX_SEQ_LENGTH:+MAX_SEQ_LENGTH} OUTPUT_STUDENT_DIR CACHE_FILE_DIR ${given[@]+"${given[@]}"} \
-    -- check_settings distill.py --features_file=- "${settings[@]}" "$@"
+    -- check_settings distill.py --features_file=- --train_batch_size="$TRAIN_BATCH_SIZE" "${settings[@]}" "$@"
 if [ -z "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then
     mkdir -p "$EXAMPLE_DIR"
     PYTHONPATH="$ROOT" "$PYTHON" -m examples.build_collection --output_dir "$EXAMPLE_DIR/collection"

@@ -22,7 +22,7 @@ candidates that the random draw of negatives did not look up are not listed.
 Passages are windows over the words of the body. They start at word 0, stride, 2 * stride ... until the end is covered.
 test:  all passages of the candidates.
 train: passages of relevant documents have label 1. Not all of them are relevant: --filter_model keeps those that a
-ranker scores highest. Passages of label 0 come from candidates that are unjudged or judged not relevant, and from as
+ranker scores highest. Passages of label 0 come from candidates that are unjudged or judged not relevant, spread over as
 many of these as possible. Passages that also occur in a relevant document are excluded. Documents of a positive grade
 below --relevance_level are not used. Queries without passages of both labels are skipped.
 
@@ -203,7 +203,7 @@ def is_usable(query_id: str, collection: Collection, args: argparse.Namespace) -
 
 def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[str, int],
                 ranker: "PassageFilter | None", skipped: SkippedLog) -> Counter:
-    """Write the output and return the counts. If skipped lines are not written, the output is not either."""
+    """Write the output and return the counts. Processes other than the first compute the same lines, but write none."""
     window = PassageWindow(args.window, args.stride, args.title, args.first_passages)
     passages, counts = PassageSource(collection.documents, window, skipped), Counter()
     train = args.set_name == "train"

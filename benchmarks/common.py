@@ -23,7 +23,6 @@ from simplified_tinybert.common.device import (
     select_device,
 )
 from simplified_tinybert.common.files import atomic_writer, say
-from simplified_tinybert.common.records import plain
 from simplified_tinybert.ranking.speed import seconds
 from simplified_tinybert.ranking.tables import number
 
@@ -189,9 +188,8 @@ def write_results(title: str, hardware: dict[str, str], sections: list[str], arg
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_writer(args.output_dir / f"{name}.md") as handle:
         handle.write(text)
-    arguments = {key: plain(value) for key, value in vars(args).items()}
     with atomic_writer(args.output_dir / f"{name}.json") as handle:
-        json.dump({"machine": hardware, "arguments": arguments, **raw}, handle, indent=1)
+        json.dump({"machine": hardware, "arguments": vars(args), **raw}, handle, indent=1, default=str)
         handle.write("\n")
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simplified_tinybert.model.bert import uniform_layer_map
-from simplified_tinybert.training.losses import attention_loss, direct_attention_loss, hard_loss, hidden_loss, soft_loss
+from simplified_tinybert.training.losses import attention_loss, hard_loss, hidden_loss, soft_loss
 
 shapes = st.fixed_dictionaries({
     "batch": st.integers(1, 4), "heads": st.integers(1, 4), "length": st.integers(1, 40),
@@ -24,6 +24,18 @@ def draw(shape):
                            dtype=torch.float64).to(shape["dtype"]) for size in head_sizes]
     lengths = torch.randint(1, shape["length"] + 1, (shape["batch"],), generator=generator)
     return tensors, (torch.arange(shape["length"]) < lengths[:, None]).long()
+
+
+def direct_attention_loss(student_queries, student_keys, teacher_queries, teacher_keys, attention_mask, padding):
+    """The definition of the attention loss, with the matrices of scores."""
+    keep = attention_mask[:, None, None, :].to(student_queries.dtype)                    # (B, 1, 1, L)
+    student = student_queries @ student_keys.transpose(-1, -2) / student_queries.shape[-1] ** 0.5    # (B, H, L, L)
+    teacher = teacher_queries @ teacher_keys.transpose(-1, -2) / teacher_queries.shape[-1] ** 0.5
+    squared = ((student - teacher) * keep).square()
+    if padding == "reference":
+        return squared.mean()
+    pairs = keep * attention_mask[:, None, :, None]                                      # (B, 1, L, L), real tokens
+    return (squared * pairs).sum() / (pairs.sum() * squared.shape[1])
 
 
 @settings(max_examples=150, deadline=None)

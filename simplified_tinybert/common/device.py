@@ -77,7 +77,7 @@ def prepare_device(device: torch.device, tf32: bool = False) -> None:
     if device.type == "cpu":
         keep_freed_memory(device)
         return
-    torch.backends.cuda.enable_cudnn_sdp(False)         # its attention is planned anew, up to a second, for each shape
+    torch.backends.cuda.enable_cudnn_sdp(False)         # cuDNN plans attention for each new shape, up to a second
     if tf32:
         torch.set_float32_matmul_precision("high")
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from simplified_tinybert.data.features import Examples
 
 GPU_TIMEOUT, LONG_TIMEOUT = timedelta(minutes=15), timedelta(hours=6)
-# The part of a batch that a process computes: fraction of its examples, of their tokens, of their pairs of tokens, and
-# with batches of whole queries also of the queries, and of pairs of a relevant and an irrelevant passage
+# The share of a batch that one process computes, for each thing that a loss may average over: examples, tokens, pairs
+# of tokens and, for ranking losses, queries and pairs of a relevant passage and one that is not
 Share = dict[str, float]
 FULL_BATCH: Share = {"examples": 1.0, "tokens": 1.0, "pairs": 1.0, "queries": 1.0, "margins": 1.0}
 
@@ -91,8 +91,8 @@ class Processes:
         """Return the examples of a batch that this process computes, and their share of the batch.
 
         Takes every n-th example, so that shares are similar even if the batch is sorted by length; with `queries` (the
-        number of each example's query), every n-th query with all its examples. If there are fewer than processes, some
-        processes compute one example or query with weight zero.
+        number of each example's query), every n-th query with all its examples. If a batch has fewer examples (or
+        queries) than there are processes, the others compute one of them with weight zero: all must exchange gradients.
         """
         number = np.arange(len(indices)) if queries is None else np.unique(queries[indices], return_inverse=True)[1]
         own = indices[number % self.count == self.rank]
@@ -169,7 +169,8 @@ class _ObjectiveModule(nn.Module):
         self.weights, self.objective = nn.ParameterList(student.parameters()), objective
 
     def forward(self, *inputs: object) -> dict[str, Tensor]:
-        if not inputs:                                  # use every parameter: gradients are computed last to first
+        if not inputs:
+            # A loss of 0 with a gradient for every parameter, for the pass before the first step (see data_parallel).
             return {"loss": 0.0 * sum(weight.sum() for weight in self.weights if weight.requires_grad)}
         return self.objective(*inputs)
 

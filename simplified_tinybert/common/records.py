@@ -16,10 +16,10 @@ def record(path: Path, args: argparse.Namespace, **metadata: object) -> None:
     """Write a record: script, arguments, versions and further metadata."""
     loaded = {name: sys.modules[name].__version__ for name in LIBRARIES if name in sys.modules}
     content = {"script": Path(sys.argv[0]).name,
-               "arguments": {name: plain(value) for name, value in vars(args).items()},
+               "arguments": vars(args),
                "versions": {"python": platform.python_version()} | loaded, **metadata}
     with atomic_writer(path) as handle:
-        json.dump(content, handle, indent=2)
+        json.dump(content, handle, indent=2, default=str)       # paths
         handle.write("\n")
 
 
@@ -43,13 +43,6 @@ def _read_json(path: Path) -> dict:
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def plain(value: object) -> object:
-    """Convert paths, alone or in lists, to strings, as JSON needs them."""
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def sha256_of(path: Path) -> str:
@@ -80,7 +73,7 @@ def record_path(path: Path) -> Path:
 def record_file(output: Path, args: argparse.Namespace, inputs: list[Path], **metadata: object) -> None:
     """Write the record of a finished file, including the records of its inputs.
 
-    So a ranking of documents can be traced to its scores, and these to the model and the features.
+    This way, a ranking can be traced back to its scores, and the scores to the model and the features.
     """
     made_from = []
     for path in inputs:

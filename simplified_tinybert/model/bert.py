@@ -224,7 +224,7 @@ def _attend_block(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 def drop(inputs: Tensor, probability: float) -> Tensor:
-    """Dropout. On a CPU: 16 random bits per value (5 times faster than PyTorch); probabilities as multiples of 2⁻¹⁶."""
+    """Dropout. On a CPU with 16 random bits per value: 5 times as fast as PyTorch, probability rounded to 2⁻¹⁶."""
     if probability == 0.0 or inputs.device.type != "cpu":
         return F.dropout(inputs, probability)
     dropped = round(probability * 2 ** 16)

@@ -21,7 +21,7 @@ EMULATION_FACTOR = 1.5                  # if the instructions are unknown, a slo
 
 
 def select_precision(args: argparse.Namespace, device: torch.device, problems: Problems) -> torch.dtype | None:
-    """Return the dtype of --fp16 or --bf16, or None for the others of PRECISIONS. Errors are added to `problems`.
+    """Return the dtype of --fp16 or --bf16; None for --tf32, --int8 and plain float32. Errors are added to `problems`.
 
     A script may have only some of these flags.
     """

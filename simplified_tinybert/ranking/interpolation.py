@@ -1,7 +1,7 @@
 """Combine a ranker's scores with those of the first stage, such as BM25.
 
-The scores of both sides are brought to one scale for each query: mean 0 and standard deviation 1 over the side's
-documents (all 0 if they are equal). A document that one side lacks gets this side's lowest value. The new score is
+First, the scores of each ranking are scaled for each query, to mean 0 and standard deviation 1 (all 0 if they are
+equal). A document that is missing from one ranking gets the lowest score there. The new score is
 (1 - weight) · ranker + weight · first stage.
 """
 import statistics

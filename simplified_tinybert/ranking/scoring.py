@@ -3,6 +3,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from simplified_tinybert.model.precision import to_half
 from simplified_tinybert.model.pretrained import load_ranker
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}     # a CPU is fastest while a batch's activations fit its cache
-AHEAD = {"cpu": 0, "cuda": 1}                   # windows of chunks in work before the first of them is read
+AHEAD = {"cpu": 0, "cuda": 1}                   # windows that a GPU may compute while an earlier one is written
 
 
 def load_scorer(directory: Path, config: BertConfig, device: torch.device, dtype: torch.dtype | None = None,
@@ -55,9 +56,8 @@ def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> str:
     return "float32" if torch.get_float32_matmul_precision() == "highest" else "TF32"
 
 
-@dataclass(frozen=True)
-class BatchLimits:
-    """Largest number of tokens of a batch, before a GPU rounds its length up, and of pairs; None: any number."""
+class BatchLimits(NamedTuple):
+    """Limits of a batch: tokens with padding (before a GPU's lengths are rounded up), and pairs (None: no limit)."""
     tokens: int
     pairs: int | None = None
 
@@ -126,7 +126,8 @@ def scored_chunks(model: CrossEncoder, features: FeatureSummary, limits: BatchLi
 
     Every process yields all logits. The batches depend only on the lengths, and the processes take turns computing
     them. With n processes, logits are exchanged after every n chunks, so that processes rarely wait for each other.
-    While a GPU computes, the caller receives the chunks before. A `passing` progress bar disappears at the end.
+    While a GPU computes, the caller already processes the previous chunks. A `passing` progress bar disappears at the
+    end.
     """
     chunks = read_ahead(chunk for path in features.paths for chunk in read_chunks(path))
     seen, turns, ahead = 0, cycle(range(processes.count)), AHEAD[model.classifier.weight.device.type]

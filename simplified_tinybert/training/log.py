@@ -11,11 +11,11 @@ from torch import Tensor
 
 from simplified_tinybert.common.files import atomic_writer, name_in_errors
 from simplified_tinybert.common.processes import Processes
+from simplified_tinybert.training.objective import RANKING, TERMS
 
-RANKING_LOSSES = ("margin_loss", "listwise_loss")       # only in the log if they are used
-LOSSES = ("loss", "cls_loss", "att_loss", "rep_loss", "soft_loss", "hard_loss", *RANKING_LOSSES)
-GRADIENTS = {"att_loss": "att_grad", "rep_loss": "rep_grad", "soft_loss": "soft_grad", "hard_loss": "hard_grad",
-             "margin_loss": "margin_grad", "listwise_loss": "listwise_grad"}
+LOSSES = ("loss", "cls_loss", "att_loss", "rep_loss", *(term.column for term in TERMS.values() if term.column))
+RANKING_LOSSES = {TERMS[name].column for name in RANKING}           # only in the log if they are used
+GRADIENTS = {name: name.replace("_loss", "_grad") for name in LOSSES[2:]}       # att_loss → att_grad ...
 
 
 class TrainingLog:
@@ -93,7 +93,10 @@ class TrainingLog:
                 "seconds": time.perf_counter() - self.start}
 
     def restore(self, states: list[dict]) -> None:
-        """Continue from the states of one process, or from those of several if there were more processes."""
+        """Add up the saved states of the processes whose work this process continues.
+
+        They are several if there were more processes before.
+        """
         for state in states:
             saved = state["sums"].to(self.sums.device)
             self.sums[:len(saved)] += saved             # earlier versions had fewer losses

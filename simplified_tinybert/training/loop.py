@@ -40,7 +40,7 @@ class TrainingSet:
     queries: np.ndarray | None = None                   # (N), numbers of the queries, for batches of whole queries
 
     def epoch_size(self, settings: TrainingSettings) -> int:
-        """Return the number of examples in an epoch, as if each query had as many as it may have."""
+        """Return the number of examples in an epoch, counting --group_by_query for each query, even if it has fewer."""
         if self.queries is None:
             return len(self.examples)
         return (int(self.queries.max()) + 1) * settings.group_by_query
@@ -99,7 +99,7 @@ class Trainer:
     def _begin(self, steps: int) -> None:
         """Make the optimizer, the loss scaling and the objective of a stage."""
         settings, chosen = self.settings, self.stage.objective
-        if self.teacher and settings.dtype:             # neither has an effect the second time
+        if self.teacher and settings.dtype:             # in a second stage, they are converted already
             cast_linear_layers(self.teacher, settings.dtype)
         elif self.teacher and not settings.apex_level:
             pack_linear_layers(self.teacher)

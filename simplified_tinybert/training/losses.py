@@ -30,8 +30,9 @@ def hard_loss(student_logits: Tensor, labels: Tensor) -> Tensor:
 def margin_loss(student_scores: Tensor, teacher_scores: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
     """MarginMSE (Hofstätter et al., arXiv 2010.02666), log-odds (B), labels (B), numbers of the queries (B).
 
-    The squared difference of the student's and the teacher's margin, the score of a relevant passage minus that of one
-    that is not relevant to the same query. The mean over all such pairs in the batch; 0 without any.
+    A margin is the score of a relevant passage minus that of one that is not relevant to the same query. The loss is
+    the mean squared difference of the student's and the teacher's margins, over all such pairs in the batch; 0 without
+    any.
     """
     pairs = (queries[:, None] == queries) & (labels[:, None] == 1) & (labels == 0)                 # (B, B)
     difference = student_scores - teacher_scores
@@ -53,23 +54,11 @@ def listwise_loss(student_scores: Tensor, teacher_scores: Tensor, queries: Tenso
     return (teacher.exp() * (teacher - student)).sum() / same.sum(dim=1, dtype=teacher.dtype).reciprocal().sum()
 
 
-def direct_attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_queries: Tensor, teacher_keys: Tensor,
-                          attention_mask: Tensor, padding: str = "reference") -> Tensor:
-    """The definition of `attention_loss`, which computes the same value faster. Tests compare the two."""
-    keep = attention_mask[:, None, None, :].to(student_queries.dtype)                    # (B, 1, 1, L)
-    student = student_queries @ student_keys.transpose(-1, -2) / student_queries.shape[-1] ** 0.5    # (B, H, L, L)
-    teacher = teacher_queries @ teacher_keys.transpose(-1, -2) / teacher_queries.shape[-1] ** 0.5
-    squared = ((student - teacher) * keep).square()
-    if padding == "reference":
-        return squared.mean()
-    pairs = keep * attention_mask[:, None, :, None]                                      # (B, 1, L, L), real tokens
-    return (squared * pairs).sum() / (pairs.sum() * squared.shape[1])
-
-
 def attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_queries: Tensor, teacher_keys: Tensor,
                    attention_mask: Tensor, padding: str = "reference") -> Tensor:
     """Attention loss of one pair of layers: mean squared difference of the scaled scores before the softmax.
 
+    The scores are Q·Kᵀ/√d for the student and Q'·K'ᵀ/√d' for the teacher.
     Queries and keys are (B, H, L, d) for the student and (B, H, L, d') for the teacher; attention_mask (B, L) holds
     ones and zeros. With padding="reference", scores of padded keys are zero in both models, scores of padded queries
     count in full, and the mean is over B·H·L·L. With "masked", only pairs of real tokens count.
@@ -79,8 +68,8 @@ def attention_loss(student_queries: Tensor, student_keys: Tensor, teacher_querie
     matrix of d^-½ and d'^-½. Its squared norm is the sum of AᵀA ∘ S·BᵀB·S: two Gram matrices of (d+d')×(d+d'), at a
     cost linear in L. If d = d', A = [Q-Q', Q'] and B = M·[K, K-K'] give the same matrix, without cancellation in
     float32 when the student is close to its teacher. If d ≠ d', the rounding error is about 1e-7 of the teacher's mean
-    squared score. S is applied last, because then TF32 products (a GPU in half precision) of A and B are exact: queries
-    and keys come from half precision, and TF32 keeps all their digits. If d = d', it rounds the differences to 2^-11.
+    squared score. S is applied last: on a GPU in half precision, the products of A and B run in TF32, which keeps all
+    digits of queries and keys in half precision. If d = d', it rounds the differences to 2^-11 of their size.
     """
     dtype = torch.promote_types(student_queries.dtype, torch.float32)
     keep = attention_mask[:, None, :, None].to(dtype)                                    # (B, 1, L, 1)

@@ -1,8 +1,8 @@
 """BertAdam, the optimizer of the original BERT and TinyBERT code, and loss scaling for float16.
 
 Differences from AdamW: no bias correction of the moments, epsilon 1e-6, weight decay added to the update before it is
-scaled by the learning rate, and each parameter tensor's gradient clipped to norm 1 separately. There are few launches
-on GPUs and few memory reads on CPUs.
+scaled by the learning rate, and each parameter tensor's gradient clipped to norm 1 separately. An update starts few
+kernels on a GPU, and reads each tensor from memory only once on a CPU.
 """
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
