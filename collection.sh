@@ -107,7 +107,7 @@ VOCABULARY="${TEACHER_MODEL:-$BERT_MODEL}"
 PYTHONPATH="$ROOT" "$PYTHON" -c '
 import sys
 from simplified_tinybert.common.files import run_main
-from simplified_tinybert.common.checks import check_chain
+from simplified_tinybert.common.compatibility import check_chain
 run_main(lambda: check_chain(*sys.argv[1:3], int(sys.argv[3]), sys.argv[4].split(), sys.argv[5].split(),
                              bool(sys.argv[6])))' \
     "$VOCABULARY" "${STUDENT_MODEL:-$BERT_MODEL}" "$NEW_LAYERS" "${METHODS[*]}" \

@@ -43,7 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from simplified_tinybert.common import checks
+from simplified_tinybert.common import compatibility
 from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
 from simplified_tinybert.common.files import Problems, process_count, run_main, say
 from simplified_tinybert.common.processes import Processes, process_group
@@ -55,20 +55,20 @@ from simplified_tinybert.model.pretrained import fit_projections, load_ranker, s
 from simplified_tinybert.model.tokenizer_files import has_vocabulary
 from simplified_tinybert.model.weights import weights_checksum
 from simplified_tinybert.ranking.teacher_scores import SCORE_TYPES, read_teacher_scores
-from simplified_tinybert.training import flags
+from simplified_tinybert.training import settings as training_settings
 from simplified_tinybert.training.batches import check_queries, number_queries
 from simplified_tinybert.training.description import describe_run, model_card
-from simplified_tinybert.training.flags import Stage, TrainingSettings, make_stages, runs_teacher, uses
-from simplified_tinybert.training.loop import Trainer, TrainingSet
 from simplified_tinybert.training.objective import METHODS, ObjectiveSettings
-from simplified_tinybert.training.run import find_run, output_run
+from simplified_tinybert.training.output_directory import find_run, output_run
+from simplified_tinybert.training.settings import Stage, TrainingSettings, make_stages, runs_teacher, uses
+from simplified_tinybert.training.trainer import Trainer, TrainingSet
 from simplified_tinybert.training.validation import DevSet, find_dev_set, sample_of, scores_of, warn_of_chance
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     stages: list[Stage]
-    models: checks.Models
+    models: compatibility.Models
     features: FeatureSummary
     max_seq_length: int
     dev_set: DevSet | None
@@ -108,7 +108,7 @@ def parse_args() -> argparse.Namespace:
     add("--dev_qrels_file", type=Path, help="judgements of the dev queries: query_id 0 document_id grade")
     add("--eval_step", type=int, default=TrainingSettings.eval_every,
         help=f"steps between validations (default: {TrainingSettings.eval_every})")
-    flags.add_training_flags(parser, batch_size=64, learning_rate=5e-5, epochs=2)
+    training_settings.add_training_flags(parser, batch_size=64, learning_rate=5e-5, epochs=2)
     args = parser.parse_args()
     if args.distill_model != "tinybert" and (args.intermediate_epochs, args.intermediate_learning_rate) != (None, None):
         parser.error("--intermediate_epochs and --intermediate_learning_rate are for --distill_model tinybert, which "
@@ -123,7 +123,7 @@ def parse_args() -> argparse.Namespace:
 def check_numbers(args: argparse.Namespace, problems: Problems) -> list[Stage]:
     """Check only the flags, and return the stages. collection.sh calls this before any file exists."""
     stages = make_stages(args, problems)
-    flags.check_training_flags(args, len(stages), problems, [
+    training_settings.check_training_flags(args, len(stages), problems, [
         ("num_train_epochs", 0 < args.num_train_epochs < math.inf, "more than 0"),
         ("alpha", 0 <= args.alpha <= 1, "0 to 1"), ("eval_step", args.eval_step >= 1, "1 or more"),
         ("group_by_query", args.group_by_query is None or 2 <= args.group_by_query <=
@@ -145,29 +145,29 @@ def check_numbers(args: argparse.Namespace, problems: Problems) -> list[Stage]:
     return stages
 
 
-def check_settings(args: argparse.Namespace, problems: Problems) -> checks.Models:
+def check_settings(args: argparse.Namespace, problems: Problems) -> compatibility.Models:
     """Check flags and models. distill.sh calls this before the features exist."""
-    return find_models(args, check_numbers(args, problems), problems)
+    return find_student_and_teacher(args, check_numbers(args, problems), problems)
 
 
-def find_models(args: argparse.Namespace, stages: list[Stage], problems: Problems) -> checks.Models:
+def find_student_and_teacher(args: argparse.Namespace, stages: list[Stage], problems: Problems) -> compatibility.Models:
     """Find student and teacher, and check that their layers can be matched."""
-    models = checks.find_models({"general student": args.general_student_model,
+    models = compatibility.find_models({"general student": args.general_student_model,
                                  "teacher": args.teacher_model if runs_teacher(stages) else None}, problems)
     if uses(stages, "layers") and len(models) == 2:
-        checks.check_pair(models["teacher"][1], models["general student"][1], problems, args.layer_map)
+        compatibility.check_pair(models["teacher"][1], models["general student"][1], problems, args.layer_map)
     return models
 
 
 def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
     """Find the inputs and check that they fit together. Raises UserError with all problems."""
     stages = check_numbers(args, problems)
-    models = find_models(args, stages, problems)
+    models = find_student_and_teacher(args, stages, problems)
     features, max_seq_length = summarise(args.features_file, problems), 0
     if features:
-        max_seq_length = checks.check_length(args.max_seq_length, features, problems)
+        max_seq_length = compatibility.check_length(args.max_seq_length, features, problems)
         for role, (directory, config) in models.items():
-            checks.check_model_fits(role, directory, config, features, max_seq_length, problems)
+            compatibility.check_model_fits(role, directory, config, features, max_seq_length, problems)
         if features.labelled < features.examples:
             problems.add(f"{features.examples - features.labelled} of {features.examples} examples have no label; "
                          f"training needs features made with --set_name train")
@@ -178,7 +178,7 @@ def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
         problems.add(f"--dev_features_file: with --loss_weights {' '.join(args.loss_weights)} the head is not trained "
                      f"and the student ranks at random; leave the flag out")
     if dev_set and "general student" in models:
-        checks.check_dev_set(dev_set.summary, features, models["general student"][1], problems)
+        compatibility.check_dev_set(dev_set.summary, features, models["general student"][1], problems)
     problems.raise_if_any()
     scores = read_teacher_scores(args.teacher_scores_file, args.teacher_scores, features,
                                  problems) if args.teacher_scores_file else None
@@ -189,8 +189,9 @@ def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
 
 def resumable_settings(args: argparse.Namespace, inputs: Inputs) -> dict:
     """Return the settings that must not change when a run is resumed."""
-    settings = flags.resumable_settings(args, ("distill_model", "max_seq_length", "temperature", "pooled_relu",
-                                               "layer_map", "intermediate_epochs", "intermediate_learning_rate"))
+    settings = training_settings.resumable_settings(args, (
+        "distill_model", "max_seq_length", "temperature", "pooled_relu", "layer_map", "intermediate_epochs",
+        "intermediate_learning_rate"))
     models = {role: weights_checksum(directory) for role, (directory, _) in inputs.models.items()}
     if inputs.teacher_scores is not None:
         settings["teacher_scores"] = hashlib.sha256(inputs.teacher_scores.tobytes()).hexdigest()
@@ -262,7 +263,7 @@ def main() -> None:
     args = parse_args()
     device = select_device(args.device, args.no_cuda)
     prepare_device(device, args.tf32 or args.fp16 or args.bf16)
-    with process_group(device) as processes, explain_full_memory(flags.SMALLER_BATCHES):
+    with process_group(device) as processes, explain_full_memory(training_settings.SMALLER_BATCHES):
         distill(args, processes)
 
 

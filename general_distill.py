@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.common.checks import check_pair, find_models
+from simplified_tinybert.common.compatibility import check_pair, find_models
 from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
 from simplified_tinybert.common.files import Problems, UserError, run_main
 from simplified_tinybert.common.processes import Processes, process_group
@@ -49,12 +49,12 @@ from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.vocabulary import Vocabulary
 from simplified_tinybert.model.weights import weights_checksum
-from simplified_tinybert.training import flags
+from simplified_tinybert.training import settings as training_settings
 from simplified_tinybert.training.description import describe_run, general_card
-from simplified_tinybert.training.flags import Stage, TrainingSettings
-from simplified_tinybert.training.loop import Trainer, TrainingSet
 from simplified_tinybert.training.objective import ObjectiveSettings
-from simplified_tinybert.training.run import find_run, output_run
+from simplified_tinybert.training.output_directory import find_run, output_run
+from simplified_tinybert.training.settings import Stage, TrainingSettings
+from simplified_tinybert.training.trainer import Trainer, TrainingSet
 
 COMPRESSION_TOKENS = 16384  # that a compressed student is fitted on; takes 1 GB of memory for 6/384, 4 GB for 12/768
 # --compress_teacher copies embeddings of the teacher's shape, --init_from_teacher whole layers
@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
     start.add_argument("--init_from_teacher", action="store_true", help="start from the teacher's layers, see above")
     start.add_argument("--compress_teacher", action="store_true", help="start from the compressed teacher, see above")
     add("--max_seq_length", type=int, default=128, help="tokens per segment, including [CLS] and [SEP] (default: 128)")
-    flags.add_training_flags(parser, batch_size=256, learning_rate=1e-4, epochs=3)
+    training_settings.add_training_flags(parser, batch_size=256, learning_rate=1e-4, epochs=3)
     args = parser.parse_args()
     if args.docs and args.documents:
         parser.error("--documents: is only for --corpus; in --docs, each line is a document")
@@ -132,7 +132,7 @@ def check_start(args: argparse.Namespace, student: BertConfig, teacher: BertConf
 
 def check_numbers(args: argparse.Namespace, problems: Problems) -> None:
     """Check only the flags. collection.sh calls this before any file exists."""
-    flags.check_training_flags(args, 1, problems, [
+    training_settings.check_training_flags(args, 1, problems, [
         ("max_seq_length", 8 <= args.max_seq_length < 2 ** 16, "8 to 65535"),
         ("num_train_epochs", 0 <= args.num_train_epochs < math.inf, "0 or more")])
 
@@ -154,7 +154,8 @@ def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
 
 def resumable_settings(args: argparse.Namespace, inputs: Inputs) -> dict:
     """Return the settings that must not change when a run is resumed."""
-    settings = flags.resumable_settings(args, ("max_seq_length", "documents", "init_from_teacher", "compress_teacher"))
+    settings = training_settings.resumable_settings(args, (
+        "max_seq_length", "documents", "init_from_teacher", "compress_teacher"))
     return settings | {"student": {name: getattr(inputs.student, name) for name in RESUMABLE_SHAPE},
                        "teacher": weights_checksum(inputs.teacher[0]), "corpus": inputs.corpus}
 
@@ -216,7 +217,7 @@ def main() -> None:
     args = parse_args()
     device = select_device(args.device, args.no_cuda)
     prepare_device(device, args.tf32 or args.fp16 or args.bf16)
-    with process_group(device) as processes, explain_full_memory(flags.SMALLER_BATCHES):
+    with process_group(device) as processes, explain_full_memory(training_settings.SMALLER_BATCHES):
         general_distill(args, processes)
 
 

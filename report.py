@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from simplified_tinybert.common.checks import check_model_fits
+from simplified_tinybert.common.compatibility import check_model_fits
 from simplified_tinybert.common.device import prepare_device, select_device
 from simplified_tinybert.common.files import Problems, atomic_writer, check_output_files, check_ranges, run_main, say
 from simplified_tinybert.common.records import record

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.common.checks import Models, check_length, check_model_fits, find_models
+from simplified_tinybert.common.compatibility import Models, check_length, check_model_fits, find_models
 from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
 from simplified_tinybert.common.files import (
     Problems,

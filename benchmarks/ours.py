@@ -20,9 +20,9 @@ from simplified_tinybert.model.pretrained import fit_projections, initialise, lo
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.ranking import scoring
 from simplified_tinybert.training.batches import epoch_batches
-from simplified_tinybert.training.flags import TrainingSettings
 from simplified_tinybert.training.objective import ObjectiveSettings, objective, stage_weights, total_loss
 from simplified_tinybert.training.optimizer import BertAdam, decay_groups
+from simplified_tinybert.training.settings import TrainingSettings
 
 TIMED_RERANKER = """
 import sys, time

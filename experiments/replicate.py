@@ -35,7 +35,7 @@ from experiments.plan import say_teacher, say_work
 from experiments.results import write_results
 from experiments.settings import keep_inputs, read_settings
 from experiments.study import Study
-from simplified_tinybert.common.checks import check_pair, find_models
+from simplified_tinybert.common.compatibility import check_pair, find_models
 from simplified_tinybert.common.device import select_device
 from simplified_tinybert.common.files import Problems, check_input_file, check_ranges, run_main, say
 from simplified_tinybert.common.processes import locked

@@ -21,8 +21,8 @@ from simplified_tinybert.data import features
 from simplified_tinybert.data.features import Examples, FeatureWriter
 from simplified_tinybert.model.bert import Batch
 from simplified_tinybert.model.vocabulary import Vocabulary, bert_vocabulary
-from simplified_tinybert.training.loop import Trainer
 from simplified_tinybert.training.objective import ObjectiveSettings, mean_over, objective, total_loss
+from simplified_tinybert.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"

@@ -31,10 +31,11 @@ from simplified_tinybert.model import bert  # noqa: E402
 from simplified_tinybert.model.bert import CrossEncoder  # noqa: E402
 from simplified_tinybert.model.pretrained import fit_projections  # noqa: E402
 from simplified_tinybert.ranking import scoring  # noqa: E402
-from simplified_tinybert.training import checkpoints, log, loop, losses, optimizer, validation  # noqa: E402
-from simplified_tinybert.training.flags import Stage, TrainingSettings  # noqa: E402
+from simplified_tinybert.training import checkpoints, log, losses, optimizer, validation  # noqa: E402
+from simplified_tinybert.training import trainer as training  # noqa: E402
 from simplified_tinybert.training.objective import ObjectiveSettings, stage_weights  # noqa: E402
-from simplified_tinybert.training.run import Run  # noqa: E402
+from simplified_tinybert.training.output_directory import TrainingRun  # noqa: E402
+from simplified_tinybert.training.settings import Stage, TrainingSettings  # noqa: E402
 
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 METHODS = {"finetune": ("finetune", 0), "standard": ("standard", 0), "tinybert, layers": ("tinybert", 0),
@@ -57,7 +58,7 @@ def random_examples(count: int = 10) -> Examples:
                     [f"q{number // 5}#d{number}" for number in range(count)])
 
 
-def make_trainer(directory: str, device: torch.device, method: str, dtype: str, padding: str) -> loop.Trainer:
+def make_trainer(directory: str, device: torch.device, method: str, dtype: str, padding: str) -> training.Trainer:
     """Return a trainer in the middle of a stage, with the real models, loss scaling and log."""
     name, stage = METHODS[method]
     student = model(2, 32)
@@ -65,13 +66,13 @@ def make_trainer(directory: str, device: torch.device, method: str, dtype: str, 
     teacher = model(4, 48).eval().requires_grad_(False).to(device) if name != "finetune" else None
     settings = TrainingSettings(batch_size=8, max_seq_length=32, accumulation=2, group_by_length=padding == "masked",
                                 group_by_query=4, dtype=DTYPES[dtype], warmup_proportion=0.0)
-    run = Run(args=Namespace(output_student_dir=Path(directory)), settings={}, processes=Processes(device=device),
-              save_model=lambda student, directory: None)
-    training_set, weights = loop.TrainingSet(random_examples()), stage_weights(name)[stage]
+    run = TrainingRun(args=Namespace(output_student_dir=Path(directory)), settings={},
+                      processes=Processes(device=device), save_model=lambda student, directory: None)
+    training_set, weights = training.TrainingSet(random_examples()), stage_weights(name)[stage]
     if method == "rankings":                            # with the teacher's scores from a file
         weights |= {"margin": 1.0, "listwise": 1.0}
         training_set = replace(training_set, queries=np.arange(10) // 5, teacher_scores=np.zeros(10, np.float32))
-    trainer = loop.Trainer(student.to(device), teacher, training_set, settings, run)
+    trainer = training.Trainer(student.to(device), teacher, training_set, settings, run)
     trainer.stage = Stage(objective=ObjectiveSettings(weights=weights, padding=padding, scores_from_file=method ==
                                                       "rankings"), epochs=1, learning_rate=1e-4)
     trainer.first_step, trainer.last_step, trainer.postfix = 0, 100, {}
@@ -276,7 +277,7 @@ FAULTS = {
                                                   STEP.format("float32", "masked")),
     "Gram products in half precision": (losses.torch, "autocast", autocast_that_cannot_be_disabled,
                                          STEP.format("bf16", "reference")),
-    "the teacher is cast in each step": (loop, "cast_linear_layers", teacher_cast_in_each_step,
+    "the teacher is cast in each step": (training, "cast_linear_layers", teacher_cast_in_each_step,
                                          STEP.format("bf16", "masked")),
     "a boolean mask": (bert, "padding_mask", boolean_mask, STEP.format("bf16", "masked")),
     "the batch stays on the CPU": (bert, "to_device", batch_left_on_the_cpu, STEP.format("float32", "reference")),

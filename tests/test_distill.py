@@ -32,8 +32,8 @@ from simplified_tinybert.data.features import read_chunks
 from simplified_tinybert.model.pretrained import load_cross_encoder
 from simplified_tinybert.training.batches import epoch_batches
 from simplified_tinybert.training.description import padding_share
-from simplified_tinybert.training.flags import Stage, TrainingSettings
 from simplified_tinybert.training.objective import ObjectiveSettings
+from simplified_tinybert.training.settings import Stage, TrainingSettings
 
 
 @pytest.mark.parametrize("number", range(16))

@@ -22,7 +22,7 @@ from simplified_tinybert.common.processes import FULL_BATCH, Processes, process_
 from simplified_tinybert.data import features
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model.pretrained import load_cross_encoder
-from simplified_tinybert.training import flags
+from simplified_tinybert.training import settings as training_settings
 from simplified_tinybert.training.objective import METHODS, stage_weights
 
 OBJECTIVES = {"reference": ["--padding", "reference"], "masked": ["--padding", "masked"],
@@ -249,6 +249,6 @@ def test_an_incomplete_torchrun_environment_is_refused(monkeypatch):
 
 def test_apex_is_refused_with_several_processes(golden_models, tmp_path, run_here, monkeypatch):
     file = write_features(tmp_path / "train.pkl", random_rows(8))
-    monkeypatch.setattr(flags, "process_count", lambda: 2)
+    monkeypatch.setattr(training_settings, "process_count", lambda: 2)
     with pytest.raises(UserError, match="--fp16_backend apex: .* one process"):
         run_here(distill, *arguments(file, golden_models, tmp_path / "out", "--fp16", "--fp16_backend", "apex"))

@@ -23,8 +23,8 @@ from simplified_tinybert.common.signals import Terminated
 from simplified_tinybert.data.features import read_chunks
 from simplified_tinybert.model.pretrained import load_cross_encoder
 from simplified_tinybert.training.checkpoints import step_of
-from simplified_tinybert.training.loop import CHECK_EVERY, Trainer
 from simplified_tinybert.training.losses import attention_loss, hidden_loss
+from simplified_tinybert.training.trainer import CHECK_EVERY, Trainer
 from simplified_tinybert.training.validation import area_under_curve
 
 LONG = ("--train_batch_size", 4, "--num_train_epochs", 40, "--train_loss_step", 3, "--save_model_step", 10 ** 6,

@@ -12,7 +12,7 @@ from conftest import DATA, change_config, tiny_vocabulary
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from simplified_tinybert.common.checks import check_chain
+from simplified_tinybert.common.compatibility import check_chain
 from simplified_tinybert.common.files import UserError, reason
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import DOWNLOADED, find_model

@@ -7,7 +7,7 @@ from statistics import median
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.common.checks import find_models
+from simplified_tinybert.common.compatibility import find_models
 from simplified_tinybert.common.files import Problems, UserError, say, warn
 from simplified_tinybert.common.records import read_record, script_of
 from simplified_tinybert.common.text import argument_text

@@ -6,7 +6,7 @@ import numpy as np
 
 from simplified_tinybert.common.files import UserError
 from simplified_tinybert.data.features import Examples
-from simplified_tinybert.training.flags import TrainingSettings
+from simplified_tinybert.training.settings import TrainingSettings
 
 BUCKET_BATCHES = 64             # batches per bucket when examples are grouped by length
 

@@ -6,9 +6,9 @@ import numpy as np
 from simplified_tinybert.common.files import say
 from simplified_tinybert.model.bert import CrossEncoder, describe, uniform_layer_map
 from simplified_tinybert.training.batches import epoch_batches
-from simplified_tinybert.training.flags import Stage
-from simplified_tinybert.training.loop import Trainer
 from simplified_tinybert.training.objective import formula
+from simplified_tinybert.training.settings import Stage
+from simplified_tinybert.training.trainer import Trainer
 
 
 def describe_run(trainer: Trainer, stages: list[Stage], student_name: str, teacher_name: str | None) -> None:

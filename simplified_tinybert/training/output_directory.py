@@ -15,7 +15,7 @@ OPTIONAL = {"tf32", "teacher_scores", "group_by_query"}   # settings that are on
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TrainingRun:
     """A run in its output directory. settings: what must not change when it is resumed."""
     args: argparse.Namespace
     settings: dict
@@ -40,9 +40,9 @@ class Run:
                finished=finished)
 
 
-def find_run(args: argparse.Namespace, settings: dict, processes: Processes) -> Run:
+def find_run(args: argparse.Namespace, settings: dict, processes: Processes) -> TrainingRun:
     """Return the run in --output_student_dir, or a new one. Raises UserError if that run has other settings."""
-    run = Run(args=args, settings=settings, processes=processes)
+    run = TrainingRun(args=args, settings=settings, processes=processes)
     if (run.output_dir / "run.json").is_file():
         content = read_record(run.output_dir / "run.json")
         check_same_settings(run.output_dir, content["settings"], settings)
@@ -65,7 +65,7 @@ def check_same_settings(output_dir: Path, before: dict, now: dict) -> None:
 
 
 @contextmanager
-def output_run(run: Run, save_model: Callable[[CrossEncoder, Path], None]) -> Iterator[Run]:
+def output_run(run: TrainingRun, save_model: Callable[[CrossEncoder, Path], None]) -> Iterator[TrainingRun]:
     """Lock the output directory against other jobs and start the run in it."""
     run = replace(run, save_model=save_model)
     if not run.processes.first:

@@ -21,11 +21,11 @@ from simplified_tinybert.model.cpu_linear import pack_linear_layers
 from simplified_tinybert.model.precision import autocast, cast_linear_layers
 from simplified_tinybert.training import checkpoints
 from simplified_tinybert.training.batches import epoch_batches
-from simplified_tinybert.training.flags import Stage, TrainingSettings
 from simplified_tinybert.training.log import GRADIENTS, TrainingLog
 from simplified_tinybert.training.objective import mean_over, objective, total_loss
 from simplified_tinybert.training.optimizer import ApexScaler, BertAdam, LossScaler, decay_groups, linear_warmup_decay
-from simplified_tinybert.training.run import Run
+from simplified_tinybert.training.output_directory import TrainingRun
+from simplified_tinybert.training.settings import Stage, TrainingSettings
 from simplified_tinybert.training.validation import DevSet
 
 CHECK_EVERY = {"cpu": 1, "cuda": 50}        # steps between checks of losses and signals, which wait for a GPU
@@ -58,7 +58,7 @@ class Trainer:
     """
 
     def __init__(self, student: CrossEncoder, teacher: CrossEncoder | None, training_set: TrainingSet,
-                 settings: TrainingSettings, run: Run, dev_set: DevSet | None = None):
+                 settings: TrainingSettings, run: TrainingRun, dev_set: DevSet | None = None):
         self.student, self.teacher, self.training_set, self.settings = student, teacher, training_set, settings
         self.run, self.processes, self.device, self.dev_set = run, run.processes, run.processes.device, dev_set
         self.examples, self.checkpoint, self.last_step = training_set.examples, run.checkpoint, 0
