@@ -155,7 +155,7 @@ def find_student_and_teacher(args: argparse.Namespace, stages: list[Stage], prob
     models = compatibility.find_models({"general student": args.general_student_model,
                                  "teacher": args.teacher_model if runs_teacher(stages) else None}, problems)
     if uses(stages, "layers") and len(models) == 2:
-        compatibility.check_pair(models["teacher"][1], models["general student"][1], problems, args.layer_map)
+        compatibility.check_pair(models["teacher"].config, models["general student"].config, problems, args.layer_map)
     return models
 
 
@@ -178,7 +178,7 @@ def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
         problems.add(f"--dev_features_file: with --loss_weights {' '.join(args.loss_weights)} the head is not trained "
                      f"and the student ranks at random; leave the flag out")
     if dev_set and "general student" in models:
-        compatibility.check_dev_set(dev_set.summary, features, models["general student"][1], problems)
+        compatibility.check_dev_set(dev_set.summary, features, models["general student"].config, problems)
     problems.raise_if_any()
     scores = read_teacher_scores(args.teacher_scores_file, args.teacher_scores, features,
                                  problems) if args.teacher_scores_file else None

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.common.compatibility import check_pair, find_models
+from simplified_tinybert.common.compatibility import FoundModel, check_pair, find_models
 from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
 from simplified_tinybert.common.files import Problems, UserError, run_main
 from simplified_tinybert.common.processes import Processes, process_group
@@ -66,7 +66,7 @@ RESUMABLE_SHAPE = (*LAYER_SHAPE, "num_hidden_layers", "hidden_act", "hidden_drop
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    teacher: tuple[Path, BertConfig]
+    teacher: FoundModel
     student: BertConfig
     vocabulary: Vocabulary
     corpus: str                                         # checksum of the texts
@@ -144,9 +144,9 @@ def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
     teacher = find_models({"teacher": args.teacher_model}, problems).get("teacher")
     if teacher:
         with problems.collect():
-            config = student_config(args, teacher[1], problems)
+            config = student_config(args, teacher.config, problems)
         with problems.collect():
-            vocabulary = load_vocabulary(teacher[0])
+            vocabulary = load_vocabulary(teacher.directory)
     corpus = check_corpus(args.docs or args.corpus, args.documents, problems)
     problems.raise_if_any()
     return Inputs(teacher=teacher, student=config, vocabulary=vocabulary, corpus=corpus)
@@ -157,7 +157,7 @@ def resumable_settings(args: argparse.Namespace, inputs: Inputs) -> dict:
     settings = training_settings.resumable_settings(args, (
         "max_seq_length", "documents", "init_from_teacher", "compress_teacher"))
     return settings | {"student": {name: getattr(inputs.student, name) for name in RESUMABLE_SHAPE},
-                       "teacher": weights_checksum(inputs.teacher[0]), "corpus": inputs.corpus}
+                       "teacher": weights_checksum(inputs.teacher.directory), "corpus": inputs.corpus}
 
 
 def load_models(args: argparse.Namespace, inputs: Inputs,
@@ -204,7 +204,7 @@ def general_distill(args: argparse.Namespace, processes: Processes) -> None:
              "the compressed teacher" if args.compress_teacher else "random weights")
     stage = Stage(objective=ObjectiveSettings(weights={"attention": 1.0, "hidden": 1.0}, padding=args.padding),
                   epochs=args.num_train_epochs, learning_rate=args.learning_rate)
-    save_model = partial(pretrained.save_cross_encoder, tokenizer_directory=inputs.teacher[0],
+    save_model = partial(pretrained.save_cross_encoder, tokenizer_directory=inputs.teacher.directory,
                          lower_case=inputs.vocabulary.lower_case, card=general_card(args, student), general=True)
     settings = TrainingSettings.from_args(args, dtype, args.max_seq_length)
     with output_run(run, save_model) as run:

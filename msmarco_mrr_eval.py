@@ -91,7 +91,7 @@ def report_coverage(complete: bool, evaluation: Evaluation, prefix: str) -> None
 def per_query_lines(evaluation: Evaluation, *more_columns: object) -> Iterator[str]:
     """Yield lines of query_id, measure, value and `more_columns`, separated by tabs."""
     for query_id in evaluation.queries:
-        for name, values, _ in evaluation.results:
+        for name, (values, _) in evaluation.results.items():
             if query_id in values:
                 yield "\t".join(map(str, (query_id, name, values[query_id], *more_columns)))
 
@@ -99,8 +99,8 @@ def per_query_lines(evaluation: Evaluation, *more_columns: object) -> Iterator[s
 def comparison_rows(run: Evaluation, others: dict[Path, Evaluation], permutations: int, seed: int) \
         -> Iterator[list[str]]:
     """Yield a table row for each measure and other run. Holm's correction covers the other runs of one measure."""
-    for number, (name, values, _) in enumerate(run.results):
-        family = compare_pairs({path: (values, other.results[number][1]) for path, other in others.items()},
+    for name, (values, _) in run.results.items():
+        family = compare_pairs({path: (values, other.results[name].values) for path, other in others.items()},
                                permutations, seed)
         for path in others:
             if path not in family:
@@ -158,7 +158,7 @@ def main() -> None:
         for path, evaluation in evaluations.items():
             for line in per_query_lines(evaluation, *([path] if others else [])):
                 print(line)
-    averages = (f"{name}: {average}" for name, _, average in main_run.results)
+    averages = (f"{name}: {average}" for name, (_, average) in main_run.results.items())
     print(ROW, f"query_num: {len(main_run.queries)}", *averages, ROW, sep="\n")
     if others:
         rows = list(comparison_rows(main_run, others, args.permutations, args.seed))

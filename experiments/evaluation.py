@@ -41,11 +41,10 @@ def first_ranking(pairs: Path) -> Run:
 def values_of(qrels: Qrels, runs: list[Run], measures: list[str]) -> tuple[dict[str, list[float]], dict[str, PerQuery]]:
     """Return, for each measure, the average of each run (one run per seed), and each query's mean over the runs."""
     parsed = parse_measures(measures, 1, Problems())
-    results = [{name: (values, average) for name, values, average in evaluate(qrels, run, parsed, 1, False).results}
-               for run in runs]
-    averages = {name: [result[name][1] for result in results] for name in measures}
-    values = {name: {query_id: statistics.fmean(result[name][0][query_id] for result in results)
-                     for query_id in results[0][name][0]} for name in measures}
+    results = [evaluate(qrels, run, parsed, 1, False).results for run in runs]
+    averages = {name: [result[name].average for result in results] for name in measures}
+    values = {name: {query_id: statistics.fmean(result[name].values[query_id] for result in results)
+                     for query_id in results[0][name].values} for name in measures}
     return averages, values
 
 

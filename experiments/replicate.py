@@ -29,13 +29,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import BertConfig
 
 from experiments.plan import say_teacher, say_work
 from experiments.results import write_results
 from experiments.settings import keep_inputs, read_settings
 from experiments.study import Study
-from simplified_tinybert.common.compatibility import check_pair, find_models
+from simplified_tinybert.common.compatibility import Models, check_pair, find_models
 from simplified_tinybert.common.device import select_device
 from simplified_tinybert.common.files import Problems, check_input_file, check_ranges, run_main, say
 from simplified_tinybert.common.processes import locked
@@ -95,7 +94,7 @@ def check_collection(files: dict[str, Path], problems: Problems) -> None:
                 f"all systems: {first_ten(missing)}")
 
 
-def check_models(models: dict[str, tuple[Path, BertConfig]], problems: Problems) -> None:
+def check_models(models: Models, problems: Problems) -> None:
     """Check that all models share a vocabulary, and that BERT and students fit the teacher."""
     bert_directory, bert = models["pre-trained BERT"]
     directory, teacher = models.get("teacher", models["pre-trained BERT"])
@@ -149,8 +148,8 @@ def main() -> None:
     check_models(models, problems)
     problems.raise_if_any()
     say(f"device       {select_device(args.device)}, {available_cores()} cores, up to {args.jobs} commands at a time")
-    args.bert_model = models["pre-trained BERT"][0].resolve()
-    args.teacher_model = models["teacher"][0].resolve() if args.teacher_model else None
+    args.bert_model = models["pre-trained BERT"].directory.resolve()
+    args.teacher_model = models["teacher"].directory.resolve() if args.teacher_model else None
     args.records = (args.records or args.output_dir / "records").resolve()
     for directory in (args.output_dir, args.records):
         directory.mkdir(parents=True, exist_ok=True)

@@ -214,9 +214,8 @@ run_scores = st.dictionaries(st.sampled_from("abcdefghijklmnop"), st.integers(0,
 def test_a_cutoff_never_raises_mrr_and_ir_measures_agrees(queries):
     qrels = {f"q{number}": judged for number, (judged, _) in enumerate(queries)}
     rankings = {f"q{number}": rank(scores) for number, (_, scores) in enumerate(queries)}
-    mrr = {name: (values, mean) for name, values, mean in measures.reciprocal_ranks(qrels, rankings, 1)}
-    other = {name: (values, mean) for name, values, mean in measures.other_measures(
-        [ir_measures.RR, ir_measures.RR @ 10, ir_measures.RR @ 1], qrels, rankings)}
+    mrr = dict(measures.reciprocal_ranks(qrels, rankings, 1))
+    other = dict(measures.other_measures([ir_measures.RR, ir_measures.RR @ 10, ir_measures.RR @ 1], qrels, rankings))
     assert mrr["MRR"] == other["RR"] and mrr["MRR@10"] == other["RR@10"]
     for query in rankings:
         assert other["RR@1"][0][query] <= other["RR@10"][0][query] <= other["RR"][0][query]
@@ -229,7 +228,8 @@ def test_a_cutoff_never_raises_mrr_and_ir_measures_agrees(queries):
 @given(grades, run_scores)
 def test_results_equal_trec_evals_where_single_precision_suffices(judged, scored):
     chosen = [ir_measures.nDCG @ 3, ir_measures.AP, ir_measures.P @ 2, ir_measures.RR]
-    ours = {name: mean for name, _, mean in measures.other_measures(chosen, {"q": judged}, {"q": rank(scored)})}
+    ours = {name: result.average
+            for name, result in measures.other_measures(chosen, {"q": judged}, {"q": rank(scored)})}
     direct = ir_measures.pytrec_eval.calc_aggregate(chosen, {"q": judged}, {"q": scored})
     assert ours == {str(measure): value for measure, value in direct.items()}
 

@@ -19,8 +19,8 @@ OFFICIAL = {"trec-dl-2019-doc": ("qrels.test.txt", 43), "msmarco-doc-dev": ("qre
 
 def evaluated(qrels, run, complete=False):
     measures = [ir_measures.nDCG @ 10, ir_measures.AP, ir_measures.RR, ir_measures.RR @ 10, ir_measures.RR @ 1]
-    found = evaluate(qrels, run, measures, 1, complete)
-    return {name: values for name, values, _ in found.results}, {name: mean for name, _, mean in found.results}
+    results = evaluate(qrels, run, measures, 1, complete).results
+    return tuple({name: getattr(result, part) for name, result in results.items()} for part in ("values", "average"))
 
 
 def check_against_trec_eval(qrels, run):

@@ -1,6 +1,7 @@
 """Checks that the inputs of a run fit together, before weights are loaded. Each message says how to fix the problem."""
 import copy
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import BertConfig
@@ -14,7 +15,13 @@ from simplified_tinybert.model.tokenizer_files import has_vocabulary, load_vocab
 from simplified_tinybert.ranking.measures import parse_measures
 from simplified_tinybert.training.objective import METHODS, ObjectiveSettings, stage_weights
 
-Models = dict[str, tuple[Path, BertConfig]]             # role → directory and configuration
+
+class FoundModel(NamedTuple):
+    directory: Path
+    config: BertConfig
+
+
+Models = dict[str, FoundModel]                          # by role
 
 
 def find_models(names: dict[str, str | None], problems: Problems) -> Models:
@@ -24,7 +31,7 @@ def find_models(names: dict[str, str | None], problems: Problems) -> Models:
         if name:
             with problems.collect():
                 directory = find_model(name)
-                found[role] = directory, read_config(directory)
+                found[role] = FoundModel(directory, read_config(directory))
     return found
 
 
@@ -118,11 +125,11 @@ def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: 
     if new_layers:
         student = copy.copy(student)
         student.num_hidden_layers = new_layers
-        check_pair(models["student"][1], student, problems)
+        check_pair(models["student"].config, student, problems)
     if teacher_dir != student_dir and any(ObjectiveSettings(weights=weights).uses("layers")
                                           for method in methods for weights in stage_weights(method)):
         check_pair(teacher, student, problems)
     problems.raise_if_any()
     load_ranker(teacher_dir, teacher, None if fine_tuned else torch.Generator())
     if student_dir != teacher_dir:                      # new students take no head from the named model
-        (load_cross_encoder if new_layers else load_ranker)(student_dir, models["student"][1], torch.Generator())
+        (load_cross_encoder if new_layers else load_ranker)(student_dir, models["student"].config, torch.Generator())

@@ -38,11 +38,8 @@ def interpolate_run(ranker: Run, first_stage: Run, weight: float) -> Run:
 def values_by_weight(ranker: Run, first_stage: Run, qrels: Qrels) -> dict[float, float]:
     """Return nDCG@10 over the judged queries for each of WEIGHTS."""
     measures = parse_measures(["nDCG@10"], 1, Problems())
-    values = {}
-    for weight in WEIGHTS:
-        found = evaluate(qrels, interpolate_run(ranker, first_stage, weight), measures, level=1, complete=False)
-        values[weight], = [mean for name, _, mean in found.results if name == "nDCG@10"]
-    return values
+    return {weight: evaluate(qrels, interpolate_run(ranker, first_stage, weight), measures, level=1,
+                             complete=False).results["nDCG@10"].average for weight in WEIGHTS}
 
 
 def best_weight(values: Mapping[float, float]) -> float:

@@ -3,7 +3,7 @@ import difflib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from simplified_tinybert.common.files import Problems, UserError, say
 from simplified_tinybert.ranking import trec
@@ -16,6 +16,11 @@ PerQuery = dict[str, float]  # query id → value
 Rankings = dict[str, list[str]]  # query id → document ids, best first
 
 
+class Result(NamedTuple):
+    values: PerQuery
+    average: float
+
+
 @dataclass
 class Evaluation:
     """The measures of a run, and the queries they are averaged over."""
@@ -23,7 +28,7 @@ class Evaluation:
     missing: list[str]          # judged, but not in the run
     not_judged: list[str]
     float32_ties: int           # pairs of different scores that are equal in single precision
-    results: list[tuple[str, PerQuery, float]]          # measure, value of each query, average
+    results: dict[str, Result]  # by measure
 
 
 def evaluate(qrels: Qrels, run: Run, measures: list[Any], level: int, complete: bool) -> Evaluation:
@@ -37,15 +42,15 @@ def evaluate(qrels: Qrels, run: Run, measures: list[Any], level: int, complete: 
     ties = sum(trec.float32_ties(run[query_id].values()) for query_id in rankings)
     if complete:
         rankings |= {query_id: [] for query_id in missing}
-    results = [*reciprocal_ranks(qrels, rankings, level), *other_measures(measures, qrels, rankings)]
+    results = dict(reciprocal_ranks(qrels, rankings, level)) | dict(other_measures(measures, qrels, rankings))
     return Evaluation(list(rankings), missing, not_judged, ties, results)
 
 
 def say_gaps(evaluation: Evaluation, source: str) -> None:
     """Print where a measure is undefined, and warn of float32 ties; `source` precedes each message."""
-    for name, values, _ in evaluation.results:
-        if len(values) < len(evaluation.queries):
-            say(f"{source}{name} is defined for only {len(values)} queries; the average is over these")
+    for name, result in evaluation.results.items():
+        if len(result.values) < len(evaluation.queries):
+            say(f"{source}{name} is defined for only {len(result.values)} queries; the average is over these")
     trec.warn_of_float32_ties(evaluation.float32_ties, source)
 
 
@@ -55,14 +60,14 @@ def reciprocal_rank(ranking: Sequence[str], relevant: Collection[str], cutoff: i
                  if document_id in relevant), 0.0)
 
 
-def reciprocal_ranks(qrels: Qrels, rankings: Rankings, level: int) -> Iterator[tuple[str, PerQuery, float]]:
-    """Yield (name, value of each query, mean) for MRR and its cutoffs; grades of `level` or more are relevant."""
+def reciprocal_ranks(qrels: Qrels, rankings: Rankings, level: int) -> Iterator[tuple[str, Result]]:
+    """Yield name and result for MRR and its cutoffs; grades of `level` or more are relevant."""
     relevant = {query_id: {document_id for document_id, grade in qrels[query_id].items() if grade >= level}
                 for query_id in rankings}
     for name, cutoff in MRR_CUTOFFS.items():
         values = {query_id: reciprocal_rank(ranking, relevant[query_id], cutoff)
                   for query_id, ranking in rankings.items()}
-        yield name, values, trec.sum_in_order(values.values()) / len(values)
+        yield name, Result(values, trec.sum_in_order(values.values()) / len(values))
 
 
 def parse_measures(names: list[str], level: int, problems: Problems) -> list[Any]:
@@ -148,8 +153,8 @@ def _provider(measure: Any) -> str | None:
                  if provider.supports(measure) and provider.is_available()), None)
 
 
-def other_measures(measures: list[Any], qrels: Qrels, rankings: Rankings) -> Iterator[tuple[str, PerQuery, float]]:
-    """Yield (name, value of each query, average) for measures of ir_measures, all computed on these rankings.
+def other_measures(measures: list[Any], qrels: Qrels, rankings: Rankings) -> Iterator[tuple[str, Result]]:
+    """Yield name and result for measures of ir_measures, all computed on these rankings.
 
     A measure may be undefined for a query; the query then has no value.
     """
@@ -173,4 +178,4 @@ def other_measures(measures: list[Any], qrels: Qrels, rankings: Rankings) -> Ite
         aggregator = measure.aggregator()  # the sum for counts such as NumRel, the mean for most others
         for value in values.values():
             aggregator.add(value)
-        yield str(measure), values, aggregator.result()
+        yield str(measure), Result(values, aggregator.result())

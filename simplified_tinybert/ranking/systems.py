@@ -119,7 +119,7 @@ def evaluate_systems(systems: list[System], qrels: Qrels, runs: dict[Path, Run],
             say(f"{system.run}: {len(missing)} judged queries are missing, {how}: {first_ten(missing)}")
         evaluation = evaluate(judged, runs[system.run], measures, level, complete)
         say_gaps(evaluation, f"{system.run}: ")
-        for name, values, average in evaluation.results:
+        for name, (values, average) in evaluation.results.items():
             system.values[name], system.averages[name] = values, average if values else None
     return queries
 

@@ -43,8 +43,7 @@ class DevSet:
                     documents[document_id] = MAX_P.update(documents.get(document_id), score, number)
         student.train(was_training)
         evaluation = evaluate(self.qrels, run, parse_measures(["nDCG@10"], 1, Problems()), level=1, complete=False)
-        means = {name: mean for name, _, mean in evaluation.results}
-        return {name: means[name] for name in ("nDCG@10", "MRR@10")}
+        return {name: evaluation.results[name].average for name in ("nDCG@10", "MRR@10")}
 
 
 def sample_of(examples: Examples) -> np.ndarray:
