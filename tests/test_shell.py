@@ -172,6 +172,14 @@ def test_wrong_settings_create_no_files(own_data):
         assert message in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(("batch_size", "refused"), [("32", True), ("96", False)])
+def test_flags_are_checked_with_the_batch_size_of_the_variable(own_data, batch_size, refused):
+    done = bash("distill.sh", "--group_by_query", "48", cwd=own_data, TRAIN_EXAMPLES="train.tsv", TEACHER_MODEL="none",
+                STUDENT_MODEL="my models/student_2x24", TRAIN_BATCH_SIZE=batch_size, NUM_TRAIN_EPOCHS="0")
+    assert done.returncode == 2 and "NUM_TRAIN_EPOCHS=0" in done.stderr
+    assert ("--group_by_query 48: expected 2 to --train_batch_size" in done.stderr) == refused, done.stderr
+
+
 @pytest.mark.slow
 def test_complete_is_off_unless_set_to_yes(own_data):
     with open(own_data / "qrels.txt", "a") as handle:
