@@ -99,9 +99,11 @@ def tokenizer(directory: Path) -> Callable[[list[str], int], Examples]:
     return lambda lines, length: tokenize(lines, CachedTokenizer(vocabulary, length))
 
 
-def score(model: CrossEncoder, examples: Examples) -> np.ndarray:
-    """Return probabilities of relevance (N), as reranker.py computes them."""
-    return scoring.relevance(scoring.score_all(model, examples), "probability")
+def score(model: CrossEncoder, examples: Examples, batch_tokens: int | None = None) -> np.ndarray:
+    """Return probabilities of relevance (N), as reranker.py computes them; None: in batches of its default size."""
+    limits = scoring.BatchLimits(batch_tokens or scoring.BATCH_TOKENS[model.classifier.weight.device.type])
+    chunk = scoring.score_chunk(model, examples, scoring.token_batches(examples.lengths, limits))
+    return scoring.relevance(chunk.logits(), "probability")
 
 
 def start_up(model_dir: Path, features_file: Path, scores_file: Path, device: torch.device) -> dict[str, float]:

@@ -13,8 +13,10 @@ Out, in --output_dir: reranking.md (tables), reranking.json (all timings), reran
     ours                     reranker.py on features; bf16: with --bf16, int8: with --int8 (CPU)
     ours, from texts         the same, including the work of tokenize_to_features.py
 
---parts: ways (all of these on real pairs, for each model), lengths (the first model on pairs of equal length), start
-(reranker.py on 10 pairs, in a separate process).
+bf16 is left out on CPUs that only emulate it.
+
+--parts: ways (all of these on real pairs, for each model), lengths (the first model on pairs of equal length), budgets
+(the first model in batches of more or fewer tokens), start (reranker.py on 10 pairs, in a separate process).
 """
 import argparse
 import statistics
@@ -30,7 +32,20 @@ import numpy as np
 import torch
 
 from benchmarks import common, ours, pictures, samples
-from benchmarks.ways import ALL, ORIGINAL, OURS, OURS_BF16, PEER, PeerSettings, Sample, equal_sample, real_sample, ways
+from benchmarks.ways import (
+    ALL,
+    ORIGINAL,
+    OURS,
+    OURS_BF16,
+    OURS_INT8,
+    PEER,
+    PeerSettings,
+    Sample,
+    equal_sample,
+    our_scorers,
+    real_sample,
+    ways,
+)
 from simplified_tinybert.common.files import run_main, say
 from simplified_tinybert.model.pretrained import read_config
 from simplified_tinybert.ranking.speed import machine
@@ -38,6 +53,8 @@ from simplified_tinybert.ranking.tables import markdown, number
 
 PAIRS = {"cpu": {"3x384": 200, "6x768": 32, "12x768": 24}, "cuda": {"3x384": 8192, "6x768": 4096, "12x768": 4096}}
 LENGTHS, NONE = (64, 128, 256, 512), "–"
+BUDGETS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (16384, 32768, 65536, 131072)}     # tokens of a batch
+PARTS = ("ways", "lengths", "budgets", "start")
 
 SENTENCE_TRANSFORMERS_SCRIPT = """
 from sentence_transformers import CrossEncoder
@@ -58,8 +75,7 @@ def parse_args() -> argparse.Namespace:
         help="batch sizes to try for sentence-transformers (default: 8 16 32 64 128)")
     add("--backends_python", type=Path,
         help="Python interpreter of an environment with sentence-transformers' backends (default: leave them out)")
-    add("--parts", nargs="+", choices=("ways", "lengths", "start"), default=["ways", "lengths", "start"],
-        help="what to measure (default: all)")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
     args = parser.parse_args()
     if args.backends_python and not args.backends_python.is_file():
         parser.error(f"--backends_python {args.backends_python}: no such file")
@@ -129,7 +145,7 @@ def teacher_table(measured: dict[str, dict]) -> str:
     """How many times faster each student is than the teacher, for each implementation."""
     *students, teacher = measured
     rates, rows = {name: pairs_per_second(result) for name, result in measured.items()}, []
-    for way in (ORIGINAL, PEER, OURS, OURS_BF16):
+    for way in (ORIGINAL, PEER, OURS, OURS_BF16, OURS_INT8):
         if teacher_rate := rates[teacher].get(way):
             rows.append([way, number(teacher_rate),
                          *(f"{rates[student][way] / teacher_rate:.1f} ×" for student in students)])
@@ -152,10 +168,22 @@ def measure_lengths(args: argparse.Namespace, directory: Path, pairs: Sample,
     return rates
 
 
-def lengths_table(name: str, rates: dict[str, dict[int, float]]) -> str:
-    lengths = next(iter(rates.values()))
-    return f"## {name}: pairs per second at equal lengths\n\n" + markdown(
-        ["tokens", *map(str, lengths)], [[way, *map(number, by_length.values())] for way, by_length in rates.items()])
+def measure_budgets(args: argparse.Namespace, directory: Path, pairs: Sample,
+                    device: torch.device) -> dict[str, dict[int, float]]:
+    """Return pairs per second of reranker.py: {precision: {tokens of a batch: rate}}."""
+    sample, budgets = pairs.part(pairs_of(args, args.models[0], device)), BUDGETS[device.type]
+    models = our_scorers(directory, device)
+    times = common.interleave({f"{way}, {tokens} tokens": partial(ours.score, model, sample.examples, tokens)
+                               for way, model in models.items() for tokens in budgets}, args.rounds, device)
+    return {way: {tokens: len(sample.lines) / statistics.median(times[f"{way}, {tokens} tokens"])
+                  for tokens in budgets} for way in models}
+
+
+def rates_table(title: str, rates: dict[str, dict[int, float]]) -> str:
+    """Pairs per second by number of tokens."""
+    return f"## {title}\n\n" + markdown(
+        ["tokens", *map(str, next(iter(rates.values())))],
+        [[way, *map(number, by_tokens.values())] for way, by_tokens in rates.items()])
 
 
 def measure_start(args: argparse.Namespace, directory: Path, pairs: Sample, device: torch.device,
@@ -213,7 +241,7 @@ def main() -> None:
         directories = {name: ours.make_model(Path(scratch) / name, name, vocabulary, pairs.examples)
                        for name in args.models}
         first, sections = args.models[0], []
-        found: dict[str, dict] = {"ways": {}, "lengths": {}, "start": {}}
+        found: dict[str, dict] = {part: {} for part in PARTS}
 
         def keep(section: str) -> None:
             sections.append(section)
@@ -225,7 +253,10 @@ def main() -> None:
             keep(teacher_table(found["ways"]))
         if "lengths" in args.parts:
             found["lengths"] = measure_lengths(args, directories[first], pairs, device)
-            keep(lengths_table(first, found["lengths"]))
+            keep(rates_table(f"{first}: pairs per second at equal lengths", found["lengths"]))
+        if "budgets" in args.parts:
+            found["budgets"] = measure_budgets(args, directories[first], pairs, device)
+            keep(rates_table(f"{first}: pairs per second in batches of this many tokens", found["budgets"]))
         if "start" in args.parts:
             found["start"] = measure_start(args, directories[first], pairs, device, Path(scratch))
             keep(start_table(first, found["start"]))

@@ -14,6 +14,8 @@ from benchmarks import ours, peer_backends, samples
 from benchmarks.original import RERANK_BATCH, RERANK_LENGTH, OriginalBert, original_scores
 from simplified_tinybert.common.files import UserError, say
 from simplified_tinybert.data.features import Examples
+from simplified_tinybert.model.bert import CrossEncoder
+from simplified_tinybert.model.precision import native_bf16
 from simplified_tinybert.ranking.speed import seconds
 
 ORIGINAL, PEER, PEER_BF16 = "original", "sentence-transformers", "sentence-transformers, bf16"
@@ -98,23 +100,28 @@ def ways(directory: Path, sample: Sample, device: torch.device, peer: PeerSettin
     original, length = OriginalBert(directory).eval().to(device), max(RERANK_LENGTH, sample.max_length)
     batches = [sample.examples.batch(np.arange(start, min(start + RERANK_BATCH, len(sample.examples))), length)
                for start in range(0, len(sample.examples), RERANK_BATCH)]
-    model, tokenize = ours.load_scorer(directory, device), ours.tokenizer(directory)
-    bf16_model = ours.load_scorer(directory, device, torch.bfloat16)
+    models, tokenize = our_scorers(directory, device), ours.tokenizer(directory)
     scorers = {ORIGINAL: lambda: original_scores(original, [batch.to(device) for batch in batches]).numpy(),
                **sentence_transformers(directory, sample, device, peer.batch_sizes),
-               OURS: lambda: ours.score(model, sample.examples),
-               OURS_TEXTS: lambda: ours.score(model, tokenize(sample.lines, sample.max_length)),
-               OURS_BF16: lambda: ours.score(bf16_model, sample.examples)}
+               OURS_TEXTS: lambda: ours.score(models[OURS], tokenize(sample.lines, sample.max_length)),
+               **{way: partial(ours.score, model, sample.examples) for way, model in models.items()}}
+    if device.type == "cpu" and peer.backends_python and set(names) & set(peer_backends.WAYS):
+        backends = Backends(peer.backends_python, directory, sample.texts(), sample.max_length, peer.batch_sizes)
+        scorers |= {way: partial(backends.score, way) for way in peer_backends.WAYS}
+    return {name: scorers[name] for name in names if name in scorers}
+
+
+def our_scorers(directory: Path, device: torch.device) -> dict[str, CrossEncoder]:
+    """The model in each precision of reranker.py that the device has: float32, bfloat16, on CPUs also 8 bits."""
+    models = {OURS: ours.load_scorer(directory, device)}
+    if native_bf16(device) is not False:                # emulation takes many times as long
+        models[OURS_BF16] = ours.load_scorer(directory, device, torch.bfloat16)
     if device.type == "cpu":
         try:
-            int8_model = ours.load_scorer(directory, device, int8=True)
-            scorers[OURS_INT8] = lambda: ours.score(int8_model, sample.examples)
+            models[OURS_INT8] = ours.load_scorer(directory, device, int8=True)
         except UserError as error:
             say(f"{error}: left out")
-        if peer.backends_python and set(names) & set(peer_backends.WAYS):
-            backends = Backends(peer.backends_python, directory, sample.texts(), sample.max_length, peer.batch_sizes)
-            scorers |= {way: partial(backends.score, way) for way in peer_backends.WAYS}
-    return {name: scorer for name, scorer in scorers.items() if name in names}
+    return models
 
 
 def sentence_transformers(directory: Path, sample: Sample, device: torch.device,
@@ -130,7 +137,8 @@ def sentence_transformers(directory: Path, sample: Sample, device: torch.device,
         return {}
     models = {name: CrossEncoder(str(directory), device=str(device), max_length=sample.max_length,
                                  model_kwargs={"dtype": dtype})
-              for name, dtype in ((PEER, torch.float32), (PEER_BF16, torch.bfloat16))}
+              for name, dtype in ((PEER, torch.float32), (PEER_BF16, torch.bfloat16))
+              if dtype == torch.float32 or native_bf16(device) is not False}
     texts = sample.texts()
 
     def predict(name: str, size: int) -> np.ndarray:

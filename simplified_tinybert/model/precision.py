@@ -59,11 +59,17 @@ def warn_if_slow(dtype: torch.dtype | None, device: torch.device, advice: str = 
         say("note         float32: --bf16 would be several times as fast on this GPU")
     if dtype != torch.bfloat16:
         return
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
-        has_bf16(getattr(torch.cpu, "get_capabilities", dict)(), any(os.environ.get(name) for name in ISA_LIMITS))
+    native = native_bf16(device)
     if not native and is_emulated(native, factor := slowdown(dtype, device)):
         warn(f"--bf16: bfloat16 is emulated on this device: matrix products take {factor:.2g} times as long as in "
              f"float32; {advice}")
+
+
+def native_bf16(device: torch.device) -> bool | None:
+    """Whether a device has bfloat16 instructions; None: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return has_bf16(getattr(torch.cpu, "get_capabilities", dict)(), any(os.environ.get(name) for name in ISA_LIMITS))
 
 
 def has_bf16(capabilities: Mapping[str, object], limited: bool) -> bool | None:
