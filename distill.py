@@ -152,8 +152,9 @@ def check_settings(args: argparse.Namespace, problems: Problems) -> compatibilit
 
 def find_student_and_teacher(args: argparse.Namespace, stages: list[Stage], problems: Problems) -> compatibility.Models:
     """Find student and teacher, and check that their layers can be matched."""
-    models = compatibility.find_models({"general student": args.general_student_model,
-                                 "teacher": args.teacher_model if runs_teacher(stages) else None}, problems)
+    models = compatibility.find_models({
+        "general student": args.general_student_model,
+        "teacher": args.teacher_model if runs_teacher(stages) else None}, problems)
     if uses(stages, "layers") and len(models) == 2:
         compatibility.check_pair(models["teacher"].config, models["general student"].config, problems, args.layer_map)
     return models

@@ -67,10 +67,12 @@ elif [ -n "${FEATURES_FILE:-}" ]; then
     given=(FEATURES_FILE)
 fi
 
+batch_size=()       # --group_by_query is checked with it
+[[ ! "$TRAIN_BATCH_SIZE" =~ ^[1-9][0-9]{0,17}$ ]] || batch_size=(--train_batch_size="$TRAIN_BATCH_SIZE")
 use_python requirements.txt
 check_settings PROCESSES DEVICE TRAIN_BATCH_SIZE LEARNING_RATE NUM_TRAIN_EPOCHS TRAIN_LOSS_STEP SAVE_MODEL_STEP \
     ${MAX_SEQ_LENGTH:+MAX_SEQ_LENGTH} OUTPUT_STUDENT_DIR CACHE_FILE_DIR ${given[@]+"${given[@]}"} \
-    -- check_settings distill.py --features_file=- --train_batch_size="$TRAIN_BATCH_SIZE" "${settings[@]}" "$@"
+    -- check_settings distill.py --features_file=- ${batch_size[@]+"${batch_size[@]}"} "${settings[@]}" "$@"
 if [ -z "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then
     mkdir -p "$EXAMPLE_DIR"
     PYTHONPATH="$ROOT" "$PYTHON" -m examples.build_collection --output_dir "$EXAMPLE_DIR/collection"

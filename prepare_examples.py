@@ -86,7 +86,8 @@ def parse_args() -> argparse.Namespace:
     add("--docs", type=Path, help="documents, plain or .gz")
     add("--queries", type=Path, help="queries")
     add("--candidates", type=Path, help="candidate documents of each query")
-    add("--qrels", type=Path, help="judgements (test: optional; then only judged queries are used)")
+    add("--qrels", type=Path, help="judgements (test: optional, only as a file; then only judged queries are "
+        "used)")
     add("--dataset", metavar="ID", help="ir_datasets id of a dataset, which supplies every input without a file")
     add("--output", type=Path, required=True, help="file to write")
     add("--window", type=int, default=150, help="maximum number of words in a passage, title excluded (default: 150)")

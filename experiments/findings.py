@@ -146,7 +146,7 @@ def report_text(results: dict) -> str:
 def candidates_note(results: dict) -> str:
     """Say if queries have fewer candidates than the depth, or none. Results of earlier versions do not say it."""
     notes, mean = [], results.get("candidates", results["settings"]["test_depth"])
-    if mean < results["settings"]["test_depth"]:
+    if f"{mean:.1f}" != f"{results['settings']['test_depth']:.1f}":
         notes.append(f"{mean:.1f} on average")
     if missing := results.get("without_candidates"):
         notes.append(f"judged queries without candidates, left out: {missing}")

@@ -99,7 +99,7 @@ def training_record(directory: Path, made_of: dict[str, Path]) -> dict:
     logged = [0, *(row["global_step"] for row in rows)]
     seconds = sum((row["global_step"] - previous) * arguments["train_batch_size"] / row["examples_per_second"]
                   for previous, row in zip(logged, rows))
-    hardware = machine(torch.device(run["device"]) if torch.cuda.is_available() else torch.device("cpu"))
+    hardware = machine(torch.device("cuda" if "cuda" in run["device"] and torch.cuda.is_available() else "cpu"))
     return {"learning_rate": arguments["learning_rate"], "seed": arguments["seed"], "steps": logged[-1],
             "seconds": round(seconds), "sha256": weights_sha256(directory),
             "made_of": {role: weights_sha256(model) for role, model in made_of.items()}, "device": run["device"],

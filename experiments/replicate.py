@@ -22,16 +22,15 @@ Out, in --output_dir: results.json with all finished results, tables and picture
 features, models, runs; and a record of each model, in records/ or --records. After any interruption, the same command
 continues where it stopped. On another machine the records are enough: a recorded model is trained again only if a
 missing student or the test queries need its weights. To train a model again, remove its output and its record. --jobs
-commands run in parallel and share the CPU threads.
+commands run in parallel and share the CPU cores.
 """
 import argparse
-from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
 
 from experiments.plan import say_teacher, say_work
-from experiments.results import write_results
+from experiments.results import dev_results, has_students, write_results
 from experiments.settings import keep_inputs, read_settings
 from experiments.study import Study
 from simplified_tinybert.common.compatibility import Models, check_pair, find_models
@@ -77,21 +76,22 @@ def find_files(collection: Path, problems: Problems) -> dict[str, Path]:
     return files
 
 
-def check_collection(files: dict[str, Path], problems: Problems) -> None:
-    """Check all files but the documents before anything is made, and that each split has judged candidates."""
+def check_collection(files: dict[str, Path], data: Path, problems: Problems) -> None:
+    """Check all files but the documents, and that they fit together, before anything is made in `data`."""
     for split in ("train", "dev", "test"):
-        queries, path, candidates = (files[f"{kind}.{split}"] for kind in ("queries", "qrels", "bm25"))
-        if not all(file.is_file() for file in (queries, path, candidates)):
-            continue                                    # find_files has named those that are missing
-        read_queries(queries, problems)
-        qrels = read_qrels(path, problems)
+        queries_path, path, candidates = (files[f"{kind}.{split}"] for kind in ("queries", "qrels", "bm25"))
+        if (data / f"{split}.tsv").exists() or not all(file.is_file() for file in (queries_path, path, candidates)):
+            continue                                    # find_files has named missing files
+        queries, qrels = read_queries(queries_path, problems), read_qrels(path, problems)
+        if queries and qrels and not queries.keys() & qrels.keys():
+            problems.add(f"{queries_path}: none of its queries is judged in {path}; do the two files belong together?")
         progress = tqdm(by_query(read_rows(candidates, problems), str(candidates), 1, problems),
                         desc=f"checking {candidates.name}", unit=" queries", unit_scale=True)
         ranked = {query_id: {} for query_id, _ in progress}
         check_common_queries(path, qrels, {candidates: ranked}, problems)
         if missing := [query_id for query_id in qrels if query_id not in ranked]:
-            say(f"{path}: {len(missing):,} of {len(qrels):,} judged queries have no candidates and are left out for "
-                f"all systems: {first_ten(missing)}")
+            say(f"{path}: {len(missing):,} of {len(qrels):,} judged queries have no candidates and are left out: "
+                f"{first_ten(missing)}")
 
 
 def check_models(models: Models, problems: Problems) -> None:
@@ -113,16 +113,15 @@ def check_models(models: Models, problems: Problems) -> None:
 def run(study: Study, steps: int | None) -> None:
     """Run the steps one after the other, up to --until and --steps, and write results after each."""
     say_work(study, steps)
-    if study.args.until == "models":
-        study.make_models(list(study.shapes))
-        write_results(study, {})
-        say_teacher(study, steps)
-        return
-    study.make_models([], weights=False)
+    only_models = study.args.until == "models"
+    study.make_models(list(study.shapes) if only_models else [], weights=only_models)
     if study.args.until == "test":
         study.test_first()
-    write_results(study, {})
-    say_teacher(study, steps)
+    if only_models or not has_students(study.out / "results.json"):
+        write_results(study, {})
+    say_teacher(study, dev_results(study, {})["dev"]["nDCG@10"], steps)
+    if only_models:
+        return
     finished = {}
     for step in study.settings.steps[:steps]:
         if step.teachers:
@@ -141,26 +140,26 @@ def main() -> None:
     files = find_files(args.collection, problems)
     models = find_models({"pre-trained BERT": args.bert_model, "teacher": args.teacher_model} | {
         f"student {name}": shape.model for name, shape in (settings.students.items() if settings else ())}, problems)
+    args.records = (args.records or args.output_dir / "records").resolve()
+    if args.records == args.output_dir:
+        problems.add("--records: is the same directory as --output_dir; name another one")
     check_ranges(args, problems, [(name, getattr(args, name) is None or getattr(args, name) >= 1, "1 or more")
                                   for name in ("jobs", "steps")])
-    check_collection(files, problems)
+    check_collection(files, args.output_dir / "data", problems)
     problems.raise_if_any()
     check_models(models, problems)
     problems.raise_if_any()
     say(f"device       {select_device(args.device)}, {available_cores()} cores, up to {args.jobs} commands at a time")
     args.bert_model = models["pre-trained BERT"].directory.resolve()
     args.teacher_model = models["teacher"].directory.resolve() if args.teacher_model else None
-    args.records = (args.records or args.output_dir / "records").resolve()
     for directory in (args.output_dir, args.records):
         directory.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        for directory in sorted({args.output_dir, args.records}):
-            stack.enter_context(locked(directory))
+    with locked(args.output_dir), locked(args.records):
         inputs = {name: file_identity(path) for name, path in files.items()} | {
             role: weights_checksum(directory) for role, (directory, _) in models.items()} | {
             name: getattr(settings, name) for name in ("max_seq_length", "passages", "sampling", "dev_depth",
                                                        "dev_queries", "test_depth", "test_queries")}
-        keep_inputs(args.output_dir / "inputs.json", inputs, made=any((args.output_dir / "data").glob("*.tsv")))
+        keep_inputs(args.output_dir / "inputs.json", inputs, made=any((args.output_dir / "data").glob("*.*")))
         keep_inputs(args.records / "inputs.json", inputs, made=len(list(args.records.glob("*.json"))) > 1)
         study = Study(args, settings, files)
         study.prepare()

@@ -2,6 +2,7 @@
 import json
 import statistics
 from dataclasses import asdict
+from pathlib import Path
 from random import Random
 
 from experiments.commands import run_name
@@ -10,6 +11,7 @@ from experiments.findings import write_all
 from experiments.study import Pair, Study
 from simplified_tinybert.common.device import select_device
 from simplified_tinybert.common.files import Problems, atomic_writer, say
+from simplified_tinybert.data.collection import read_rows
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.ranking.measures import Qrels, Run
 from simplified_tinybert.ranking.trec import read_qrels
@@ -28,6 +30,11 @@ def write_results(study: Study, rates: dict[Pair, list[float]]) -> None:
         handle.write("\n")
     write_all(results, "results", study.out)
     say(f"results      {study.out / 'results.json'}")
+
+
+def has_students(path: Path) -> bool:
+    """Whether a results.json has results of students."""
+    return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["tuned"])
 
 
 def dev_results(study: Study, rates: dict[Pair, list[float]]) -> dict:
@@ -76,8 +83,9 @@ def test_results(study: Study, rates: dict[Pair, float]) -> dict:
         systems.append({"name": name, "method": method, "shape": None, "seeds": by_measure}
                        | (speed["shapes"][shape] if name != "BM25" else {}))
     qrels, bm25 = read_qrels(study.files["qrels.test"], Problems()), first_ranking(study.out / "data" / "test.tsv")
+    ranked = {query_id for _, query_id, *_ in read_rows(study.files["bm25.test"], Problems())}
     return {"queries": len(values["BM25"][settings.measures[0]]), "systems": systems, "speed_note": speed["note"],
-            "candidates": statistics.fmean(map(len, bm25.values())), "without_candidates": len(qrels.keys() - bm25),
+            "candidates": statistics.fmean(map(len, bm25.values())), "without_candidates": len(qrels.keys() - ranked),
             "teacher_seeds": {str(seed): study.records.test([name], settings.measures)[0]
                               for seed, name in zip(settings.teacher.seeds, teachers) if not study.needs_test(name)},
             "comparisons": comparisons(values, {name: pair[0] for name, pair in pairs.items()}, settings.measures,

@@ -57,7 +57,7 @@ class Command:
         with open(logs / f"{self.name}.log", "rb") as log:
             log.seek(self.log_start)
             text = log.read().decode("utf-8", errors="replace").replace("\r", "\n")
-        return [line for line in text.splitlines() if line.startswith("warning: ")]
+        return [line[line.index("warning: "):] for line in text.splitlines() if "warning: " in line]    # after a bar
 
     def finish(self) -> None:
         if self.after:
@@ -114,6 +114,7 @@ def run_all(title: str, commands: list[Command], jobs: int, logs: Path) -> None:
                 for command, process in running[:]:
                     if process.poll() is not None:
                         running.remove((command, process))
+                        progress.set_postfix_str(", ".join(command.name for command, _ in running))
                         check_success(command, process.returncode, logs / f"{command.name}.log")
                         print_new(command, logs, printed)
                         command.finish()

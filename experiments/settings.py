@@ -206,8 +206,8 @@ def read_toml(path: Path) -> dict:
 def keep_inputs(path: Path, inputs: dict[str, object], made: bool) -> None:
     """Save a study's inputs. Raises UserError if something was `made` from other inputs."""
     before = json.loads(path.read_text(encoding="utf-8")) if made and path.is_file() else inputs
-    changed = [f"{name} was {old!r}, is {inputs.get(name)!r}" for name, old in before.items()
-               if old != inputs.get(name)]
+    changed = [f"{name} was {before.get(name)!r}, is {inputs.get(name)!r}" for name in before | inputs
+               if before.get(name) != inputs.get(name)]
     if changed:
         raise UserError(f"{path.parent}: was started with other inputs: {'; '.join(changed)}; choose another "
                         f"--output_dir, or remove {path} and everything that was made from the old inputs")

@@ -28,7 +28,8 @@ class Study:
     def __init__(self, args: argparse.Namespace, settings: Settings, files: dict[str, Path]):
         self.args, self.settings, self.files, self.out = args, settings, files, args.output_dir
         self.commands = Commands(args, settings, files)
-        self.records = Records(args.records, {"OUT": self.out, "COLLECTION": args.collection, "BERT": args.bert_model})
+        self.records = Records(args.records, {"OUT": self.out, "COLLECTION": args.collection, "BERT": args.bert_model}
+                               | ({"TEACHER": args.teacher_model} if args.teacher_model else {}))
         configs = {name: self.commands.student_config(shape) for name, shape in settings.students.items()}
         self.sizes = {name: f"{config.num_hidden_layers}/{config.hidden_size}" for name, config in configs.items()}
         teacher = read_config(self.commands.tokenizer_directory)
