@@ -106,7 +106,8 @@ def ways(directory: Path, sample: Sample, device: torch.device, peer: PeerSettin
                OURS_TEXTS: lambda: ours.score(models[OURS], tokenize(sample.lines, sample.max_length)),
                **{way: partial(ours.score, model, sample.examples) for way, model in models.items()}}
     if device.type == "cpu" and peer.backends_python and set(names) & set(peer_backends.WAYS):
-        backends = Backends(peer.backends_python, directory, sample.texts(), sample.max_length, peer.batch_sizes)
+        backends = Backends(peer.backends_python, directory, sample.texts(), sample.max_length,
+                            useful_sizes(peer.batch_sizes, sample))
         scorers |= {way: partial(backends.score, way) for way in peer_backends.WAYS}
     return {name: scorers[name] for name in names if name in scorers}
 
@@ -124,11 +125,16 @@ def our_scorers(directory: Path, device: torch.device) -> dict[str, CrossEncoder
     return models
 
 
+def useful_sizes(batch_sizes: list[int], sample: Sample) -> list[int]:
+    """The batch sizes that are not larger than the sample; at least one."""
+    return [size for size in batch_sizes if size <= len(sample.lines)] or batch_sizes[:1]
+
+
 def sentence_transformers(directory: Path, sample: Sample, device: torch.device,
                           batch_sizes: list[int]) -> dict[str, Callable[[], np.ndarray]]:
     """Return CrossEncoder.predict in float32 and bfloat16, or nothing if sentence-transformers is not installed.
 
-    Both use the batch size that is fastest in float32 on this sample. Sizes above that of the sample are not tried.
+    Both use the batch size that is fastest in float32 on this sample.
     """
     try:
         from sentence_transformers import CrossEncoder
@@ -144,8 +150,8 @@ def sentence_transformers(directory: Path, sample: Sample, device: torch.device,
     def predict(name: str, size: int) -> np.ndarray:
         return models[name].predict(texts, batch_size=size, apply_softmax=True, show_progress_bar=False)[:, 1]
 
-    sizes = [size for size in batch_sizes if size <= len(texts)] or batch_sizes[:1]
-    times = {size: seconds(lambda: predict(PEER, size), device) for size in sizes}  # noqa: B023
+    times = {size: seconds(lambda: predict(PEER, size), device)  # noqa: B023
+             for size in useful_sizes(batch_sizes, sample)}
     best = min(times, key=times.get)
     say("  sentence-transformers, batch size: " + ", ".join(f"{size} {spent:.2f} s" for size, spent in times.items()))
     return {name: lambda name=name: predict(name, best) for name in models}
