@@ -1,5 +1,6 @@
 """The benchmarks: the baselines compute what the original computes, and each command writes its files."""
 import json
+import statistics
 import subprocess
 import sys
 from itertools import islice
@@ -7,12 +8,13 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, random_rows, run_script, write_features
+from conftest import DATA, ROOT, random_rows, run_script, write_features
 from helpers.golden import golden_name
 
 from benchmarks import common, original, original_tokenizer, ours, samples
 from simplified_tinybert.data.features import read_chunks
 from simplified_tinybert.model.pretrained import load_cross_encoder, read_config, save_cross_encoder
+from simplified_tinybert.ranking.tables import number
 from simplified_tinybert.training.optimizer import linear_warmup_decay
 
 VOCABULARY = DATA / "bert-base-uncased-vocab.txt"
@@ -166,3 +168,26 @@ def test_each_command_runs_and_writes_its_files(texts, tmp_path):
     steps = json.loads((tmp_path / "distillation.json").read_text())["steps"]["1x24"]
     assert steps["loss_difference"] < 1e-5
     assert json.loads((tmp_path / "tokenization.json").read_text())["re-ranking"]["different"] == 0
+
+
+BACKENDS = [("sentence-transformers, ONNX", "sentence-transformers, OpenVINO"),
+            ("sentence-transformers, ONNX int8", "sentence-transformers, OpenVINO int8")]
+MEASURED = {"the original's method": ["original"], "sentence-transformers": ["sentence-transformers"],
+            "its fastest backend, float32": BACKENDS[0], "its fastest backend, int8": BACKENDS[1],
+            "`reranker.py`": ["ours"], "`reranker.py --int8`": ["ours, int8"], "`reranker.py --bf16`": ["ours, bf16"]}
+
+
+def test_the_speeds_of_the_readme_are_those_of_the_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = readme.partition("| re-ranking | AVX2")[2].partition("\n\n")[0].splitlines()[2:]
+    table = [row.strip("| ").split(" | ") for row in rows]
+    assert [row[0] for row in table] == list(MEASURED)
+    for directory, first in (("avx2", 1), (".", 4)):
+        path = ROOT / "benchmarks" / "results" / directory / "reranking.json"
+        models = json.loads(path.read_text(encoding="utf-8"))["ways"]
+        for name, *cells in table:
+            rates = [max((models[model]["pairs"] / statistics.median(models[model]["times"][way])
+                          for way in MEASURED[name] if way in models[model]["times"]), default=None)
+                     for model in ("3x384", "12x768")]
+            expected = ["–"] * 3 if None in rates else [*map(number, rates), f"{rates[0] / rates[1]:.1f} ×"]
+            assert cells[first - 1:first + 2] == expected, name
