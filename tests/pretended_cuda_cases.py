@@ -86,10 +86,15 @@ def expect(condition: bool, message: str) -> None:
         raise AssertionError(message)
 
 
+def scratch_directory() -> tempfile.TemporaryDirectory:
+    """After a seeded fault, TensorBoard's thread may still write into the directory while it is removed."""
+    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+
+
 def check_step(method: str, dtype: str, padding: str) -> None:
     """The second step, with two batches: nothing waits for the device but GradScaler, and types are right."""
     batches = [np.arange(8), np.arange(8, 10)]
-    with tempfile.TemporaryDirectory() as directory, pretended_cuda() as device:
+    with scratch_directory() as directory, pretended_cuda() as device:
         trainer = make_trainer(directory, device, method, dtype, padding)
         with Watch():                                                       # creates the optimizer's state
             trainer._advance(1, batches, tqdm(disable=True))
@@ -114,7 +119,7 @@ def check_step(method: str, dtype: str, padding: str) -> None:
 def check_checkpoint(dtype: str) -> None:
     """What a checkpoint holds, and where the parts are after resuming from it."""
     saved = {}
-    with tempfile.TemporaryDirectory() as directory, pretended_cuda() as device, ExitStack() as stack:
+    with scratch_directory() as directory, pretended_cuda() as device, ExitStack() as stack:
         for place, name, replacement in (
                 (checkpoints, "replace_directory", lambda path, save, state: saved.update(state)),
                 (optimizer.LossScaler, "state_dict", lambda self: {}),      # these two need numbers
@@ -141,7 +146,7 @@ def check_checkpoint(dtype: str) -> None:
 
 def check_validation(dtype: str) -> None:
     examples = random_examples()
-    with tempfile.TemporaryDirectory() as directory, pretended_cuda() as device, \
+    with scratch_directory() as directory, pretended_cuda() as device, \
             patch.object(scoring, "read_chunks", lambda path: iter([examples, examples])):
         trainer = make_trainer(directory, device, "simplified", dtype, "masked")
         dev = validation.DevSet(Namespace(paths=[Path("dev.pkl")], examples=20), {"q0": {"d0": 1}, "q1": {"d7": 1}})
