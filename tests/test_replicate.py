@@ -669,6 +669,17 @@ def test_the_progress_of_the_students_is_reported_as_recorded():
     assert [rate for rate, _ in rates] == [5e-5, 1e-4, 2e-4, 4e-4, 8e-4]
 
 
+def test_the_first_trials_of_tinybert_are_reported_as_recorded():
+    text = (ROOT / "docs" / "replication.md").read_text().partition("## First trials of TinyBERT")[2].partition("##")[0]
+    records = Records(RESULTS / "worldtree", {})
+    found = [f"{records.dev(f'3-384-{method}-{rate}-seed1-tuning'):.4f}"
+             for method, rate in (("tinybert", "5e-05"), ("tinybert", "0.0001"), ("simplified-masked", "5e-05"),
+                                  ("simplified-masked", "0.0001"), ("standard", "5e-05"))]
+    assert re.findall(r"0\.\d{4}", text) == found
+    steps = {json.loads(path.read_text())["steps"] for path in (RESULTS / "worldtree").glob("*-tuning.json")}
+    assert steps == {572}
+
+
 def test_the_first_table_of_the_readme_is_the_summary():
     text, study = (ROOT / "README.md").read_text(), json.loads(SUMMARY.read_text())["collections"]["worldtree"]
     titles = json.loads((RESULTS / "worldtree.json").read_text())["settings"]["titles"]
