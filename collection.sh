@@ -96,22 +96,12 @@ RUN_FILE="$(file bm25.test.txt)"
 first=(--distill_model finetune "${train_flags[@]}" "${teacher_flags[@]}")
 [ -z "$TEACHER_MODEL" ] || first=(--distill_model "${methods[0]:-}" --teacher_model="$TEACHER_MODEL" "${train_flags[@]}")
 check_settings PROCESSES DEVICE STUDENT_LAYERS MAX_SEQ_LENGTH DEPTH EVAL_STEP MEASURES QRELS_FILE RUN_FILE \
-    BERT_MODEL TEACHER_MODEL STUDENT_MODEL \
+    BERT_MODEL TEACHER_MODEL STUDENT_MODEL METHODS \
     -- parse prepare_examples.py train --output=- "${passage_flags[@]}" "${sample_flags[@]}" \
     -- check_numbers distill.py --features_file=- --general_student_model=- --output_student_dir=- "${first[@]}" \
     -- check_numbers general_distill.py --docs=- --teacher_model=- --student_layers 1 --output_student_dir=- \
     "${general_flags[@]}"
-NEW_LAYERS="$STUDENT_LAYERS"
-[ -z "$STUDENT_MODEL" ] || NEW_LAYERS=0
 VOCABULARY="${TEACHER_MODEL:-$BERT_MODEL}"
-PYTHONPATH="$ROOT" "$PYTHON" -c '
-import sys
-from simplified_tinybert.common.files import run_main
-from simplified_tinybert.common.compatibility import check_chain
-run_main(lambda: check_chain(*sys.argv[1:3], int(sys.argv[3]), sys.argv[4].split(), sys.argv[5].split(),
-                             bool(sys.argv[6])))' \
-    "$VOCABULARY" "${STUDENT_MODEL:-$BERT_MODEL}" "$NEW_LAYERS" "${METHODS[*]}" \
-    "${MEASURES[*]}" "$TEACHER_MODEL" 
 mkdir -p "$OUT"
 
 step "$OUT/train.tsv" run prepare_examples.py train --docs "$DOCS" --queries "$(file queries.train.tsv)" \

@@ -207,10 +207,9 @@ def write_lines(args: argparse.Namespace, collection: Collection, sizes: dict[st
     """Write the output and return the counts. Processes other than the first compute the same lines, but write none."""
     window = PassageWindow(args.window, args.stride, args.title, args.first_passages)
     passages, counts = PassageSource(collection.documents, window, skipped), Counter()
-    train = args.set_name == "train"
     usable = [query_id for query_id in sizes if is_usable(query_id, collection, args)]
     chosen = set(usable) if args.max_queries is None else draw_queries(usable, args.max_queries, args.seed)
-    if train:
+    if args.set_name == "train":
         sampling = Sampling(args.relevance_level, args.negatives, args.positive_passages,
                             args.filter_threshold or 0.0, args.retrieved_positives, args.seed)
         progress = tqdm(training_queries(collection, chosen, sampling, passages), total=len(chosen), desc="sampling",

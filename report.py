@@ -28,8 +28,6 @@ import datetime
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from simplified_tinybert.common.compatibility import check_model_fits
 from simplified_tinybert.common.device import prepare_device, select_device
 from simplified_tinybert.common.files import Problems, atomic_writer, check_output_files, check_ranges, run_main, say
@@ -93,7 +91,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_flags(args: argparse.Namespace, systems: list[System], device: torch.device, problems: Problems) -> None:
+def check_flags(args: argparse.Namespace, systems: list[System], problems: Problems) -> None:
     """Check values and names, and set args.teacher. Input errors are added to `problems`."""
     minimums = {"relevance_level": 1, "permutations": 1, "seed": 0, "speed_rounds": 1, "speed_pairs": 1}
     check_ranges(args, problems, [(name, getattr(args, name) is None or getattr(args, name) >= minimum,
@@ -222,7 +220,7 @@ def main() -> None:
     prepare_device(device)
     dtype = select_precision(args, device, problems)
     systems = find_systems(args.system, problems)
-    check_flags(args, systems, device, problems)
+    check_flags(args, systems, problems)
     measures, others = choose_measures(args.measures, args.relevance_level, problems)
     qrels, runs = read_runs(args.qrels, [system.run for system in systems], problems)
     summary = check_features(args.features_file, systems, problems) if args.features_file else None

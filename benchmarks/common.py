@@ -182,15 +182,22 @@ def write_results(title: str, hardware: dict[str, str], sections: list[str], arg
     Benchmarks call it after each part, so that an interruption does not lose the parts before.
     """
     name = Path(sys.argv[0]).stem
-    command = f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip()
+    command = f"python -m benchmarks.{name} {' '.join(portable(Path(word)) for word in sys.argv[1:])}".strip()
     hardware_line = "; ".join(f"{key}: {value}" for key, value in hardware.items())
     text = "\n\n".join([f"# {title}", f"`{command}`", hardware_line, *sections]) + "\n"
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with atomic_writer(args.output_dir / f"{name}.md") as handle:
         handle.write(text)
     with atomic_writer(args.output_dir / f"{name}.json") as handle:
-        json.dump({"machine": hardware, "arguments": vars(args), **raw}, handle, indent=1, default=str)
+        json.dump({"machine": hardware, "arguments": vars(args), **raw}, handle, indent=1, default=portable)
         handle.write("\n")
+
+
+def portable(path: Path) -> str:
+    """A path without this machine's directories: relative to the repository if it is inside, else only the name."""
+    if path.is_relative_to(ROOT):
+        return str(path.relative_to(ROOT))
+    return path.name if path.is_absolute() else str(path)
 
 
 def print_results(args: argparse.Namespace) -> None:

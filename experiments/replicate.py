@@ -30,7 +30,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.plan import say_teacher, say_work
-from experiments.results import dev_results, has_students, write_results
+from experiments.results import results_of_students, write_results
 from experiments.settings import keep_inputs, read_settings
 from experiments.study import Study
 from simplified_tinybert.common.compatibility import Models, check_pair, find_models
@@ -117,9 +117,9 @@ def run(study: Study, steps: int | None) -> None:
     study.make_models(list(study.shapes) if only_models else [], weights=only_models)
     if study.args.until == "test":
         study.test_first()
-    if only_models or not has_students(study.out / "results.json"):
-        write_results(study, {})
-    say_teacher(study, dev_results(study, {})["dev"]["nDCG@10"], steps)
+    results = None if only_models else results_of_students(study.out / "results.json")
+    results = results or write_results(study, {})               # tables of the teacher replace none of students
+    say_teacher(study, results["dev"]["nDCG@10"], steps)
     if only_models:
         return
     finished = {}

@@ -17,10 +17,10 @@ from simplified_tinybert.ranking.measures import Qrels, Run
 from simplified_tinybert.ranking.trec import read_qrels
 
 
-def write_results(study: Study, rates: dict[Pair, list[float]]) -> None:
-    """Write results.json, tables and pictures. `rates`: the learning rates tried for each pair, the chosen one first.
+def write_results(study: Study, rates: dict[Pair, list[float]]) -> dict:
+    """Write results.json, tables and pictures, and return the results.
 
-    Only these pairs (shape, method) are included.
+    rates: the learning rates tried for each pair (shape, method), the chosen one first. Only these pairs are included.
     """
     results = dev_results(study, rates)
     if study.args.until == "test":
@@ -30,11 +30,13 @@ def write_results(study: Study, rates: dict[Pair, list[float]]) -> None:
         handle.write("\n")
     write_all(results, "results", study.out)
     say(f"results      {study.out / 'results.json'}")
+    return results
 
 
-def has_students(path: Path) -> bool:
-    """Whether a results.json has results of students."""
-    return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["tuned"])
+def results_of_students(path: Path) -> dict | None:
+    """Return the content of a results.json, or None if it does not exist or has no students yet."""
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return results if results.get("tuned") else None
 
 
 def dev_results(study: Study, rates: dict[Pair, list[float]]) -> dict:

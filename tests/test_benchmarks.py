@@ -1,8 +1,10 @@
 """The benchmarks: the baselines compute what the original computes, and each command writes its files."""
 import json
+import re
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 from itertools import islice
 
 import numpy as np
@@ -174,20 +176,38 @@ BACKENDS = [("sentence-transformers, ONNX", "sentence-transformers, OpenVINO"),
             ("sentence-transformers, ONNX int8", "sentence-transformers, OpenVINO int8")]
 MEASURED = {"the original's method": ["original"], "sentence-transformers": ["sentence-transformers"],
             "its fastest backend, float32": BACKENDS[0], "its fastest backend, int8": BACKENDS[1],
-            "`reranker.py`": ["ours"], "`reranker.py --int8`": ["ours, int8"], "`reranker.py --bf16`": ["ours, bf16"]}
+            "`reranker.py`": ["ours"], "`reranker.py --int8`": ["ours, int8"]}
 
 
-def test_the_speeds_of_the_readme_are_those_of_the_results():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = readme.partition("| re-ranking | AVX2")[2].partition("\n\n")[0].splitlines()[2:]
-    table = [row.strip("| ").split(" | ") for row in rows]
-    assert [row[0] for row in table] == list(MEASURED)
-    for directory, first in (("avx2", 1), (".", 4)):
-        path = ROOT / "benchmarks" / "results" / directory / "reranking.json"
-        models = json.loads(path.read_text(encoding="utf-8"))["ways"]
-        for name, *cells in table:
-            rates = [max((models[model]["pairs"] / statistics.median(models[model]["times"][way])
-                          for way in MEASURED[name] if way in models[model]["times"]), default=None)
-                     for model in ("3x384", "12x768")]
-            expected = ["–"] * 3 if None in rates else [*map(number, rates), f"{rates[0] / rates[1]:.1f} ×"]
-            assert cells[first - 1:first + 2] == expected, name
+@pytest.mark.parametrize(("page", "start", "shapes"), [
+    ("README.md", "| re-ranking, pairs/s |", ("3x384", "12x768")),
+    ("benchmarks/README.md", "| | 3/384 | 6/768 | 12/768 |", ("3x384", "6x768", "12x768"))])
+def test_the_speeds_of_the_pages_are_those_of_the_results(page, start, shapes):
+    measured = json.loads((ROOT / "benchmarks" / "results" / "reranking.json").read_text(encoding="utf-8"))["ways"]
+    rows = (ROOT / page).read_text(encoding="utf-8").partition(start)[2].partition("\n\n")[0].splitlines()[2:]
+    table = {name.removesuffix(": ONNX"): cells for name, *cells in (row.strip("| ").split(" | ") for row in rows)}
+    assert list(table) == list(MEASURED)
+    for name, cells in table.items():
+        rates = []
+        for shape, cell in zip(shapes, cells):
+            times = measured[shape]["times"]
+            way = min(MEASURED[name], key=lambda way: statistics.median(times[way]))  # noqa: B023
+            rates.append(measured[shape]["pairs"] / statistics.median(times[way]))
+            correlation = f"{measured[shape]['correlation'][way]:.3f}"
+            assert cell.partition(" (")[0] == number(rates[-1])
+            assert cell.partition(" (")[2] in ("", f"{correlation})", f"{way.rpartition(', ')[2]})"), cell
+        assert len(cells) == len(shapes) or cells[-1] == f"{rates[0] / rates[-1]:.1f} ×"
+
+
+def test_records_name_no_directory_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/ours.py", "--output_dir", str(tmp_path), "--pairs", "3"])
+    args = Namespace(output_dir=tmp_path / "out", vocab_file=VOCABULARY, python=tmp_path / "bin" / "python", pairs=3)
+    common.write_results("Title", {"CPU": "x"}, [], args, {})
+    record = json.loads((tmp_path / "out" / "ours.json").read_text())
+    assert record["arguments"] == {"output_dir": "out", "python": "python", "pairs": 3,
+                                   "vocab_file": "tests/data/bert-base-uncased-vocab.txt"}
+    table = (tmp_path / "out" / "ours.md").read_text()
+    assert f"`python -m benchmarks.ours --output_dir {tmp_path.name} --pairs 3`" in table
+    for directory in ("benchmarks/results", "experiments/results"):
+        for path in (ROOT / directory).rglob("*.*"):
+            assert path.suffix == ".png" or not re.search(r'["` ]/\w', path.read_text(encoding="utf-8")), path

@@ -12,8 +12,8 @@ from conftest import DATA, change_config, tiny_vocabulary
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from simplified_tinybert.common.compatibility import check_chain
 from simplified_tinybert.common.files import UserError, reason
+from simplified_tinybert.common.shell import check_chain
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import DOWNLOADED, find_model
 from simplified_tinybert.model.pretrained import load_cross_encoder, load_ranker
@@ -324,13 +324,13 @@ def test_the_pipeline_check_loads_the_weights(directory, golden_models, fine_tun
     for new_layers in (0, 1):
         if refused:
             with pytest.raises(UserError, match=refused):
-                check_chain(str(directory), student, new_layers, ["standard"], ["RR"], fine_tuned)
+                check_chain(str(directory), student, new_layers, ["standard"], fine_tuned)
         else:
-            check_chain(str(directory), student, new_layers, ["standard"], ["RR"], fine_tuned)
+            check_chain(str(directory), student, new_layers, ["standard"], fine_tuned)
 
 
 def test_the_pipeline_check_refuses_an_unreadable_student(directory, golden_models):
     (directory / "pytorch_model.bin").write_bytes(POINTER)
     for new_layers in (0, 1):
         with pytest.raises(UserError, match="Git LFS"):
-            check_chain(str(golden_models["teacher"]), str(directory), new_layers, ["finetune"], ["RR"], True)
+            check_chain(str(golden_models["teacher"]), str(directory), new_layers, ["finetune"], True)

@@ -1,19 +1,14 @@
 """Checks that the inputs of a run fit together, before weights are loaded. Each message says how to fix the problem."""
-import copy
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from transformers import BertConfig
 
 from simplified_tinybert.common.files import Problems, warn
 from simplified_tinybert.data.features import FeatureSummary
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
-from simplified_tinybert.model.pretrained import load_cross_encoder, load_ranker
 from simplified_tinybert.model.tokenizer_files import has_vocabulary, load_vocabulary
-from simplified_tinybert.ranking.measures import parse_measures
-from simplified_tinybert.training.objective import METHODS, ObjectiveSettings, stage_weights
 
 
 class FoundModel(NamedTuple):
@@ -102,34 +97,3 @@ def check_pair(teacher: BertConfig, student: BertConfig, problems: Problems,
         problems.add(f"the teacher has {teacher.num_attention_heads} attention heads, the student "
                      f"{student.num_attention_heads}; choose a student with the same number, because the attention "
                      f"loss compares them head by head")
-
-
-def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: list[str], measures: list[str],
-                fine_tuned: bool) -> None:
-    """Check that the steps of collection.sh fit together, before the first one starts. Raises UserError.
-
-    new_layers: number of layers of a general student to be made from the named model; 0 if it exists already.
-    fine_tuned: the teacher exists already; otherwise it will be made from the named model.
-    """
-    problems = Problems()
-    for method in methods:
-        if method not in METHODS:
-            problems.add(f"METHODS: unknown method {method}; expected some of {' '.join(METHODS)}")
-    parse_measures(measures, 1, problems)
-    models = find_models({"teacher": teacher_name, "student": student_name}, problems)
-    problems.raise_if_any()
-    (teacher_dir, teacher), (student_dir, student) = models["teacher"], models["student"]
-    if load_vocabulary(teacher_dir).checksum() != load_vocabulary(student_dir).checksum():
-        problems.add(f"{student_name}: its vocabulary differs from that of {teacher_name}; choose models with the same "
-                     f"vocabulary, because teacher and students read the same features")
-    if new_layers:
-        student = copy.copy(student)
-        student.num_hidden_layers = new_layers
-        check_pair(models["student"].config, student, problems)
-    if teacher_dir != student_dir and any(ObjectiveSettings(weights=weights).uses("layers")
-                                          for method in methods for weights in stage_weights(method)):
-        check_pair(teacher, student, problems)
-    problems.raise_if_any()
-    load_ranker(teacher_dir, teacher, None if fine_tuned else torch.Generator())
-    if student_dir != teacher_dir:                      # new students take no head from the named model
-        (load_cross_encoder if new_layers else load_ranker)(student_dir, models["student"].config, torch.Generator())

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GPU_TIMEOUT, LONG_TIMEOUT = timedelta(minutes=15), timedelta(hours=6)
 # The share of a batch that one process computes, for each thing that a loss may average over: examples, tokens, pairs
-# of tokens and, for ranking losses, queries and pairs of a relevant passage and one that is not
+# of tokens and, for ranking losses, queries and pairs of a relevant and a non-relevant passage
 Share = dict[str, float]
 FULL_BATCH: Share = {"examples": 1.0, "tokens": 1.0, "pairs": 1.0, "queries": 1.0, "margins": 1.0}
 

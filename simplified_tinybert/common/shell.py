@@ -4,8 +4,10 @@
 
 Each NAME=VALUE is checked by its rule in RULES. Each SCRIPT.py parses the arguments that it will get later. HOW names
 the function of the script that makes further checks: check_numbers or check_settings; "parse" means no such function.
-All errors are printed together, with exit code 2.
+With METHODS, the models of the steps of collection.sh must also fit together. All errors are printed together, with
+exit code 2.
 """
+import copy
 import io
 import re
 import runpy
@@ -14,10 +16,16 @@ from contextlib import redirect_stderr
 from itertools import groupby
 from pathlib import Path
 
+import torch
+
+from simplified_tinybert.common.compatibility import check_pair, find_models
 from simplified_tinybert.common.files import Problems, check_input_file, run_main
+from simplified_tinybert.model.pretrained import load_cross_encoder, load_ranker
+from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.ranking.aggregation import NAMES, find_aggregation
 from simplified_tinybert.ranking.measures import check_grades, parse_measures
 from simplified_tinybert.ranking.trec import parse_score, read_qrels, read_run
+from simplified_tinybert.training.objective import METHODS, ObjectiveSettings, stage_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +91,35 @@ def check_command(how: str, name: str, arguments: list[str], length: int | None,
                              f"MAX_SEQ_LENGTH={positions} or less")
 
 
+def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: list[str], fine_tuned: bool) -> None:
+    """Check that the steps of collection.sh fit together, before the first one starts. Raises UserError.
+
+    new_layers: number of layers of a general student to be made from the named model; 0 if it exists already.
+    fine_tuned: the teacher exists already; otherwise it will be made from the named model.
+    """
+    problems = Problems()
+    for method in methods:
+        if method not in METHODS:
+            problems.add(f"METHODS: unknown method {method}; expected some of {' '.join(METHODS)}")
+    models = find_models({"teacher": teacher_name, "student": student_name}, problems)
+    problems.raise_if_any()
+    (teacher_dir, teacher), (student_dir, student) = models["teacher"], models["student"]
+    if load_vocabulary(teacher_dir).checksum() != load_vocabulary(student_dir).checksum():
+        problems.add(f"{student_name}: its vocabulary differs from that of {teacher_name}; choose models with the same "
+                     f"vocabulary, because teacher and students read the same features")
+    if new_layers:
+        student = copy.copy(student)
+        student.num_hidden_layers = new_layers
+        check_pair(models["student"].config, student, problems)
+    if teacher_dir != student_dir and any(ObjectiveSettings(weights=weights).uses("layers")
+                                          for method in methods for weights in stage_weights(method)):
+        check_pair(teacher, student, problems)
+    problems.raise_if_any()
+    load_ranker(teacher_dir, teacher, None if fine_tuned else torch.Generator())
+    if student_dir != teacher_dir:                      # new students take no head from the named model
+        (load_cross_encoder if new_layers else load_ranker)(student_dir, models["student"].config, torch.Generator())
+
+
 def main() -> None:
     settings, *commands = [list(group) for separates, group in groupby(sys.argv[1:], "--".__eq__) if not separates]
     variables, problems = dict(setting.split("=", 1) for setting in settings), Problems()
@@ -94,6 +131,10 @@ def main() -> None:
         with problems.collect():
             check_command(how, name, arguments, length, problems)
     problems.raise_if_any()
+    if "METHODS" in variables:                          # collection.sh
+        bert, teacher, student = (variables[f"{role}_MODEL"] for role in ("BERT", "TEACHER", "STUDENT"))
+        check_chain(teacher or bert, student or bert, 0 if student else int(variables["STUDENT_LAYERS"]),
+                    variables["METHODS"].split(), bool(teacher))
 
 
 if __name__ == "__main__":

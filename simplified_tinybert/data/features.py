@@ -8,8 +8,8 @@
 labels int8 (-1: none); lengths and query_lengths uint16, special tokens included (the query segment is
 [CLS] query [SEP]); tokens in `token_type`, the ids of all examples concatenated without padding. Attention masks and
 segment ids follow from the lengths. Frames hold only dicts, strings, numbers and bytes. The reader rejects every other
-pickle instruction before it executes any. So reading a feature file never runs code from it, nor takes more memory than
-the file has data for.
+pickle instruction before it executes any. So reading a feature file never runs code from it, and never reserves more
+memory than its data fills.
 """
 import hashlib
 import pickle

@@ -5,8 +5,9 @@ time than PyTorch's linear layer; results are equal up to float32 rounding.
 
 Int8Linear quantizes the inputs of each token (row) to 8 bits, between the smallest and the largest value of the row. So
 the score of a pair does not depend on the other pairs of its batch. Weights are quantized once, with one scale for each
-output. They have 8 bits. CPUs without VNNI add two products in 16 bits, where 8-bit weights would overflow; there they
-have 7 bits. All other sums have 32 bits. Embeddings, attention, layer norms, pooler and classifier stay in float32.
+output. They have 8 bits. CPUs without VNNI add two products in 16 bits, where 8-bit weights would overflow. There,
+weights have 7 bits. All other sums have 32 bits. Embeddings, attention, layer norms, pooler and classifier stay in
+float32.
 
 Quantization changes an output by at most ½ Σ|w| (high - low) / 255 + ½ Σ|x| max|w| / levels, where x are the inputs of
 its row, w its weights, and levels is 127 or 63. With 7-bit weights, scores of a MiniLM (6/384) with a random head
