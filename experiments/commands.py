@@ -124,16 +124,20 @@ class Commands:
         vocabulary, checksum = load_vocabulary(self.tokenizer_directory), check_corpus([texts], "lines", Problems())
         return len(map_corpus([texts], "lines", vocabulary, self.settings.max_seq_length, checksum, self.out / "cache"))
 
-    def rerank(self, name: str, model: Path) -> Command:
-        output = self.out / "runs" / f"{name}.tsv"
-        return Command(f"rerank-{name}", output, self.script(
-            "reranker.py", "--model_dir", model, "--features_file", self.features("test"), "--output_scores_file",
-            output, "--device", self.args.device, "--resume"))
+    def run(self, name: str, split: str) -> Path:
+        """A model's ranking of the documents of a split."""
+        return self.out / "runs" / f"{name}{'' if split == 'test' else f'.{split}'}.trec"
 
-    def convert(self, name: str) -> Command:
-        scores, output = self.out / "runs" / f"{name}.tsv", self.out / "runs" / f"{name}.trec"
-        return Command(f"convert-{name}", output, self.script(
-            "convert_to_trec_results.py", "--scores_file", scores, "--output_results_file", output))
+    def rank(self, name: str, model: Path, split: str, needs: list[Path]) -> list[Command]:
+        """The commands that re-rank a split's queries with a model: score the passages, then rank the documents."""
+        run = self.run(name, split)
+        scores = run.with_name(f"{run.stem}.tsv")
+        return [
+            Command(f"rerank-{run.stem}", scores, self.script(
+                "reranker.py", "--model_dir", model, "--features_file", self.features(split), "--output_scores_file",
+                scores, "--device", self.args.device, "--resume"), needs),
+            Command(f"convert-{run.stem}", run, self.script(
+                "convert_to_trec_results.py", "--scores_file", scores, "--output_results_file", run), [scores])]
 
 
 def run_name(shape: str, method: str, rate: float, seed: int) -> str:

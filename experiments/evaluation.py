@@ -17,11 +17,12 @@ from simplified_tinybert.common.files import Problems
 from simplified_tinybert.data.features import summarise
 from simplified_tinybert.model.bert import count_parameters
 from simplified_tinybert.model.pretrained import new_cross_encoder
+from simplified_tinybert.ranking.interpolation import best_weight, interpolate_run, values_by_weight
 from simplified_tinybert.ranking.measures import PerQuery, Qrels, Run, evaluate, parse_measures
 from simplified_tinybert.ranking.scoring import prepare
 from simplified_tinybert.ranking.significance import compare_pairs
 from simplified_tinybert.ranking.speed import SPEED_PAIRS, machine, measure, sample_pairs
-from simplified_tinybert.ranking.trec import split_passage_id
+from simplified_tinybert.ranking.trec import read_qrels, read_run, split_passage_id
 
 SPEED_ROUNDS = 5
 Values = dict[str, dict[str, PerQuery]]         # system → measure → query → mean over the seeds
@@ -46,6 +47,23 @@ def values_of(qrels: Qrels, runs: list[Run], measures: list[str]) -> tuple[dict[
     values = {name: {query_id: statistics.fmean(result[name].values[query_id] for result in results)
                      for query_id in results[0][name].values} for name in measures}
     return averages, values
+
+
+def interpolated_values(splits: dict[str, list[Path]], measures: list[str]) -> tuple[float, dict[str, PerQuery]]:
+    """Interpolate a model's ranking with BM25's scores of the same documents.
+
+    splits: "dev" and "test" → paths of judgements, BM25's run and the model's run. Returns the weight of BM25 that has
+    the best nDCG@10 on dev, and each test query's value for each measure.
+    """
+    read = {split: (read_qrels(qrels, Problems()), read_run(bm25, Problems()), read_run(run, Problems()))
+            for split, (qrels, bm25, run) in splits.items()}
+    for _, bm25, run in read.values():
+        for query_id, scores in run.items():
+            bm25[query_id] = {document_id: bm25[query_id][document_id] for document_id in scores}
+    qrels, bm25, run = read["dev"]
+    weight = best_weight(values_by_weight(run, bm25, qrels))
+    qrels, bm25, run = read["test"]
+    return weight, values_of(qrels, [interpolate_run(run, bm25, weight)], measures)[1]
 
 
 def compare_family(values: Values, measure: str, pairs: dict[str, tuple[str, str]]) -> dict[str, dict]:

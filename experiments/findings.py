@@ -76,6 +76,19 @@ def differences_table(results: dict) -> str:
     return markdown(["system", "", measure, "95 % interval", "wins/ties/losses", "p (Holm)", ""], rows)
 
 
+def interpolation_table(results: dict) -> str:
+    """Each system with BM25's scores added: weight of BM25, first measure, difference from the system alone."""
+    measure, rows = results["settings"]["measures"][0], []
+    for name, system in results["interpolated"].items():
+        comparison, mean = system["minus_alone"][measure], statistics.fmean(system["seeds"][measure])
+        low, high = comparison["interval"]
+        rows.append([f"{title(results, name)} + BM25", ", ".join(f"{weight:g}" for weight in system["weights"]),
+                     f"{mean:.4f}", f"{comparison['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}",
+                     p_value(comparison["holm"][TEST]), verdict(comparison)])
+    return markdown(["system", "weight of BM25", measure, "minus the system alone", "95 % interval", "p (Holm)", ""],
+                    rows)
+
+
 def p_value(p: float | None) -> str:
     return NONE if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
@@ -140,6 +153,8 @@ def report_text(results: dict) -> str:
         "Intervals are over the queries, for these seeds, without correction. p and verdict are after Holm's "
         "correction for all comparisons with the same system. So an interval may exclude 0 although the difference is "
         "not significant.",
+        *(["Interpolated with BM25. The weight was chosen for each model on the dev queries; p and verdict are after "
+           "Holm's correction for all rows:", interpolation_table(results)] if results.get("interpolated") else []),
         *parts]) + "\n"
 
 

@@ -2,7 +2,8 @@
 
 records/NAME.json holds learning rate, seed, steps, seconds, the rows of dev.jsonl and train_loss.jsonl, SHA-256 of the
 weights and of the models they come from, processor, versions and command. Once the test queries are re-ranked, it also
-holds each query's value for each measure, in the order of the query ids in records/queries.json.
+holds each query's value for each measure, in the order of the query ids in records/queries.json ("test"), and the
+same for its interpolation with BM25 ("interpolated").
 A machine that has a record but not the weights trains the model again only if the weights are needed.
 """
 import hashlib
@@ -70,19 +71,20 @@ class Records:
         self.write(name, now)
         return True
 
-    def add_test(self, name: str, values: dict[str, PerQuery]) -> None:
-        """Add a model's values on the test queries, rounded to six decimals."""
+    def add_test(self, name: str, values: dict[str, PerQuery], key: str = "test", **more: float) -> None:
+        """Add a model's values on the test queries under `key`, rounded to six decimals, and `more`."""
         record, known = self.read(name) or {}, self.read("queries")
         queries = sorted(next(iter(values.values())))
         if known and known["test"] != queries:
             raise UserError(f"{self.path('queries')}: the test queries differ from those that {name} was evaluated on")
         self.write("queries", {"test": queries})
-        self.write(name, record | {"test": record.get("test", {}) | {
+        self.write(name, record | {key: record.get(key, {}) | more | {
             measure: [round(per_query[query_id], 6) for query_id in queries] for measure, per_query in values.items()}})
 
-    def test(self, names: list[str], measures: list[str]) -> tuple[dict[str, list[float]], dict[str, PerQuery]]:
+    def test(self, names: list[str], measures: list[str],
+             key: str = "test") -> tuple[dict[str, list[float]], dict[str, PerQuery]]:
         """Return, for each measure, the average of each model (one per seed), and each query's mean over the models."""
-        queries, models = self.read("queries")["test"], [self.read(name)["test"] for name in names]
+        queries, models = self.read("queries")["test"], [self.read(name)[key] for name in names]
         averages = {measure: [statistics.fmean(model[measure]) for model in models] for measure in measures}
         return averages, {measure: dict(zip(queries, map(statistics.fmean, zip(*(model[measure] for model in models)))))
                           for measure in measures}

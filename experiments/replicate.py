@@ -32,7 +32,7 @@ from tqdm import tqdm
 from experiments.plan import say_teacher, say_work
 from experiments.results import results_of_students, write_results
 from experiments.settings import keep_inputs, read_settings
-from experiments.study import Study
+from experiments.study import Pair, Study
 from simplified_tinybert.common.compatibility import Models, check_pair, find_models
 from simplified_tinybert.common.device import select_device
 from simplified_tinybert.common.files import Problems, check_input_file, check_ranges, run_main, say
@@ -127,10 +127,16 @@ def run(study: Study, steps: int | None) -> None:
         if step.teachers:
             study.make_other_teachers()
         tuned = study.tune([(study.sizes[name], method) for name in step.students for method in step.methods])
-        study.distill("students", [(pair, rates[0], seed) for seed in study.settings.seeds      # all methods first
-                                   for pair, rates in tuned.items()])
+        study.distill("students", with_seeds(study, tuned), study.testing)
         finished |= tuned
+        if step.interpolation:
+            study.interpolate(with_seeds(study, finished))
         write_results(study, finished)
+
+
+def with_seeds(study: Study, tuned: dict[Pair, list[float]]) -> list[tuple[Pair, float, int]]:
+    """All students at the chosen learning rates: first all pairs with the first seed, then with the next."""
+    return [(pair, rates[0], seed) for seed in study.settings.seeds for pair, rates in tuned.items()]
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 from experiments.commands import run_name
-from experiments.evaluation import comparisons, first_ranking, speeds, values_of
+from experiments.evaluation import Values, compare_family, comparisons, first_ranking, speeds, values_of
 from experiments.findings import write_all
 from experiments.study import Pair, Study
 from simplified_tinybert.common.device import select_device
@@ -78,6 +78,7 @@ def test_results(study: Study, rates: dict[Pair, float]) -> dict:
     averages, values = {}, {}
     for name, seeds in ({"BM25": ["BM25"], "teacher": teachers[:1]} | models).items():
         averages[name], values[name] = study.records.test(seeds, settings.measures)
+    interpolated = interpolation_results(study, {"teacher": teachers[:1]} | models, values)
     pairs, speed = {" ".join(pair): pair for pair in rates}, measured_speeds(study)
     systems = []
     for name, by_measure in averages.items():
@@ -90,8 +91,26 @@ def test_results(study: Study, rates: dict[Pair, float]) -> dict:
             "candidates": statistics.fmean(map(len, bm25.values())), "without_candidates": len(qrels.keys() - ranked),
             "teacher_seeds": {str(seed): study.records.test([name], settings.measures)[0]
                               for seed, name in zip(settings.teacher.seeds, teachers) if not study.needs_test(name)},
+            "interpolated": interpolated,
             "comparisons": comparisons(values, {name: pair[0] for name, pair in pairs.items()}, settings.measures,
                                        settings.proposed)}
+
+
+def interpolation_results(study: Study, models: dict[str, list[str]], alone: Values) -> dict:
+    """Each system's interpolation with BM25, compared with the system alone. Systems without one are left out.
+
+    models: system → names of its models, one per seed.
+    """
+    measures, values, found = study.settings.measures, dict(alone), {}
+    for system, names in models.items():
+        records = [study.records.read(name) for name in names]
+        if all("interpolated" in record for record in records):
+            averages, values[f"{system} + BM25"] = study.records.test(names, measures, "interpolated")
+            found[system] = {"weights": [record["interpolated"]["weight"] for record in records], "seeds": averages}
+    pairs = {system: (f"{system} + BM25", system) for system in found}
+    families = {measure: compare_family(values, measure, pairs) for measure in measures} if found else {}
+    return {system: each | {"minus_alone": {measure: family[system] for measure, family in families.items()}}
+            for system, each in found.items()}
 
 
 def measured_speeds(study: Study) -> dict:

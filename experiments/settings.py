@@ -77,6 +77,7 @@ class Step:
     students: list[str] = field(default_factory=list)
     methods: list[str] = field(default_factory=list)
     teachers: bool = False          # train the teachers of the other seeds
+    interpolation: bool = False     # combine the teacher, and all students up to this step, with BM25
 
 
 @dataclass
@@ -124,9 +125,9 @@ class Settings:
                 yield f"{name} is empty"
         for step in self.steps:
             unknown = sorted({*step.students} - {*self.students} | {*step.methods} - {*self.methods})
-            if unknown or not (step.teachers or step.students and step.methods):
-                yield (f"steps: expected students and methods from this file, or teachers = true; found "
-                       f"{unknown or step}")
+            if unknown or not (step.teachers or step.interpolation or step.students and step.methods):
+                yield (f"steps: expected students and methods from this file, teachers = true or interpolation = true; "
+                       f"found {unknown or step}")
         if unknown := sorted({*self.titles} - {*self.methods}):
             yield f"titles: {unknown} are not methods"
 

@@ -4,12 +4,13 @@ A model is trained only if it has no record, or if its weights are missing and n
 """
 import argparse
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from experiments.commands import SPLITS, Commands, run_name
-from experiments.evaluation import first_ranking, values_of
+from experiments.evaluation import first_ranking, interpolated_values, values_of
 from experiments.model_records import Records
 from experiments.running import Command, run_all
 from experiments.settings import Settings, slug
@@ -19,6 +20,7 @@ from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.ranking.trec import read_qrels, read_run
 
 Pair = tuple[str, str]      # shape ("3/384") and method
+Rank = Callable[[str, Path, list[Path]], list[Command]]     # name, model and what it needs → commands that rank with it
 FINETUNE = ["--distill_model", "finetune"]
 
 
@@ -57,7 +59,7 @@ class Study:
 
         def after() -> None:
             if self.records.keep(command.name, directory, command.words, made_of or {}):
-                for stale in (self.out / "runs").glob(f"{command.name}.t*"):        # rankings by other weights
+                for stale in (self.out / "runs").glob(f"{command.name}.*"):         # rankings by other weights
                     stale.unlink()
             for checkpoint in directory.glob("checkpoint-*") if clean else ():
                 shutil.rmtree(checkpoint)
@@ -114,13 +116,13 @@ class Study:
         """Train the teachers of the other seeds. They have no students."""
         commands = [] if self.args.teacher_model else [
             self.teacher_command(self.teacher_rate(), seed) for seed in self.settings.teacher.seeds[1:]]
-        self.run_from_pre_trained("other teachers", self.missing(commands))
+        self.run_from_pre_trained("other teachers", self.missing(commands, self.testing))
 
-    def missing(self, commands: list[Command], test: bool = True) -> list[Command]:
-        """Return the unfinished training commands; with `test`, each is followed by re-ranking the test queries."""
+    def missing(self, commands: list[Command], rank: Rank | None) -> list[Command]:
+        """Return the unfinished training commands, each followed by the commands that `rank` returns for its model."""
         missing = []
         for command in commands:
-            rankings = self.testing(command.name, command.output.parent / "best", [command.output]) if test else []
+            rankings = rank(command.name, command.output.parent / "best", [command.output]) if rank else []
             missing += [*([] if self.is_finished(command, bool(rankings)) else [command]), *rankings]
         return missing
 
@@ -168,13 +170,14 @@ class Study:
                                       [*flags, "--log_gradients"])
         return self.recorded(command, made_of, clean=True)
 
-    def distill(self, title: str, students: list[tuple[Pair, float, int]], tuning: bool = False) -> None:
+    def distill(self, title: str, students: list[tuple[Pair, float, int]], rank: Rank | None,
+                tuning: bool = False) -> None:
         """Train the unfinished students (pair, learning rate, seed), and before them the models they need.
 
-        Each student re-ranks the test queries right after its training, so that an interrupted study leaves complete
-        records. The test queries choose nothing.
+        Each student ranks the queries right after its training, so that an interrupted study leaves complete records.
+        The test queries choose nothing.
         """
-        missing = {student: self.missing([self.student(*student, tuning)], not tuning) for student in students}
+        missing = {student: self.missing([self.student(*student, tuning)], rank) for student in students}
         if sizes := list(dict.fromkeys(pair[0] for (pair, _, _), commands in missing.items() if commands)):
             self.make_models(sizes)
         self.run(title, [command for commands in missing.values() for command in commands])
@@ -183,7 +186,7 @@ class Study:
         """Return the learning rates tried for each pair, first the one that was best on dev with the first seed."""
         seed, rates = self.settings.seeds[0], {pair: sorted(self.shapes[pair[0]].learning_rates) for pair in pairs}
         while True:
-            self.distill("tuning", [(pair, rate, seed) for pair in pairs for rate in rates[pair]], tuning=True)
+            self.distill("tuning", [(pair, rate, seed) for pair in pairs for rate in rates[pair]], None, tuning=True)
             best = {pair: max(rates[pair], key=partial(self.dev_result, pair)) for pair in pairs}
             more = {pair: extension(rates[pair], best[pair], self.shapes[pair[0]].learning_rates,
                                     self.settings.tuning.extensions) for pair in pairs}
@@ -204,9 +207,8 @@ class Study:
         """The commands that re-rank the test queries and record the result; none if done or excluded by --until."""
         if not self.needs_test(name):
             return []
-        rerank, convert = self.commands.rerank(name, model), self.commands.convert(name)
-        return [replace(rerank, needs=needs),
-                replace(convert, needs=[rerank.output], after=partial(self.keep_test, name, convert.output))]
+        *commands, last = self.commands.rank(name, model, "test", needs)
+        return [*commands, replace(last, after=partial(self.keep_test, name, last.output))]
 
     def keep_test(self, name: str, ranking: Path) -> None:
         run = read_run(ranking, Problems()) if name != "BM25" else first_ranking(ranking)
@@ -220,6 +222,30 @@ class Study:
         name, = self.teacher_names(self.settings.teacher.seeds[:1])
         self.make_models([], self.needs_test(name))
         self.run("the teacher's ranking", self.testing(name, self.teacher(), []))
+
+    def interpolate(self, students: list[tuple[Pair, float, int]]) -> None:
+        """Combine teacher and students with BM25. The dev queries choose a weight for each model."""
+        if self.args.until != "test":
+            return
+        name, = self.teacher_names(self.settings.teacher.seeds[:1])
+        teacher = self.interpolating(name, self.teacher(), [])
+        self.make_models([], bool(teacher))
+        self.run("the teacher's interpolation", teacher)
+        self.distill("interpolation", students, self.interpolating)
+
+    def interpolating(self, name: str, model: Path, needs: list[Path]) -> list[Command]:
+        """The commands that rank dev and test queries and record the interpolation with BM25; none if recorded."""
+        if "interpolated" in self.records.read(name):
+            return []
+        test, (scores, dev) = (self.commands.rank(name, model, split, needs) for split in ("test", "dev"))
+        return [*test, scores, replace(dev, needs=[scores.output, test[-1].output],
+                                       after=partial(self.keep_interpolated, name))]
+
+    def keep_interpolated(self, name: str) -> None:
+        splits = {split: [self.files[f"qrels.{split}"], self.files[f"bm25.{split}"], self.commands.run(name, split)]
+                  for split in ("dev", "test")}
+        weight, values = interpolated_values(splits, self.settings.measures)
+        self.records.add_test(name, values, "interpolated", weight=weight)
 
 
 def extension(rates: list[float], best: float, given: list[float], limit: int) -> float | None:

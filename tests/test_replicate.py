@@ -102,6 +102,7 @@ steps = [
     { students = ["quarter"], methods = ["none"] },
     { teachers = true },
     { students = ["half"], methods = ["Simplified TinyBERT"] },
+    { interpolation = true },
 ]
 [tuning]
 share = 0.3
@@ -260,7 +261,7 @@ def test_steps_and_records_without_their_models(study, tmp_path, run_here):
     assert list(results["teacher_seeds"]) == ["3"]
     before = check_tuning(results, tmp_path)
 
-    results = study("steps.toml", "second", *records)
+    results = study("steps.toml", "second", *records, "--steps", 3)
     assert not [path for path in (tmp_path / "second" / "students").iterdir() if "none" in path.name]
     assert {path: path.read_bytes() for path in before} == before                       # the same weights again
     assert [system["method"] for system in results["systems"]] == ["BM25", "teacher", "none", "Simplified TinyBERT"]
@@ -271,6 +272,7 @@ def test_steps_and_records_without_their_models(study, tmp_path, run_here):
     student = json.loads((tmp_path / "records" / "2-48-Simplified-TinyBERT-0.001-seed1.json").read_text())
     assert student["made_of"]["teacher"] == teacher["sha256"] and len(student["made_of"]) == 2
     check_summary(results, tmp_path, run_here)
+    check_interpolation(study("steps.toml", "second", *records), tmp_path)             # trains a student again for it
 
     (tmp_path / "steps.toml").write_text(STEPS.replace("[warm_up]", 'flags = "--weight_decay 0"\n[warm_up]'))
     with pytest.raises(UserError, match="teacher-0.001-seed3.json: (.|\n)*--weight_decay 0"):
@@ -319,6 +321,37 @@ def check_summary(results, directory, run_here):
     with pytest.raises(UserError, match="collection raw"):
         run_here(findings, out, directory / "again.json", "--output_dir", directory, "--summary", directory / "no.json")
     assert not (directory / "no.json").exists()
+
+
+def check_interpolation(results, directory):
+    """Weights and values equal those of convert_to_trec_results.py --interpolate, for BM25's scores of the candidates.
+
+    Its command finds each weight on the dev queries, and is then given this weight for the test queries.
+    """
+    assert list(results["interpolated"]) == ["teacher", "1/24 none", "2/48 Simplified TinyBERT"]
+    runs, rates = directory / "second" / "runs", {
+        run["shape"]: run["learning_rate"] for run in results["tuned"] if run["chosen"]}
+    names = ["teacher-0.001-seed3", f"1-24-none-{rates['1/24']:g}-seed1", "2-48-Simplified-TinyBERT-0.001-seed1"]
+    for split, depth in (("dev", 4), ("test", 5)):
+        kept = [line for line in (directory / "raw" / f"bm25.{split}.txt").read_text().splitlines()
+                if int(line.split()[3]) <= depth]
+        (directory / f"{split}.txt").write_text("\n".join(kept) + "\n")
+    for system, name in zip(results["interpolated"].values(), names):
+        choose = "--interpolation_qrels", directory / "raw" / "qrels.dev.txt"
+        weight, = system["weights"]
+        for split, scores, flags in (("dev", f"{name}.dev.tsv", choose), ("test", f"{name}.tsv", (
+                "--interpolation_weight", weight))):
+            done = run_script("convert_to_trec_results.py", "--scores_file", runs / scores, "--interpolate",
+                              directory / f"{split}.txt", *flags, "--output_results_file", directory / "run.trec")
+            assert f"interpolated with weight {weight:g};" in done.stderr, done.stderr
+        output = run_script("msmarco_mrr_eval.py", directory / "raw" / "qrels.test.txt", directory / "run.trec",
+                            "--measures", "nDCG@10").stdout
+        value, = system["seeds"]["nDCG@10"]
+        assert value == pytest.approx(float(re.search(r"nDCG@10\D*(\d\.\d+)", output).group(1)), abs=2e-6)
+        alone, = next(each["seeds"]["nDCG@10"] for each in results["systems"] if each["shape"] and (
+            each["name"].replace("/", "-").replace(" ", "-") in name))
+        assert system["minus_alone"]["nDCG@10"]["difference"] == pytest.approx(value - alone, abs=1e-5)
+    assert "1/24 no distillation + BM25" in (directory / "second" / "results.md").read_text()
 
 
 @pytest.mark.parametrize(("rates", "best", "expected"), [
