@@ -124,20 +124,23 @@ class Commands:
         vocabulary, checksum = load_vocabulary(self.tokenizer_directory), check_corpus([texts], "lines", Problems())
         return len(map_corpus([texts], "lines", vocabulary, self.settings.max_seq_length, checksum, self.out / "cache"))
 
-    def run(self, name: str, split: str) -> Path:
-        """A model's ranking of the documents of a split."""
-        return self.out / "runs" / f"{name}{'' if split == 'test' else f'.{split}'}.trec"
+    def scores(self, name: str, split: str) -> Path:
+        """A model's scores of the pairs of a split."""
+        return self.out / "runs" / f"{name}{'' if split == 'test' else f'.{split}'}.tsv"
+
+    def score(self, name: str, model: Path, split: str, needs: list[Path]) -> Command:
+        output = self.scores(name, split)
+        return Command(f"rerank-{output.stem}", output, self.script(
+            "reranker.py", "--model_dir", model, "--features_file", self.features(split), "--output_scores_file",
+            output, "--device", self.args.device, "--resume"), needs)
 
     def rank(self, name: str, model: Path, split: str, needs: list[Path]) -> list[Command]:
         """The commands that re-rank a split's queries with a model: score the passages, then rank the documents."""
-        run = self.run(name, split)
-        scores = run.with_name(f"{run.stem}.tsv")
-        return [
-            Command(f"rerank-{run.stem}", scores, self.script(
-                "reranker.py", "--model_dir", model, "--features_file", self.features(split), "--output_scores_file",
-                scores, "--device", self.args.device, "--resume"), needs),
-            Command(f"convert-{run.stem}", run, self.script(
-                "convert_to_trec_results.py", "--scores_file", scores, "--output_results_file", run), [scores])]
+        scores = self.score(name, model, split, needs)
+        output = scores.output.with_suffix(".trec")
+        return [scores, Command(f"convert-{output.stem}", output, self.script(
+            "convert_to_trec_results.py", "--scores_file", scores.output, "--output_results_file", output),
+            [scores.output])]
 
 
 def run_name(shape: str, method: str, rate: float, seed: int) -> str:

@@ -127,7 +127,7 @@ def run(study: Study, steps: int | None) -> None:
         if step.teachers:
             study.make_other_teachers()
         tuned = study.tune([(study.sizes[name], method) for name in step.students for method in step.methods])
-        study.distill("students", with_seeds(study, tuned), study.testing)
+        study.distill("students", with_seeds(study, tuned), study.rankings.testing)
         finished |= tuned
         if step.interpolation:
             study.interpolate(with_seeds(study, finished))

@@ -74,6 +74,8 @@ def random_order(qrels: Qrels, candidates: Run) -> float:
 def test_results(study: Study, rates: dict[Pair, float]) -> dict:
     """Results on the test queries: BM25, teachers and students, speeds and comparisons."""
     settings, teachers = study.settings, study.teacher_names(study.settings.teacher.seeds)
+    tested = {str(seed): name for seed, name in zip(settings.teacher.seeds, teachers)
+              if not study.rankings.needs_test(name)}
     models = {" ".join(pair): [run_name(*pair, rate, seed) for seed in settings.seeds] for pair, rate in rates.items()}
     averages, values = {}, {}
     for name, seeds in ({"BM25": ["BM25"], "teacher": teachers[:1]} | models).items():
@@ -89,8 +91,7 @@ def test_results(study: Study, rates: dict[Pair, float]) -> dict:
     ranked = {query_id for _, query_id, *_ in read_rows(study.files["bm25.test"], Problems())}
     return {"queries": len(values["BM25"][settings.measures[0]]), "systems": systems, "speed_note": speed["note"],
             "candidates": statistics.fmean(map(len, bm25.values())), "without_candidates": len(qrels.keys() - ranked),
-            "teacher_seeds": {str(seed): study.records.test([name], settings.measures)[0]
-                              for seed, name in zip(settings.teacher.seeds, teachers) if not study.needs_test(name)},
+            "teacher_seeds": {seed: study.records.test([name], settings.measures)[0] for seed, name in tested.items()},
             "interpolated": interpolated,
             "comparisons": comparisons(values, {name: pair[0] for name, pair in pairs.items()}, settings.measures,
                                        settings.proposed)}

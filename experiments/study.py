@@ -10,18 +10,18 @@ from functools import partial
 from pathlib import Path
 
 from experiments.commands import SPLITS, Commands, run_name
-from experiments.evaluation import first_ranking, interpolated_values, values_of
 from experiments.model_records import Records
+from experiments.rankings import Rankings
 from experiments.running import Command, run_all
 from experiments.settings import Settings, slug
-from simplified_tinybert.common.files import Problems, UserError
+from simplified_tinybert.common.files import UserError
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
-from simplified_tinybert.ranking.trec import read_qrels, read_run
 
 Pair = tuple[str, str]      # shape ("3/384") and method
 Rank = Callable[[str, Path, list[Path]], list[Command]]     # name, model and what it needs → commands that rank with it
 FINETUNE = ["--distill_model", "finetune"]
+TEACHERS = "TEACHERS"       # in a method's flags: the files with all teachers' scores of the training pairs
 
 
 class Study:
@@ -32,6 +32,7 @@ class Study:
         self.commands = Commands(args, settings, files)
         self.records = Records(args.records, {"OUT": self.out, "COLLECTION": args.collection, "BERT": args.bert_model}
                                | ({"TEACHER": args.teacher_model} if args.teacher_model else {}))
+        self.rankings = Rankings(self.commands, self.records)
         configs = {name: self.commands.student_config(shape) for name, shape in settings.students.items()}
         self.sizes = {name: f"{config.num_hidden_layers}/{config.hidden_size}" for name, config in configs.items()}
         teacher = read_config(self.commands.tokenizer_directory)
@@ -116,7 +117,19 @@ class Study:
         """Train the teachers of the other seeds. They have no students."""
         commands = [] if self.args.teacher_model else [
             self.teacher_command(self.teacher_rate(), seed) for seed in self.settings.teacher.seeds[1:]]
-        self.run_from_pre_trained("other teachers", self.missing(commands, self.testing))
+        self.run_from_pre_trained("other teachers", self.missing(commands, self.rankings.testing))
+
+    def score_training_pairs(self) -> None:
+        """Score the training pairs with all teachers, for students of their ensemble."""
+        def score(name: str, model: Path, needs: list[Path]) -> list[Command]:
+            command = self.commands.score(name, model, "train", needs)
+            return [] if command.output.exists() else [command]
+
+        if self.args.teacher_model:
+            self.run("the teacher's scores", score("teacher", self.teacher(), []))
+        else:
+            self.run_from_pre_trained("scores of the teachers", self.missing(
+                [self.teacher_command(self.teacher_rate(), seed) for seed in self.settings.teacher.seeds], score))
 
     def missing(self, commands: list[Command], rank: Rank | None) -> list[Command]:
         """Return the unfinished training commands, each followed by the commands that `rank` returns for its model."""
@@ -165,6 +178,10 @@ class Study:
         if "finetune" not in flags:
             made_of["teacher"] = self.teacher()
             flags += ["--teacher_model", made_of["teacher"]]
+        if TEACHERS in flags:
+            place, names = flags.index(TEACHERS), self.teacher_names(self.settings.teacher.seeds)
+            flags[place:place + 1] = [self.commands.scores(name, "train") for name in names]
+            made_of |= {name: self.out / name / "best" for name in names[1:]}
         directory = self.out / "students" / (run_name(*pair, rate, seed) + "-tuning" * tuning)
         command = self.commands.train(directory, made_of["general student"], "train", budget.of(rate, seed),
                                       [*flags, "--log_gradients"])
@@ -180,6 +197,8 @@ class Study:
         missing = {student: self.missing([self.student(*student, tuning)], rank) for student in students}
         if sizes := list(dict.fromkeys(pair[0] for (pair, _, _), commands in missing.items() if commands)):
             self.make_models(sizes)
+        if any(TEACHERS in self.settings.methods[pair[1]] for (pair, _, _), commands in missing.items() if commands):
+            self.score_training_pairs()
         self.run(title, [command for commands in missing.values() for command in commands])
 
     def tune(self, pairs: list[Pair]) -> dict[Pair, list[float]]:
@@ -198,54 +217,23 @@ class Study:
         """Return the result of a learning rate's trial on the dev queries."""
         return self.records.dev(self.student(pair, rate, self.settings.seeds[0], tuning=True).name)
 
-    def needs_test(self, name: str) -> bool:
-        """Whether a model still has to re-rank the test queries."""
-        record = self.records.read(name) or {}
-        return self.args.until == "test" and not set(self.settings.measures) <= set(record.get("test", {}))
-
-    def testing(self, name: str, model: Path, needs: list[Path]) -> list[Command]:
-        """The commands that re-rank the test queries and record the result; none if done or excluded by --until."""
-        if not self.needs_test(name):
-            return []
-        *commands, last = self.commands.rank(name, model, "test", needs)
-        return [*commands, replace(last, after=partial(self.keep_test, name, last.output))]
-
-    def keep_test(self, name: str, ranking: Path) -> None:
-        run = read_run(ranking, Problems()) if name != "BM25" else first_ranking(ranking)
-        qrels = read_qrels(self.files["qrels.test"], Problems())
-        self.records.add_test(name, values_of(qrels, [run], self.settings.measures)[1])
-
     def test_first(self) -> None:
         """Evaluate BM25 and the students' teacher on the test queries."""
-        if self.needs_test("BM25"):
-            self.keep_test("BM25", self.out / "data" / "test.tsv")
+        if self.rankings.needs_test("BM25"):
+            self.rankings.keep_test("BM25", self.out / "data" / "test.tsv")
         name, = self.teacher_names(self.settings.teacher.seeds[:1])
-        self.make_models([], self.needs_test(name))
-        self.run("the teacher's ranking", self.testing(name, self.teacher(), []))
+        self.make_models([], self.rankings.needs_test(name))
+        self.run("the teacher's ranking", self.rankings.testing(name, self.teacher(), []))
 
     def interpolate(self, students: list[tuple[Pair, float, int]]) -> None:
         """Combine teacher and students with BM25. The dev queries choose a weight for each model."""
         if self.args.until != "test":
             return
         name, = self.teacher_names(self.settings.teacher.seeds[:1])
-        teacher = self.interpolating(name, self.teacher(), [])
+        teacher = self.rankings.interpolating(name, self.teacher(), [])
         self.make_models([], bool(teacher))
         self.run("the teacher's interpolation", teacher)
-        self.distill("interpolation", students, self.interpolating)
-
-    def interpolating(self, name: str, model: Path, needs: list[Path]) -> list[Command]:
-        """The commands that rank dev and test queries and record the interpolation with BM25; none if recorded."""
-        if "interpolated" in self.records.read(name):
-            return []
-        test, (scores, dev) = (self.commands.rank(name, model, split, needs) for split in ("test", "dev"))
-        return [*test, scores, replace(dev, needs=[scores.output, test[-1].output],
-                                       after=partial(self.keep_interpolated, name))]
-
-    def keep_interpolated(self, name: str) -> None:
-        splits = {split: [self.files[f"qrels.{split}"], self.files[f"bm25.{split}"], self.commands.run(name, split)]
-                  for split in ("dev", "test")}
-        weight, values = interpolated_values(splits, self.settings.measures)
-        self.records.add_test(name, values, "interpolated", weight=weight)
+        self.distill("interpolation", students, self.rankings.interpolating)
 
 
 def extension(rates: list[float], best: float, given: list[float], limit: int) -> float | None:

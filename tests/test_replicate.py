@@ -101,7 +101,7 @@ proposed = "Simplified TinyBERT"
 steps = [
     { students = ["quarter"], methods = ["none"] },
     { teachers = true },
-    { students = ["half"], methods = ["Simplified TinyBERT"] },
+    { students = ["half"], methods = ["ensemble", "Simplified TinyBERT"] },
     { interpolation = true },
 ]
 [tuning]
@@ -117,6 +117,7 @@ half = { depth = 0.5, flags = "--init_from_teacher", learning_rates = [1e-3] }
 flags = "--padding masked"
 [methods]
 none = "--distill_model finetune"
+ensemble = "--distill_model standard --teacher_scores_file TEACHERS"
 [titles]
 none = "no distillation"
 """
@@ -264,7 +265,9 @@ def test_steps_and_records_without_their_models(study, tmp_path, run_here):
     results = study("steps.toml", "second", *records, "--steps", 3)
     assert not [path for path in (tmp_path / "second" / "students").iterdir() if "none" in path.name]
     assert {path: path.read_bytes() for path in before} == before                       # the same weights again
-    assert [system["method"] for system in results["systems"]] == ["BM25", "teacher", "none", "Simplified TinyBERT"]
+    assert [system["method"] for system in results["systems"]] == [
+        "BM25", "teacher", "none", "ensemble", "Simplified TinyBERT"]
+    check_ensemble(tmp_path)
     assert list(results["teacher_seeds"]) == ["3", "4"]
     teacher = json.loads((tmp_path / "records" / "teacher-0.001-seed3.json").read_text())
     weights = tmp_path / "second" / "teacher-0.001-seed3" / "best" / "model.safetensors"
@@ -303,7 +306,7 @@ def check_summary(results, directory, run_here):
     assert list(summary) == ["collections"] and list(summary["collections"]) == ["raw"]
     study = summary["collections"]["raw"]
     assert set(study) == {"queries", "bm25", "teacher", "teacher_seeds", "teacher_minus_bm25", "students"}
-    assert [set(student) for student in study["students"]] == 2 * [{
+    assert [set(student) for student in study["students"]] == 3 * [{
         "method", "shape", "mean", "sd", "retention", "speed_up", "minus_teacher", "minus_bm25"}]
     student, read = study["students"][0], Records(directory / "records", {}).read
     name = next(f"1-24-none-{run['learning_rate']:g}-seed1" for run in results["tuned"] if run["chosen"])
@@ -323,15 +326,28 @@ def check_summary(results, directory, run_here):
     assert not (directory / "no.json").exists()
 
 
+def check_ensemble(directory):
+    """The student's soft labels are those of the two teachers' score files, which have a row for each training pair."""
+    record = json.loads((directory / "records" / "2-48-ensemble-0.001-seed1.json").read_text())
+    files = [f"OUT/runs/teacher-0.001-seed{seed}.train.tsv" for seed in (3, 4)]
+    place = record["command"].index("--teacher_scores_file")
+    assert record["command"][place + 1:place + 3] == files
+    assert set(record["made_of"]) == {"general student", "teacher", "teacher-0.001-seed4"}
+    pairs = (directory / "second" / "data" / "train.tsv").read_text().splitlines()
+    scores = [(directory / "second" / file.removeprefix("OUT/")).read_text().splitlines() for file in files]
+    assert [len(lines) for lines in scores] == 2 * [len(pairs)] and scores[0] != scores[1]
+
+
 def check_interpolation(results, directory):
     """Weights and values equal those of convert_to_trec_results.py --interpolate, for BM25's scores of the candidates.
 
     Its command finds each weight on the dev queries, and is then given this weight for the test queries.
     """
-    assert list(results["interpolated"]) == ["teacher", "1/24 none", "2/48 Simplified TinyBERT"]
+    assert list(results["interpolated"]) == ["teacher", "1/24 none", "2/48 ensemble", "2/48 Simplified TinyBERT"]
     runs, rates = directory / "second" / "runs", {
         run["shape"]: run["learning_rate"] for run in results["tuned"] if run["chosen"]}
-    names = ["teacher-0.001-seed3", f"1-24-none-{rates['1/24']:g}-seed1", "2-48-Simplified-TinyBERT-0.001-seed1"]
+    names = ["teacher-0.001-seed3", f"1-24-none-{rates['1/24']:g}-seed1", "2-48-ensemble-0.001-seed1",
+             "2-48-Simplified-TinyBERT-0.001-seed1"]
     for split, depth in (("dev", 4), ("test", 5)):
         kept = [line for line in (directory / "raw" / f"bm25.{split}.txt").read_text().splitlines()
                 if int(line.split()[3]) <= depth]
