@@ -76,9 +76,9 @@ class Commands:
         `training` must have exactly one learning rate and one seed.
         """
         (rate,), (seed,) = training.learning_rates, training.seeds
-        examples = self.examples(features)
-        epoch_steps, stages = -(-examples // training.batch_size), 2 if "tinybert" in flags else 1
-        steps = max(stages, round(training.epochs(examples) * epoch_steps))
+        examples, stages = self.examples(features), 2 if "tinybert" in flags else 1
+        steps = max(stages, round(training.epochs(examples) * -(-examples // training.batch_size)))
+        epoch_steps = -(-self.epoch_size(features, flags) // training.batch_size)
         last = steps - steps // 2 if stages == 2 else steps      # steps of the last stage, the only one with validation
         first_stage = ["--intermediate_epochs", (steps - last) / epoch_steps] if stages == 2 else []
         return Command(output.name, output / "model.safetensors", self.script(
@@ -90,6 +90,14 @@ class Commands:
             "--train_loss_step", -(-steps // LOG_ROWS), "--save_model_step", -(-steps // LOG_ROWS),
             "--keep_checkpoints", 1, *training.flags.split(), "--seed", seed, "--learning_rate", rate, *flags),
             self.own_weights(start))
+
+    def epoch_size(self, features: str, flags: list[str]) -> int:
+        """Number of examples in an epoch: all, or with --group_by_query so many of each query."""
+        if "--group_by_query" not in flags:
+            return self.examples(features)
+        with open(self.out / "data" / f"{features}.tsv", encoding="utf-8") as lines:
+            queries = {line.split("\t")[1] for line in lines}
+        return len(queries) * int(flags[flags.index("--group_by_query") + 1])
 
     def student_config(self, shape: Shape) -> BertConfig:
         if shape.model:
@@ -125,14 +133,15 @@ class Commands:
         return len(map_corpus([texts], "lines", vocabulary, self.settings.max_seq_length, checksum, self.out / "cache"))
 
     def scores(self, name: str, split: str) -> Path:
-        """A model's scores of the pairs of a split."""
+        """A model's scores of the pairs of a split: probabilities, of training pairs log-odds."""
         return self.out / "runs" / f"{name}{'' if split == 'test' else f'.{split}'}.tsv"
 
     def score(self, name: str, model: Path, split: str, needs: list[Path]) -> Command:
         output = self.scores(name, split)
         return Command(f"rerank-{output.stem}", output, self.script(
             "reranker.py", "--model_dir", model, "--features_file", self.features(split), "--output_scores_file",
-            output, "--device", self.args.device, "--resume"), needs)
+            output, "--device", self.args.device, "--resume", *(["--score", "log_odds"] if split == "train" else [])),
+            needs)
 
     def rank(self, name: str, model: Path, split: str, needs: list[Path]) -> list[Command]:
         """The commands that re-rank a split's queries with a model: score the passages, then rank the documents."""

@@ -2,7 +2,7 @@
 
 Each query's values are averaged over the seeds before systems are compared. Holm's correction is applied to three
 families for each measure: the teacher and all students against BM25, all students against the teacher, and the
-proposed method against the other methods for its student shape.
+proposed method against the other methods for its student shape. Interpolations with BM25 are a family of their own.
 """
 import math
 import statistics
@@ -14,6 +14,7 @@ import torch
 from transformers import BertConfig
 
 from simplified_tinybert.common.files import Problems
+from simplified_tinybert.data.collection import read_rows
 from simplified_tinybert.data.features import summarise
 from simplified_tinybert.model.bert import count_parameters
 from simplified_tinybert.model.pretrained import new_cross_encoder
@@ -49,21 +50,33 @@ def values_of(qrels: Qrels, runs: list[Run], measures: list[str]) -> tuple[dict[
     return averages, values
 
 
-def interpolated_values(splits: dict[str, list[Path]], measures: list[str]) -> tuple[float, dict[str, PerQuery]]:
-    """Interpolate a model's ranking with BM25's scores of the same documents.
+def interpolated_values(splits: dict[str, list[Path]],
+                        measures: list[str]) -> tuple[float, dict[str, PerQuery], dict[str, PerQuery]]:
+    """Interpolate a model's log-odds with BM25's scores of the same documents.
 
-    splits: "dev" and "test" → paths of judgements, BM25's run and the model's run. Returns the weight of BM25 that has
-    the best nDCG@10 on dev, and each test query's value for each measure.
+    splits: "dev" and "test" → paths of judgements, BM25's run and the model's run, with probabilities as scores.
+    Returns the weight of BM25 that has the best nDCG@10 on dev, each test query's values, and those of the model alone.
     """
-    read = {split: (read_qrels(qrels, Problems()), read_run(bm25, Problems()), read_run(run, Problems()))
-            for split, (qrels, bm25, run) in splits.items()}
-    for _, bm25, run in read.values():
-        for query_id, scores in run.items():
-            bm25[query_id] = {document_id: bm25[query_id][document_id] for document_id in scores}
-    qrels, bm25, run = read["dev"]
-    weight = best_weight(values_by_weight(run, bm25, qrels))
-    qrels, bm25, run = read["test"]
-    return weight, values_of(qrels, [interpolate_run(run, bm25, weight)], measures)[1]
+    read = {}
+    for split, (qrels, bm25, run) in splits.items():
+        ranker, scores = log_odds_run(read_run(run, Problems())), {}
+        for _, query_id, document_id, score, _ in read_rows(bm25, Problems()):
+            if document_id in ranker.get(query_id, {}):
+                scores.setdefault(query_id, {})[document_id] = score
+        read[split] = read_qrels(qrels, Problems()), scores, ranker
+    qrels, scores, ranker = read["dev"]
+    weight = best_weight(values_by_weight(ranker, scores, qrels))
+    qrels, scores, ranker = read["test"]
+    found, alone = (values_of(qrels, [run], measures)[1] for run in (interpolate_run(ranker, scores, weight), ranker))
+    return weight, found, alone
+
+
+def log_odds_run(run: Run) -> Run:
+    """Turn probabilities into log-odds. In double precision, they keep nine digits up to log-odds of 15."""
+    limit = np.finfo(np.float64).eps
+    return {query_id: {document_id: float(np.log(score / (1.0 - score))) for document_id, score in
+                       ((document_id, min(max(score, limit), 1.0 - limit)) for document_id, score in scores.items())}
+            for query_id, scores in run.items()}
 
 
 def compare_family(values: Values, measure: str, pairs: dict[str, tuple[str, str]]) -> dict[str, dict]:

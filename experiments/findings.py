@@ -6,7 +6,7 @@
 Out, in --output_dir, for each results file NAME.json:
 
     NAME.md            tables: effectiveness (mean ± standard deviation over the seeds), differences (95 % confidence
-                       intervals over the queries), learning rates tried on the dev queries, norms of gradients
+                       intervals over the queries), interpolation with BM25, learning rates tried, norms of gradients
     NAME.png           effectiveness against speed
     NAME-losses.png    each loss term and its gradient norm during training
 

@@ -3,7 +3,7 @@
 records/NAME.json holds learning rate, seed, steps, seconds, the rows of dev.jsonl and train_loss.jsonl, SHA-256 of the
 weights and of the models they come from, processor, versions and command. Once the test queries are re-ranked, it also
 holds each query's value for each measure, in the order of the query ids in records/queries.json ("test"), and the
-same for its interpolation with BM25 ("interpolated").
+same for its interpolation with BM25 ("interpolated") and for the ranking before it ("not_interpolated").
 A machine that has a record but not the weights trains the model again only if the weights are needed.
 """
 import hashlib

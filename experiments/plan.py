@@ -12,7 +12,7 @@ def say_work(study: Study, steps: int | None) -> None:
     if not study.args.teacher_model:
         say(f"teacher      {counted_runs(study, len(settings.teacher.learning_rates), settings.teacher)}")
     for number, step in enumerate(settings.steps[:steps], 1):
-        parts = []
+        parts, methods = [], study.methods(step)
         if teachers := other_teachers(study, step):
             parts.append(f"{teachers} more teachers")
         if step.students:
@@ -20,7 +20,11 @@ def say_work(study: Study, steps: int | None) -> None:
             if trials:
                 parts.append(f"at least {counted_runs(study, trials, trial(study), 'trial')}")
             parts.append(("" if trials else "at least ") + counted_runs(study, runs, settings.distillation))
-            parts.append(f"{', '.join(step.methods)} with {', '.join(study.sizes[name] for name in step.students)}")
+            parts.append(f"{', '.join(methods)} with {', '.join(study.sizes[name] for name in step.students)}")
+        if left_out := [method for method in step.methods if method not in methods]:
+            parts.append(f"left out, as it needs several teachers: {', '.join(left_out)}")
+        if step.interpolation:
+            parts.append("interpolation of the teacher and all students so far with BM25")
         say(f"step {number}       {'; '.join(parts)}")
 
 
@@ -57,8 +61,9 @@ def other_teachers(study: Study, step: Step) -> int:
 
 def runs_of(study: Study, step: Step) -> tuple[int, int]:
     """Return the smallest number of trials that choose learning rates, and of full runs."""
-    pairs = len(step.students) * len(step.methods)
-    rates = sum(len(study.settings.students[name].learning_rates) for name in step.students) * len(step.methods)
+    methods = len(study.methods(step))
+    pairs = len(step.students) * methods
+    rates = sum(len(study.settings.students[name].learning_rates) for name in step.students) * methods
     runs = pairs * len(study.settings.seeds)
     if study.settings.tuning.share:
         return rates, runs

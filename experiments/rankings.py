@@ -37,14 +37,19 @@ class Rankings:
 
     def interpolating(self, name: str, model: Path, needs: list[Path]) -> list[Command]:
         """The commands that rank dev and test queries and record the interpolation with BM25; none if recorded."""
-        if "interpolated" in self.records.read(name):
+        if self.is_interpolated(name):
             return []
         test, (scores, dev) = (self.commands.rank(name, model, split, needs) for split in ("test", "dev"))
         return [*test, scores, replace(dev, needs=[scores.output, test[-1].output],
                                        after=partial(self.keep_interpolated, name))]
 
+    def is_interpolated(self, name: str) -> bool:
+        return set(self.measures) <= set(self.records.read(name).get("interpolated", {}))
+
     def keep_interpolated(self, name: str) -> None:
+        """Record the interpolation, and the values without it: the weights may have been made anew since the test."""
         splits = {split: [self.files[f"qrels.{split}"], self.files[f"bm25.{split}"],
                           self.commands.scores(name, split).with_suffix(".trec")] for split in ("dev", "test")}
-        weight, values = interpolated_values(splits, self.measures)
+        weight, values, alone = interpolated_values(splits, self.measures)
+        self.records.add_test(name, alone, "not_interpolated")
         self.records.add_test(name, values, "interpolated", weight=weight)

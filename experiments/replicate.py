@@ -8,7 +8,8 @@ bm25 of train, dev and test), and a pre-trained BERT (directory or hub id).
 
 1. Make passages and features. Train the teacher on queries cut out of the texts (warm_up, cropped_queries.py), then on
    the training queries. The dev queries choose its learning rate and checkpoint. If the teacher has several seeds, the
-   first one teaches the students. The others only show how much teachers vary.
+   first one teaches the students. The others show how much teachers vary. Methods with TEACHERS in their flags learn
+   from the scores of all of them.
 2. Distill a general student of each shape from the BERT that the teacher was made from, on the collection's texts and
    on the pairs of the warm-up. So teacher and students start from the same knowledge.
 3. From the general student, train a student by each method and learning rate with the first seed, on the full budget or
@@ -16,13 +17,14 @@ bm25 of train, dev and test), and a pre-trained BERT (directory or hub id).
    highest one, the range is extended. Then train with all seeds at the chosen learning rate.
 4. Evaluate BM25, teacher and all students on the test queries, which choose nothing. --until dev leaves this out.
 
-Stages 3 and 4 are run for each of the `steps` in the settings in turn; --steps N stops after N of them.
+Stages 3 and 4 are run for each of the `steps` in the settings in turn; --steps N stops after N of them. A step with
+`interpolation` also combines the teacher, and all students so far, with BM25. The dev queries choose the weights.
 
 Out, in --output_dir: results.json with all finished results, tables and pictures (experiments/findings.py), logs/,
 features, models, runs; and a record of each model, in records/ or --records. After any interruption, the same command
-continues where it stopped. On another machine the records are enough: a recorded model is trained again only if a
-missing student or the test queries need its weights. To train a model again, remove its output and its record. --jobs
-commands run in parallel and share the CPU cores.
+continues where it stopped. On another machine the records are enough: a recorded model is trained again only if its
+weights are needed by a missing student, the test queries, an interpolation or an ensemble. To train a model again,
+remove its output and its record. --jobs commands run in parallel and share the CPU cores.
 """
 import argparse
 from pathlib import Path
@@ -126,7 +128,7 @@ def run(study: Study, steps: int | None) -> None:
     for step in study.settings.steps[:steps]:
         if step.teachers:
             study.make_other_teachers()
-        tuned = study.tune([(study.sizes[name], method) for name in step.students for method in step.methods])
+        tuned = study.tune([(study.sizes[name], method) for name in step.students for method in study.methods(step)])
         study.distill("students", with_seeds(study, tuned), study.rankings.testing)
         finished |= tuned
         if step.interpolation:

@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 from experiments.commands import run_name
-from experiments.evaluation import Values, compare_family, comparisons, first_ranking, speeds, values_of
+from experiments.evaluation import compare_family, comparisons, first_ranking, speeds, values_of
 from experiments.findings import write_all
 from experiments.study import Pair, Study
 from simplified_tinybert.common.device import select_device
@@ -80,7 +80,7 @@ def test_results(study: Study, rates: dict[Pair, float]) -> dict:
     averages, values = {}, {}
     for name, seeds in ({"BM25": ["BM25"], "teacher": teachers[:1]} | models).items():
         averages[name], values[name] = study.records.test(seeds, settings.measures)
-    interpolated = interpolation_results(study, {"teacher": teachers[:1]} | models, values)
+    interpolated = interpolation_results(study, {"teacher": teachers[:1]} | models)
     pairs, speed = {" ".join(pair): pair for pair in rates}, measured_speeds(study)
     systems = []
     for name, by_measure in averages.items():
@@ -97,17 +97,18 @@ def test_results(study: Study, rates: dict[Pair, float]) -> dict:
                                        settings.proposed)}
 
 
-def interpolation_results(study: Study, models: dict[str, list[str]], alone: Values) -> dict:
+def interpolation_results(study: Study, models: dict[str, list[str]]) -> dict:
     """Each system's interpolation with BM25, compared with the system alone. Systems without one are left out.
 
     models: system → names of its models, one per seed.
     """
-    measures, values, found = study.settings.measures, dict(alone), {}
+    measures, values, found = study.settings.measures, {}, {}
     for system, names in models.items():
-        records = [study.records.read(name) for name in names]
-        if all("interpolated" in record for record in records):
+        if all(map(study.rankings.is_interpolated, names)):
             averages, values[f"{system} + BM25"] = study.records.test(names, measures, "interpolated")
-            found[system] = {"weights": [record["interpolated"]["weight"] for record in records], "seeds": averages}
+            _, values[system] = study.records.test(names, measures, "not_interpolated")
+            found[system] = {"weights": [study.records.read(name)["interpolated"]["weight"] for name in names],
+                             "seeds": averages}
     pairs = {system: (f"{system} + BM25", system) for system in found}
     families = {measure: compare_family(values, measure, pairs) for measure in measures} if found else {}
     return {system: each | {"minus_alone": {measure: family[system] for measure, family in families.items()}}

@@ -92,7 +92,7 @@ def run_all(title: str, commands: list[Command], jobs: int, logs: Path) -> None:
     """
     waiting, printed = [], set()
     for command in commands:
-        if command.is_done(logs):
+        if command.is_done(logs) and not {other.output for other in waiting} & set(command.needs):
             command.finish()
         else:
             waiting.append(command)

@@ -37,7 +37,7 @@ class Training:
     """How a model is trained: on `pairs` examples, for at most `most_epochs` epochs.
 
     `learning_rates`: one for the warm-up, those to try for the teacher; students have their own.
-    `seeds`: of the teacher. The first one teaches the students; the others show how much teachers vary.
+    `seeds`: of the teacher. The first one teaches the students; all together teach methods with TEACHERS in the flags.
     """
     pairs: int
     most_epochs: float

@@ -13,7 +13,7 @@ from experiments.commands import SPLITS, Commands, run_name
 from experiments.model_records import Records
 from experiments.rankings import Rankings
 from experiments.running import Command, run_all
-from experiments.settings import Settings, slug
+from experiments.settings import Settings, Step, slug
 from simplified_tinybert.common.files import UserError
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
@@ -114,10 +114,15 @@ class Study:
                 self.run_from_pre_trained("the teacher again", [best])
 
     def make_other_teachers(self) -> None:
-        """Train the teachers of the other seeds. They have no students."""
+        """Train the teachers of the other seeds. They have no students of their own."""
         commands = [] if self.args.teacher_model else [
             self.teacher_command(self.teacher_rate(), seed) for seed in self.settings.teacher.seeds[1:]]
         self.run_from_pre_trained("other teachers", self.missing(commands, self.rankings.testing))
+
+    def methods(self, step: Step) -> list[str]:
+        """The step's methods, without those that need several teachers if there is only one."""
+        several = len(self.settings.teacher.seeds) > 1 and not self.args.teacher_model
+        return [method for method in step.methods if several or TEACHERS not in self.settings.methods[method].split()]
 
     def score_training_pairs(self) -> None:
         """Score the training pairs with all teachers, for students of their ensemble."""
@@ -125,11 +130,8 @@ class Study:
             command = self.commands.score(name, model, "train", needs)
             return [] if command.output.exists() else [command]
 
-        if self.args.teacher_model:
-            self.run("the teacher's scores", score("teacher", self.teacher(), []))
-        else:
-            self.run_from_pre_trained("scores of the teachers", self.missing(
-                [self.teacher_command(self.teacher_rate(), seed) for seed in self.settings.teacher.seeds], score))
+        self.run_from_pre_trained("scores of the teachers", self.missing(
+            [self.teacher_command(self.teacher_rate(), seed) for seed in self.settings.teacher.seeds], score))
 
     def missing(self, commands: list[Command], rank: Rank | None) -> list[Command]:
         """Return the unfinished training commands, each followed by the commands that `rank` returns for its model."""
@@ -197,7 +199,8 @@ class Study:
         missing = {student: self.missing([self.student(*student, tuning)], rank) for student in students}
         if sizes := list(dict.fromkeys(pair[0] for (pair, _, _), commands in missing.items() if commands)):
             self.make_models(sizes)
-        if any(TEACHERS in self.settings.methods[pair[1]] for (pair, _, _), commands in missing.items() if commands):
+        methods = {pair[1] for (pair, _, _), commands in missing.items() if commands}
+        if any(TEACHERS in self.settings.methods[method].split() for method in methods):
             self.score_training_pairs()
         self.run(title, [command for commands in missing.values() for command in commands])
 

@@ -2,6 +2,7 @@
 import hashlib
 import importlib
 import json
+import math
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from experiments import cropped_queries, evaluation, findings, running
 from experiments import replicate as replicate_script
+from experiments.commands import Commands
 from experiments.cropped_queries import examples, sample_texts
 from experiments.model_records import Records, read_log, weights_sha256
 from experiments.running import Command, run_all
@@ -336,10 +338,11 @@ def check_ensemble(directory):
     pairs = (directory / "second" / "data" / "train.tsv").read_text().splitlines()
     scores = [(directory / "second" / file.removeprefix("OUT/")).read_text().splitlines() for file in files]
     assert [len(lines) for lines in scores] == 2 * [len(pairs)] and scores[0] != scores[1]
+    assert min(float(line.split("\t")[1]) for line in scores[0]) < 0                       # log-odds
 
 
 def check_interpolation(results, directory):
-    """Weights and values equal those of convert_to_trec_results.py --interpolate, for BM25's scores of the candidates.
+    """Weights and values equal those of convert_to_trec_results.py --interpolate, for BM25's scores and log-odds.
 
     Its command finds each weight on the dev queries, and is then given this weight for the test queries.
     """
@@ -357,7 +360,11 @@ def check_interpolation(results, directory):
         weight, = system["weights"]
         for split, scores, flags in (("dev", f"{name}.dev.tsv", choose), ("test", f"{name}.tsv", (
                 "--interpolation_weight", weight))):
-            done = run_script("convert_to_trec_results.py", "--scores_file", runs / scores, "--interpolate",
+            with open(directory / "log_odds.tsv", "w") as handle:
+                for line in (runs / scores).read_text().splitlines():
+                    *ids, p = line.split("\t")
+                    print(*ids, math.log(float(p)) - math.log1p(-float(p)), sep="\t", file=handle)
+            done = run_script("convert_to_trec_results.py", "--scores_file", handle.name, "--interpolate",
                               directory / f"{split}.txt", *flags, "--output_results_file", directory / "run.trec")
             assert f"interpolated with weight {weight:g};" in done.stderr, done.stderr
         output = run_script("msmarco_mrr_eval.py", directory / "raw" / "qrels.test.txt", directory / "run.trec",
@@ -499,6 +506,21 @@ def test_trials_are_shares_of_the_budget():
     assert training.part(0.25).epochs(18_300) == 0.5                            # as in the recorded commands
 
 
+def test_ranking_losses_train_for_as_many_steps(tmp_path, golden_models):
+    """Their epoch has N passages of each query (10 examples here, 4 steps), the others' all pairs (24, 8 steps)."""
+    (tmp_path / "small.toml").write_text(SETTINGS)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.tsv").write_text("".join(f"{n}\tquery {n % 5}\tpassage\t0\n" for n in range(24)))
+    args = SimpleNamespace(output_dir=tmp_path, teacher_model=None, bert_model=golden_models["teacher"], device="cpu")
+    commands = Commands(args, read_settings(tmp_path / "small.toml", Problems()), {"qrels.dev": tmp_path})
+    commands.counts["train"] = 24
+    training, epochs = Training(24, 2, 3, "", [1e-3], seeds=[1]), []
+    for flags in ([], ["--group_by_query", "2"]):
+        words = commands.train(tmp_path / "student", tmp_path / "start", "train", training, flags).words
+        epochs.append(float(words[words.index("--num_train_epochs") + 1]))
+    assert epochs == [1, 2]
+
+
 def test_warnings_of_commands_are_printed_once(tmp_path, capsys):
     code = "import sys; print('\\rpassages: 50%warning: skipped 3\\nnote', file=sys.stderr); open(sys.argv[1], 'w')"
     for attempt in range(2):
@@ -570,14 +592,17 @@ def test_a_command_that_fails_ends_the_others(tmp_path):
 
 
 def test_a_command_waits_until_the_files_it_needs_are_complete(tmp_path):
-    """A file may exist before the command that makes it has ended."""
+    """A file may exist before the command that makes it has ended. If it is made again, so is what was made from it."""
     slow = "import pathlib, time; pathlib.Path('a').touch(); time.sleep(1); pathlib.Path('end').touch()"
     quick = "import pathlib; pathlib.Path('b').write_text(str(pathlib.Path('end').exists()))"
     chdir = f"import os; os.chdir({str(tmp_path)!r}); "
     commands = [Command(name, tmp_path / name, [sys.executable, "-c", chdir + code], needs)
                 for name, code, needs in (("a", slow, []), ("b", quick, [tmp_path / "a"]))]
-    run_all("both", commands, 2, tmp_path)
-    assert (tmp_path / "b").read_text() == "True"
+    for remove in ("end", "a"):
+        (tmp_path / remove).unlink(missing_ok=True)
+        run_all("both", commands, 2, tmp_path)
+        assert (tmp_path / "b").read_text() == "True"
+        (tmp_path / "b").write_text("made from the old a")
 
 
 @given(st.integers(1, 48), st.floats(0.01, 1))
