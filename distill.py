@@ -5,7 +5,7 @@
         --distill_model simplified --device 0 --bf16
 
 Input: feature files of labelled training pairs (tokenize_to_features.py --set_name train), a teacher fine-tuned for
-ranking, and a general student (a small pre-trained BERT). Models are directories or Hugging Face hub ids. Most
+ranking, and a general student (a small BERT to start from). Models are directories or Hugging Face hub ids. Most
 cross-encoders on the hub have a single logit z; such a model is converted to one with the two logits (0, z).
 --teacher_scores_file: any ranker's scores replace those of the teacher: example_id <tab> score, plain or gzip.
 
@@ -16,7 +16,7 @@ cross-encoders on the hub have a single logit z; such a model is converted to on
 
 --loss_weights hard=0 changes single weights; 0 leaves a term out. In tinybert, attention and hidden belong to the first
 stage, all others to the second: --loss_weights hard=1 adds hard labels to the second stage. margin and listwise are
-losses for rankings: --loss_weights margin=1 --group_by_query 4 (docs/objectives.md).
+ranking losses: --loss_weights margin=1 --group_by_query 4 (docs/objectives.md).
 
 Output, in --output_student_dir: the finished student as a Hugging Face directory (config.json, model.safetensors,
 tokenizer, fit_dense.safetensors); train_loss.jsonl, a row every --train_loss_step steps (global_step, loss = cls_loss +
@@ -29,7 +29,7 @@ pairs every --eval_step steps and at the end. dev.jsonl gets a row (global_step,
 by their best passage), and best/ holds the student with the best nDCG@10 so far. In tinybert, this starts in the second
 stage, because the first does not train the head.
 
-Several GPUs, or several processes on the CPU, share each batch and give the same student as one:
+Several GPUs or CPU processes share each batch. Only dropout and rounding differ from one process:
 
     torchrun --standalone --nproc_per_node=4 distill.py --features_file train.pkl ...
 """
@@ -94,7 +94,7 @@ def parse_args() -> argparse.Namespace:
         help="teacher layer (from 1) for each student layer (default: every k-th)")
     add("--alpha", type=float, default=0.5, help="weight of the soft loss in standard (default: 0.5)")
     add("--temperature", type=float, default=ObjectiveSettings.temperature,
-        help="temperature of the soft loss, which divides the logits of teacher and student (default: 1)")
+        help="divides the logits of both models in the soft and listwise losses (default: 1)")
     add("--intermediate_epochs", type=float,
         help="passes over the data in the first stage of tinybert (default: --num_train_epochs)")
     add("--intermediate_learning_rate", type=float,

@@ -21,7 +21,7 @@ for all runs, and the run's file is a fourth column.
 
 --compare adds a table. Runs are compared on the queries they share. For each measure and other run, the table shows
 both means, their difference, and the number of queries on which RUN is better, equal and worse. It also shows the
-p-values of two two-sided tests: the paired t-test (as in the paper) and Fisher's randomization test. The latter is
+p-values of two two-sided tests: the paired t-test and Fisher's randomization test. The latter is
 exact for up to 16 queries with a difference; otherwise it draws --permutations random sign assignments. With several
 other runs, Holm's method corrects the p-values of each measure for their number; * marks a corrected p below 0.05.
 """

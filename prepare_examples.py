@@ -17,7 +17,7 @@ Out, queries in the order of the candidates:
     test        query_id#document_id_n <tab> query <tab> passage   n = 0, 1, 2 ... within the document
 OUTPUT.run.json records flags, inputs and counts. Queries and documents that cannot be used (for example a missing
 document) are counted on stderr and listed in OUTPUT.left_out.tsv: kind <tab> query_id <tab> document_id. In train,
-candidates that the random draw of negatives did not look up are not listed.
+only documents that were looked up are listed.
 
 Passages are windows over the words of the body. They start at word 0, stride, 2 * stride ... until the end is covered.
 test:  all passages of the candidates.
@@ -101,7 +101,7 @@ def parse_args() -> argparse.Namespace:
         help="directory for the document index and the unpacked text of .gz files (default: cache)")
     add = parser.add_argument_group("train only").add_argument
     add("--relevance_level", type=int, help="lowest grade that counts as relevant (default: 1)")
-    add("--negatives", type=float, help="passages of label 0 per passage of label 1, may be a fraction (default: 1)")
+    add("--negatives", type=float, help="negative passages per positive one, may be a fraction (default: 1)")
     add("--positive_passages", type=int, metavar="N", help="maximum number of passages per relevant document: drawn at "
         "random, or the best with --filter_model (default: all; 1 if --filter_model has no --filter_threshold)")
     add("--retrieved_positives", action="store_true", default=None, help="use relevant documents only if they are "

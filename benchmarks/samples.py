@@ -1,4 +1,4 @@
-"""Realistic pairs for the benchmarks, from the texts of the embedded example or from a file. Not a command.
+"""Realistic pairs for the benchmarks, from the texts of the built-in example or from a file. Not a command.
 
 Queries are sentences of Python's documentation. Passages are windows of 140 words of it, shorter at the end of a
 document. With the query they have 210 tokens on average (BERT-Base's vocabulary), about as in document re-ranking.

@@ -1,1 +1,1 @@
-"""The embedded example: the collection that `bash distill.sh` makes, and the models it uses."""
+"""The built-in example: the collection that `bash distill.sh` makes, and the models it uses."""

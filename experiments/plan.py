@@ -1,4 +1,4 @@
-"""Say how much work a study is, and whether its teacher beats BM25, before the students are trained. Not a command."""
+"""Estimate the work of a study, and compare its teacher with BM25, before students are trained. Not a command."""
 from experiments.settings import Step, Training
 from experiments.study import Study
 from simplified_tinybert.common.files import say, warn

@@ -1,4 +1,4 @@
-"""Rank the queries with the models of a study, and record each query's values. Not a command."""
+"""Re-rank the candidates with a study's models, and record each query's values. Not a command."""
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

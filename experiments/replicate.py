@@ -3,8 +3,8 @@
     python -m experiments.replicate experiments/small.toml --collection DIR --output_dir OUT \\
         --bert_model google-bert/bert-base-uncased --device 0
 
-In: the settings (experiments/small.toml explains them), a collection as for collection.sh (docs.tsv; queries, qrels and
-bm25 of train, dev and test), and a pre-trained BERT (directory or hub id).
+In: the settings (experiments/small.toml and settings.py explain them), a collection as for collection.sh (docs.tsv;
+queries, qrels and bm25 of train, dev and test), and a pre-trained BERT (directory or hub id).
 
 1. Make passages and features. Train the teacher on queries cut out of the texts (warm_up, cropped_queries.py), then on
    the training queries. The dev queries choose its learning rate and checkpoint. If the teacher has several seeds, the
@@ -15,7 +15,7 @@ bm25 of train, dev and test), and a pre-trained BERT (directory or hub id).
 3. From the general student, train a student by each method and learning rate with the first seed, on the full budget or
    a part of it (tuning). The dev queries choose the learning rate and checkpoint. If the best rate is the lowest or the
    highest one, the range is extended. Then train with all seeds at the chosen learning rate.
-4. Evaluate BM25, teacher and all students on the test queries, which choose nothing. --until dev leaves this out.
+4. Evaluate BM25, teacher and all students on the test queries, on which nothing is chosen. --until dev leaves this out.
 
 Stages 3 and 4 are run for each of the `steps` in the settings in turn; --steps N stops after N of them. A step with
 `interpolation` also combines the teacher, and all students so far, with BM25. The dev queries choose the weights.

@@ -193,8 +193,8 @@ class Study:
                 tuning: bool = False) -> None:
         """Train the unfinished students (pair, learning rate, seed), and before them the models they need.
 
-        Each student ranks the queries right after its training, so that an interrupted study leaves complete records.
-        The test queries choose nothing.
+        Each student re-ranks right after its training, so that an interrupted study leaves complete records. Nothing
+        is chosen on the test queries.
         """
         missing = {student: self.missing([self.student(*student, tuning)], rank) for student in students}
         if sizes := list(dict.fromkeys(pair[0] for (pair, _, _), commands in missing.items() if commands)):

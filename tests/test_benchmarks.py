@@ -176,7 +176,8 @@ BACKENDS = [("sentence-transformers, ONNX", "sentence-transformers, OpenVINO"),
             ("sentence-transformers, ONNX int8", "sentence-transformers, OpenVINO int8")]
 MEASURED = {"the original's method": ["original"], "sentence-transformers": ["sentence-transformers"],
             "its fastest backend, float32": BACKENDS[0], "its fastest backend, int8": BACKENDS[1],
-            "`reranker.py`": ["ours"], "`reranker.py --int8`": ["ours, int8"]}
+            "`reranker.py`": ["ours"], "`reranker.py`, with tokenization": ["ours, from texts"],
+            "`reranker.py --int8`": ["ours, int8"]}
 
 
 @pytest.mark.parametrize(("page", "start", "shapes"), [

@@ -1,4 +1,4 @@
-"""The embedded example: its collection and its committed models."""
+"""The built-in example: its collection and its committed models."""
 import json
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Losses for rankings and batches of whole queries: independent computations, resuming, several processes."""
+"""Ranking losses and batches of whole queries: independent computations, resuming, several processes."""
 import math
 import os
 import subprocess

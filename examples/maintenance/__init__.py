@@ -1,1 +1,1 @@
-"""How the models of the embedded example were made."""
+"""How the models of the built-in example were made."""

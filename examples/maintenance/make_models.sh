@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the two models of the embedded example again: bash examples/maintenance/make_models.sh [DIRECTORY]
+# Make the two models of the built-in example again: bash examples/maintenance/make_models.sh [DIRECTORY]
 #
 # Takes half an hour to an hour on two CPU cores. Intermediate files, teacher/ and general_student/ are written to
 # DIRECTORY (default: example_models). Compare these models with the ones in examples/ before replacing those. Queries of
