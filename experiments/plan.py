@@ -51,8 +51,9 @@ def say_teacher(study: Study, dev: dict[str, float], steps: int | None) -> None:
         trials, runs = runs_of(study, step)
         examples = (other_teachers(study, step) * length(study, settings.teacher)
                     + trials * length(study, trial(study)) + runs * length(study, settings.distillation))
-        say(f"step {number}       about {examples / rate / 3600:.1f} hours at the teacher's {rate:.0f} examples/s, "
-            "without validation and re-ranking")
+        if examples:
+            say(f"step {number}       about {examples / rate / 3600:.1f} hours at the teacher's {rate:.0f} examples/s, "
+                "without validation and re-ranking")
 
 
 def other_teachers(study: Study, step: Step) -> int:
