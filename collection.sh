@@ -6,7 +6,8 @@
 #   queries.{train,dev,test}.tsv   query_id <tab> query        qrels.{train,dev,test}.txt   query_id 0 document_id grade
 #   bm25.{train,dev,test}.txt      the candidates: TREC runs of any first-stage ranker
 # The steps are prepare, tokenize, teacher, general student, one student per method, re-rank, evaluate, report. A step
-# is skipped if its result exists; an interrupted step resumes. The table is OUTPUT_DIR/report/table.md.
+# is skipped if its result exists; an interrupted step resumes. Of the teacher and each student, the checkpoint that is
+# best on the dev queries is used (best/). The table is OUTPUT_DIR/report/table.md.
 #
 # Variables:
 #   BERT_MODEL       pre-trained BERT, directory or hub id (default google-bert/bert-base-uncased). It supplies the
@@ -120,8 +121,8 @@ for split in train dev test; do
 done
 
 if [ -z "$TEACHER_MODEL" ]; then
-    TEACHER_MODEL="$OUT/teacher"
-    step "$TEACHER_MODEL/model.safetensors" train "$TEACHER_MODEL" "$BERT_MODEL" --distill_model finetune \
+    TEACHER_MODEL="$OUT/teacher/best"
+    step "$OUT/teacher/model.safetensors" train "$OUT/teacher" "$BERT_MODEL" --distill_model finetune \
         "${teacher_flags[@]}"
 fi
 if [ -z "$STUDENT_MODEL" ]; then
@@ -137,8 +138,8 @@ for method in "${methods[@]}"; do
     student="$OUT/student-$method"
     step "$student/model.safetensors" train "$student" "$STUDENT_MODEL" --distill_model "$method" \
         --teacher_model "$TEACHER_MODEL"
-    rerank "$student" "run-$method"
-    systems+=(--system "$method" "$OUT/run-$method.trec" "$student")
+    rerank "$student/best" "run-$method"
+    systems+=(--system "$method" "$OUT/run-$method.trec" "$student/best")
 done
 run report.py --qrels "$QRELS_FILE" "${systems[@]}" --teacher teacher --baseline BM25 \
     --measures "${measures[@]}" --features_file "$OUT/test.pkl" --device "$DEVICE" --output_dir "$OUT/report"

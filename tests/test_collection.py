@@ -38,6 +38,10 @@ def test_from_documents_to_the_report(golden_models, tmp_path, setting):
     assert json.loads((out / "general" / "config.json").read_text())["num_hidden_layers"] == 2
     for name in ("teacher", *(f"student-{method}" for method in methods)):
         assert (out / name / "best" / "model.safetensors").is_file(), name
+        ranked = out / f"run-{name.removeprefix('student-')}.tsv.run.json"
+        assert json.loads(ranked.read_text())["arguments"]["model_dir"] == str(out / name / "best")
+    student = json.loads((out / "student-standard" / "run.json").read_text())
+    assert student["arguments"]["teacher_model"] == str(out / "teacher" / "best")
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     (out / "run-standard.trec").unlink()                # as after an interruption: only this file is made again
