@@ -26,7 +26,7 @@ class Commands:
     def __init__(self, args: argparse.Namespace, settings: Settings, files: dict[str, Path]):
         self.args, self.settings, self.files, self.out = args, settings, files, args.output_dir
         self.tokenizer_directory = args.teacher_model or args.bert_model        # all models share this tokenizer
-        self.counts: dict[str, int] = {}                                        # feature file → number of examples
+        self.counts: dict[str, int] = {}                            # features → number of examples, or of queries
 
     def script(self, name: str, *arguments: object) -> list[str]:
         """`name`: a script in the repository's root (`distill.py`) or a module (`experiments.cropped_queries`)."""
@@ -95,9 +95,11 @@ class Commands:
         """Number of examples in an epoch: all, or with --group_by_query so many of each query."""
         if "--group_by_query" not in flags:
             return self.examples(features)
-        with open(self.out / "data" / f"{features}.tsv", encoding="utf-8") as lines:
-            queries = {line.split("\t")[1] for line in lines}
-        return len(queries) * int(flags[flags.index("--group_by_query") + 1])
+        name = f"queries of {features}"
+        if name not in self.counts:
+            with open(self.out / "data" / f"{features}.tsv", encoding="utf-8") as lines:
+                self.counts[name] = len({line.split("\t")[1] for line in lines})
+        return self.counts[name] * int(flags[flags.index("--group_by_query") + 1])
 
     def student_config(self, shape: Shape) -> BertConfig:
         if shape.model:

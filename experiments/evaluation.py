@@ -6,6 +6,7 @@ proposed method against the other methods for its student shape. Interpolations 
 """
 import math
 import statistics
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -73,9 +74,11 @@ def interpolated_values(splits: dict[str, list[Path]],
 
 def log_odds_run(run: Run) -> Run:
     """Turn probabilities into log-odds. In double precision, they keep nine digits up to log-odds of 15."""
-    limit = np.finfo(np.float64).eps
-    return {query_id: {document_id: float(np.log(score / (1.0 - score))) for document_id, score in
-                       ((document_id, min(max(score, limit), 1.0 - limit)) for document_id, score in scores.items())}
+    def log_odds(probability: float) -> float:
+        probability = min(max(probability, sys.float_info.epsilon), 1.0 - sys.float_info.epsilon)
+        return math.log(probability / (1.0 - probability))
+
+    return {query_id: {document_id: log_odds(score) for document_id, score in scores.items()}
             for query_id, scores in run.items()}
 
 
