@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Distill a student: bash distill.sh [more arguments of distill.py, such as --bf16]
 #
-# Without variables, this runs the built-in example: a collection made from Python's documentation, and the small
-# teacher and general student of examples/. Results are in example_run/. With your own models and data:
+# Without variables, this runs the built-in example: a collection made from the documentation of Python packages,
+# and the small teacher and general student of examples/. Results are in example_run/. With your own models and data:
 #   TEACHER_MODEL=nboost/pt-bert-base-uncased-msmarco STUDENT_MODEL=huawei-noah/TinyBERT_General_6L_768D \
 #   FEATURES_FILE=train.pkl OUTPUT_STUDENT_DIR=student bash distill.sh --bf16
 # An interrupted run resumes.
@@ -11,13 +11,13 @@
 #   TEACHER_MODEL, STUDENT_MODEL   directories or hub ids | examples/teacher, examples/general_student
 #   FEATURES_FILE                  feature file | created
 #   TRAIN_EXAMPLES                 examples to tokenize instead: index <tab> query <tab> passage <tab> label | created
-#   MAX_SEQ_LENGTH                 tokens of a pair: 256 with TRAIN_EXAMPLES, else as in FEATURES_FILE | 128
+#   MAX_SEQ_LENGTH                 tokens of a pair: 256 with TRAIN_EXAMPLES, else as in FEATURES_FILE | 96
 #   OUTPUT_STUDENT_DIR             student | example_run/student-$DISTILL_MODEL
 #   CACHE_FILE_DIR                 cache | example_run/cache
 #   DISTILL_MODEL                  finetune, standard, tinybert, simplified (default)
 #   DEVICE                         auto (default), cpu, or a CUDA index
 #   PROCESSES                      number of processes that share each batch, such as the number of GPUs (default 1)
-#   TRAIN_BATCH_SIZE 64 | 32   LEARNING_RATE 5e-5 | 1e-3   NUM_TRAIN_EPOCHS 2 | 1   TRAIN_LOSS_STEP 1000 | 25
+#   TRAIN_BATCH_SIZE 64 | 16   LEARNING_RATE 5e-5 | 1e-3   NUM_TRAIN_EPOCHS 2 | 0.5   TRAIN_LOSS_STEP 1000 | 25
 #   SAVE_MODEL_STEP 3000 | 200
 #   EXAMPLE_DIR                    directory of the example (default example_run)
 #   PYTHON                         Python interpreter; its packages are not checked
@@ -32,6 +32,7 @@ DISTILL_MODEL="${DISTILL_MODEL:-simplified}"
 DEVICE="${DEVICE:-auto}"
 PROCESSES="${PROCESSES:-1}"
 MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-}"
+padding=()          # the original's, unless the example is run
 if [ -n "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then     # your own data: the paper's settings
     [ -n "${STUDENT_MODEL:-}" ] || fail "set STUDENT_MODEL to the general student for your data (directory or hub id)"
     [ -n "${TEACHER_MODEL:-}" ] || [ "$DISTILL_MODEL" = finetune ] ||
@@ -47,10 +48,11 @@ if [ -n "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then     # your own data: the
 else                                                       # the example: takes minutes on two CPU cores
     TEACHER_MODEL="${TEACHER_MODEL:-$ROOT/examples/teacher}"
     STUDENT_MODEL="${STUDENT_MODEL:-$ROOT/examples/general_student}"
-    MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-128}"
-    TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-32}"
+    MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-96}"
+    padding=(--padding masked)
+    TRAIN_BATCH_SIZE="${TRAIN_BATCH_SIZE:-16}"
     LEARNING_RATE="${LEARNING_RATE:-1e-3}"
-    NUM_TRAIN_EPOCHS="${NUM_TRAIN_EPOCHS:-1}"
+    NUM_TRAIN_EPOCHS="${NUM_TRAIN_EPOCHS:-0.5}"
     TRAIN_LOSS_STEP="${TRAIN_LOSS_STEP:-25}"
     SAVE_MODEL_STEP="${SAVE_MODEL_STEP:-200}"
     OUTPUT_STUDENT_DIR="${OUTPUT_STUDENT_DIR:-$EXAMPLE_DIR/student-$DISTILL_MODEL}"
@@ -93,4 +95,5 @@ launch "$ROOT/distill.py" \
     --num_train_epochs "$NUM_TRAIN_EPOCHS" \
     --train_loss_step "$TRAIN_LOSS_STEP" \
     --save_model_step "$SAVE_MODEL_STEP" \
+    ${padding[@]+"${padding[@]}"} \
     "$@"

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Re-rank and evaluate: bash reranker.sh [more arguments of reranker.py, such as --bf16]
 #
-# Without variables, this re-ranks the test queries of the built-in example with the student of `bash distill.sh`, with
-# the same student before distillation and with the teacher, and prints a table. Files are in example_run/results, table
-# and figure in example_run/results/report. With your own model and data:
+# Without variables, this re-ranks the test queries of the built-in example with the student of `bash distill.sh` and with
+# its teacher, and prints a table. Files are in example_run/results, table and figure in example_run/results/report. With
+# your own model and data:
 #   MODEL_DIR=student FEATURES_FILE=test.pkl OUTPUT_DIR=results QRELS_FILE=qrels.txt bash reranker.sh --bf16
 #
 # Variables:
 #   MODEL_DIR         directory or hub id of the model (example: example_run/student-$DISTILL_MODEL)
 #   FEATURES_FILE     feature file of the pairs
 #   TEST_PAIRS        pairs to tokenize instead: query_id#passage_id <tab> query <tab> passage
-#   MAX_SEQ_LENGTH    tokens, for tokenizing (default 256; example: 128)
+#   MAX_SEQ_LENGTH    tokens, for tokenizing (default 256; example: 96)
 #   OUTPUT_DIR        directory for scores.tsv and run.trec (default results)
 #   QRELS_FILE        judgements, to evaluate the run
 #   MEASURES          measures of ir_measures (default "nDCG@10 AP")
@@ -83,7 +83,7 @@ fi
 
 TEACHER_MODEL="${TEACHER_MODEL:-$ROOT/examples/teacher}"
 MODEL_DIR="${MODEL_DIR:-$EXAMPLE_DIR/student-${DISTILL_MODEL:-simplified}}"
-MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-128}"
+MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-96}"
 if [ ! -f "$MODEL_DIR/model.safetensors" ]; then
     check
     fail "$MODEL_DIR contains no student; create it first: bash distill.sh"
@@ -93,11 +93,9 @@ RESULTS="$EXAMPLE_DIR/results"
 mkdir -p "$RESULTS"
 tokenize "$EXAMPLE_DIR/collection/test.pairs.tsv" "$EXAMPLE_DIR/test.pkl" "$MODEL_DIR" "$MAX_SEQ_LENGTH"
 rerank "$TEACHER_MODEL" "$EXAMPLE_DIR/test.pkl" "$RESULTS/teacher.tsv" "$RESULTS/teacher.trec" "$@"
-rerank "$MODEL_DIR/checkpoint-0" "$EXAMPLE_DIR/test.pkl" "$RESULTS/student-before.tsv" "$RESULTS/student-before.trec" "$@"
 rerank "$MODEL_DIR" "$EXAMPLE_DIR/test.pkl" "$RESULTS/student.tsv" "$RESULTS/student.trec" "$@"
 "$PYTHON" "$ROOT/report.py" --qrels "$EXAMPLE_DIR/collection/qrels.test.txt" --complete --measures MRR@10 nDCG@10 \
     --device "$DEVICE" --teacher teacher --baseline BM25 --output_dir "$RESULTS/report" \
     --system BM25 "$EXAMPLE_DIR/collection/bm25.test.txt" \
     --system teacher "$RESULTS/teacher.trec" "$TEACHER_MODEL" \
-    --system "student before distillation" "$RESULTS/student-before.trec" "$MODEL_DIR/checkpoint-0" \
-    --system "student after distillation" "$RESULTS/student.trec" "$MODEL_DIR"
+    --system student "$RESULTS/student.trec" "$MODEL_DIR"

@@ -1,7 +1,7 @@
 """Realistic pairs for the benchmarks, from the texts of the built-in example or from a file. Not a command.
 
-Queries are sentences of Python's documentation. Passages are windows of 140 words of it, shorter at the end of a
-document. With the query they have 210 tokens on average (BERT-Base's vocabulary), about as in document re-ranking.
+Queries are sentences from SciPy's documentation. Passages are windows of 140 words of it, shorter at the end of a
+module. With the query they have 208 tokens on average (BERT-Base's vocabulary), about as in document re-ranking.
 """
 from collections.abc import Iterator
 from itertools import count, islice
@@ -20,17 +20,20 @@ class Texts:
     """Queries, and any number of different passages."""
 
     def __init__(self, seed: int = 0):
-        from examples.stdlib_collection import choose_queries, make_collection
-        from examples.stdlib_docs import read_library
+        from examples.build_collection import read_packages
+        from examples.docstring_collection import choose_queries, make_documents
 
-        modules = read_library()
-        collection = make_collection(modules, choose_queries(modules, {"dev": 150, "test": 150}), WINDOW, WINDOW)
+        documents = make_documents(read_packages(["scipy"])["scipy"])
         self.random = np.random.default_rng(seed)
-        self.queries = sorted({query.text for queries in collection.queries.values() for query in queries})
+        queries = choose_queries(documents, {"dev": 100, "test": 100})
+        self.queries = sorted(query.text for split in queries.values() for query in split)
         self.random.shuffle(self.queries)
-        self.words = [word for body in collection.bodies for word in body.split()]
-        lengths = [len(body.split()) for body in collection.bodies]
-        self.ends = np.repeat(np.cumsum(lengths), lengths)             # end of the document that each word is in
+        modules: dict[str, list[str]] = {}                             # their documentation, one after the other
+        for document in documents:
+            modules.setdefault(".".join(document.name.split(".")[:2]), []).extend(document.body.split())
+        self.words = [word for words in modules.values() for word in words]
+        lengths = [len(words) for words in modules.values()]
+        self.ends = np.repeat(np.cumsum(lengths), lengths)             # end of the module that each word is in
 
     def passages(self) -> Iterator[str]:
         """Yield windows from every start in random order, then windows that are one word shorter, and so on."""

@@ -1,9 +1,11 @@
-"""Copy a model directory with float16 weights, which take half the space. For the models in this repository.
+"""Copy a model directory with the weights in half the bytes, for the models that this repository carries.
 
     python -m examples.maintenance.store_float16 --model_dir teacher_float32 --output_dir examples/teacher
 
-In: config.json, model.safetensors, vocab.txt and tokenizer_config.json. Out: the same files, weights as float16.
-config.json still says "dtype": "float32", so that loaders convert the weights back and compute in float32.
+In: config.json, model.safetensors, vocab.txt and tokenizer_config.json, and of a general student
+fit_dense.safetensors, the projection to its teacher's hidden size. Out: the same files, weights as float16.
+config.json keeps saying "dtype": "float32", so loaders convert the weights back and compute as before. It turns dropout
+off, which a training of minutes has no use for.
 """
 
 import argparse
@@ -21,7 +23,8 @@ TEXTS = ("vocab.txt", "tokenizer_config.json")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_dir", type=Path, required=True, help="directory of the model")
-    parser.add_argument("--output_dir", type=Path, required=True, help="directory for the copy; created if missing")
+    parser.add_argument("--output_dir", type=Path, required=True, help="directory for the copy; made if it is missing")
+    parser.add_argument("--projections", action="store_true", help="of a general student: fit_dense.safetensors too")
     return parser.parse_args()
 
 
@@ -32,12 +35,14 @@ def main() -> None:
         check_input_file(args.model_dir / name, problems, "model")
     problems.raise_if_any()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    weights = load_file(args.model_dir / "model.safetensors")
-    with atomic_writer(args.output_dir / "model.safetensors", "wb") as handle:
-        handle.write(save({name: weight.to(torch.float16) for name, weight in weights.items()}, {"format": "pt"}))
+    for name in ("model.safetensors", *(["fit_dense.safetensors"] if args.projections else [])):
+        weights = load_file(args.model_dir / name)
+        with atomic_writer(args.output_dir / name, "wb") as handle:
+            handle.write(save({name: weight.to(torch.float16) for name, weight in weights.items()}, {"format": "pt"}))
     config = json.loads((args.model_dir / "config.json").read_text(encoding="utf-8"))
+    config |= {"dtype": "float32", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     texts = {name: (args.model_dir / name).read_text(encoding="utf-8") for name in TEXTS}
-    for name, text in {**texts, "config.json": json.dumps({**config, "dtype": "float32"}, indent=2) + "\n"}.items():
+    for name, text in {**texts, "config.json": json.dumps(config, indent=2) + "\n"}.items():
         with atomic_writer(args.output_dir / name) as handle:
             handle.write(text)
 

@@ -82,19 +82,17 @@ def find_systems(rows: list[list[str]], problems: Problems) -> list[System]:
 
 def _read_size_and_speed(system: System) -> None:
     """Fill in size and speed from reranker.py's record next to the run. Without it, only the size is known."""
-    if system.config:
-        with torch.device("meta"):                      # counting parameters needs no memory for them
-            system.parameters = count_parameters(CrossEncoder(system.config))
     names = [system.run.with_suffix(".tsv.run.json").name, *["scores.tsv.run.json"] * (system.run.name == "run.trec")]
     paths = [path for name in names if (path := system.run.with_name(name)).is_file()]
     # prepare_examples.py writes bm25.tsv.run.json for its pairs, which may lie next to the run bm25.txt.
     path = next((path for path in paths if script_of(path) != "prepare_examples.py"), None)
     if path is None:
+        system.parameters = _count(system.config)
         return
     date = datetime.datetime.fromtimestamp(path.stat().st_mtime).isoformat(timespec="seconds")
     system.record = {"file": str(path), "date": date, **read_record(path)}
     settings, rate = system.record["settings"], system.record.get("pairs_per_second")
-    system.parameters = system.record.get("parameters", system.parameters)
+    system.parameters = system.record.get("parameters") or _count(system.config)
     if rate:                                            # missing if the run was interrupted
         processes, device = system.record.get("processes", 1), system.record.get("device", "unknown device")
         details = [flag for flag in ("fp16", "bf16", "int8") if settings.get(flag)]
@@ -103,6 +101,14 @@ def _read_size_and_speed(system: System) -> None:
     if system.directory and "weights" in settings and settings["weights"] != weights_checksum(system.directory):
         warn(f"{system.run}: was scored with weights that differ from those in {system.directory} ({path}); re-rank "
              f"again, unless the model was only converted")
+
+
+def _count(config: BertConfig | None) -> int | None:
+    """The number of parameters, if the model is known."""
+    if config is None:
+        return None
+    with torch.device("meta"):                          # needs no memory, but takes seconds to start
+        return count_parameters(CrossEncoder(config))
 
 
 def evaluate_systems(systems: list[System], qrels: Qrels, runs: dict[Path, Run], measures: list[object], level: int,
