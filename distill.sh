@@ -32,7 +32,7 @@ DISTILL_MODEL="${DISTILL_MODEL:-simplified}"
 DEVICE="${DEVICE:-auto}"
 PROCESSES="${PROCESSES:-1}"
 MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-}"
-padding=()          # the original's, unless the example is run
+padding=()          # masked padding is faster; your own data keep the original's
 if [ -n "${FEATURES_FILE:-}${TRAIN_EXAMPLES:-}" ]; then     # your own data: the paper's settings
     [ -n "${STUDENT_MODEL:-}" ] || fail "set STUDENT_MODEL to the general student for your data (directory or hub id)"
     [ -n "${TEACHER_MODEL:-}" ] || [ "$DISTILL_MODEL" = finetune ] ||

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Re-rank and evaluate: bash reranker.sh [more arguments of reranker.py, such as --bf16]
 #
-# Without variables, this re-ranks the test queries of the built-in example with the student of `bash distill.sh` and with
-# its teacher, and prints a table. Files are in example_run/results, table and figure in example_run/results/report. With
-# your own model and data:
+# Without variables, this re-ranks the test queries of the built-in example with the student of `bash distill.sh` and
+# with its teacher, and prints a table. Files are in example_run/results, table and figure in example_run/results/report.
+# With your own model and data:
 #   MODEL_DIR=student FEATURES_FILE=test.pkl OUTPUT_DIR=results QRELS_FILE=qrels.txt bash reranker.sh --bf16
 #
 # Variables:

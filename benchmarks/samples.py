@@ -1,7 +1,7 @@
 """Realistic pairs for the benchmarks, from the texts of the built-in example or from a file. Not a command.
 
 Queries are sentences from SciPy's documentation. Passages are windows of 140 words of it, shorter at the end of a
-module. With the query they have 208 tokens on average (BERT-Base's vocabulary), about as in document re-ranking.
+subpackage. With the query they have 208 tokens on average (BERT-Base's vocabulary), about as in document re-ranking.
 """
 from collections.abc import Iterator
 from itertools import count, islice
@@ -28,12 +28,12 @@ class Texts:
         queries = choose_queries(documents, {"dev": 100, "test": 100})
         self.queries = sorted(query.text for split in queries.values() for query in split)
         self.random.shuffle(self.queries)
-        modules: dict[str, list[str]] = {}                             # their documentation, one after the other
+        subpackages: dict[str, list[str]] = {}                             # their documentation, one after the other
         for document in documents:
-            modules.setdefault(".".join(document.name.split(".")[:2]), []).extend(document.body.split())
-        self.words = [word for words in modules.values() for word in words]
-        lengths = [len(words) for words in modules.values()]
-        self.ends = np.repeat(np.cumsum(lengths), lengths)             # end of the module that each word is in
+            subpackages.setdefault(".".join(document.name.split(".")[:2]), []).extend(document.body.split())
+        self.words = [word for words in subpackages.values() for word in words]
+        lengths = [len(words) for words in subpackages.values()]
+        self.ends = np.repeat(np.cumsum(lengths), lengths)             # end of the subpackage that each word is in
 
     def passages(self) -> Iterator[str]:
         """Yield windows from every start in random order, then windows that are one word shorter, and so on."""

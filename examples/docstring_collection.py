@@ -1,7 +1,7 @@
 """Make a document retrieval collection of docstrings: a module of build_collection.py.
 
     documents = make_documents(entries)                               # of docstrings.read_package
-    queries = choose_queries(documents, {"dev": 300, "test": 600})    # by split
+    queries = choose_queries(documents, {"dev": 300, "test": 400})    # by split
     passages = cut(documents, window=40, stride=28)
 
 A document is the docstring of one class, function or method without its first sentence, which is the query.
@@ -24,7 +24,7 @@ QUERY_WORDS = range(5, 31)
 SHARED_SENTENCE = 2         # a sentence that more docstrings have is boilerplate
 ALIKE_QUERIES, ALIKE_DOCUMENTS = 0.75, 0.5     # Jaccard similarity of near-duplicates: content words, 3-grams
 FUNCTION_WORDS = set("a an and are as be by for from given if in is it its of on or that the this to with".split())
-BUCKETS = 20                # of the functions, by their names; of the public ones 0-3 are for test, 4 and 5 for dev
+BUCKETS = 20                # of the documents, by their names
 SPLIT_OF_BUCKET = {**dict.fromkeys(range(4), "test"), **dict.fromkeys(range(4, 6), "dev")}
 
 
@@ -80,7 +80,7 @@ def title(name: str) -> str:
 
 
 def make_documents(entries: Iterable[Entry]) -> list[Document]:
-    """Documents without boilerplate, of near-duplicates the first: others could not be judged wrong."""
+    """Documents without boilerplate and without near-duplicates, which could not be called irrelevant."""
     entries = list({entry.name: entry for entry in entries}.values())
     shared = Counter(form for entry in entries for form in set(map(normal_form, entry.sentences)))
     documents = []
@@ -96,9 +96,9 @@ def make_documents(entries: Iterable[Entry]) -> list[Document]:
 
 
 def near_duplicates(sets: list[set], similarity: float) -> set[int]:
-    """The numbers of sets whose Jaccard similarity to an earlier one that is kept is at least so high.
+    """The numbers of the sets that are similar to an earlier kept one (Jaccard similarity of at least `similarity`).
 
-    Two such sets share one of the rarest elements of each, so only sets that do are compared.
+    Two similar sets share at least one of their rarest elements, so only such sets are compared.
 
     >>> near_duplicates([{1, 2, 3, 4}, {5, 6}, {1, 2, 3}, {1, 2, 9}], 0.75)
     {2}
@@ -119,9 +119,10 @@ def near_duplicates(sets: list[set], similarity: float) -> set[int]:
 
 
 def choose_queries(documents: list[Document], sizes: dict[str, int]) -> dict[str, list[Query]]:
-    """Summaries of the length of a query that stand in no document, by split, in an order that looks random.
+    """Summaries as queries, by split, in an order that looks random. No sentence of a document equals one.
 
-    The split follows from the SHA-256 of the name. Dev and test take public functions alone.
+    The split follows from the SHA-256 of the name. Dev and test take only names whose last part does not begin with an
+    underscore.
     """
     sentences = {normal_form(sentence) for document in documents for sentence in document.sentences}
     splits: dict[str, list[Query]] = {"train": [], **{split: [] for split in sizes}}

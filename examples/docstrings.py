@@ -33,7 +33,7 @@ TERM = re.compile(r"\s*[*\w`.\[\], ]{1,60}(\(.*\))?:(\s+|$)")           # name (
 
 
 class Entry(NamedTuple):
-    """A documented class, function or method: the first sentence of its docstring, and the other clean ones."""
+    """A documented class, function or method: the sentence that opens its docstring, and the other clean ones."""
 
     name: str
     summary: str
@@ -44,7 +44,7 @@ def read_package(package: str, directory: Path) -> Iterator[Entry]:
     """Entries of a package's Python files, those of a file in the order of its lines."""
     for path in sorted(directory.rglob("*.py"), key=lambda path: path.relative_to(directory).as_posix()):
         parts = path.relative_to(directory).parts
-        if not SKIPPED.intersection(parts) and parts != ("__init__.py",):    # on Windows NumPy's and SciPy's are others
+        if not SKIPPED.intersection(parts) and parts != ("__init__.py",):    # NumPy's and SciPy's differ on Windows
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")                         # about invalid escapes in their strings
                 tree = ast.parse(path.read_bytes())
@@ -78,7 +78,9 @@ def added_entry(call: ast.Call, prefix: str) -> Iterator[Entry]:
 
 
 def split_docstring(doc: str) -> tuple[str, list[str]]:
-    r"""First clean sentence of the first two paragraphs, "" if there is none, and all clean sentences after it.
+    r"""The sentence that opens the docstring, and all other clean sentences.
+
+    If the first paragraph opens with an unclean sentence, the second one's is taken; "" if neither is clean.
 
     >>> split_docstring("Return a copy of it. It is shallow.\n\n    Args:\n        x: A number, in fact.\n")
     ('Return a copy of it.', ['It is shallow.', 'A number, in fact.'])

@@ -5,8 +5,8 @@
 
 Kept are the special tokens, the characters of ASCII (so that every English word can still be split into tokens), then
 the tokens of the texts by how often they occur, then the tokens with the smallest ids: BERT's vocabulary lists the most
-common words first. Kept embeddings are unchanged; texts without a token that was dropped get the same hidden states as
-before. Weights stay float32.
+common words first. Kept embeddings are unchanged: texts of kept tokens that fit into the kept positions get the same
+hidden states as before. Weights stay float32.
 """
 import argparse
 import json
@@ -21,6 +21,8 @@ from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.vocabulary import Vocabulary
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CHARACTERS = [prefix + chr(code) for code in range(33, 127) for prefix in ("", "##")]       # of ASCII
+LEAST_TOKENS = len(SPECIAL) + len(CHARACTERS)
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,11 +41,10 @@ def choose_tokens(vocabulary: Vocabulary, texts: Iterable[str], count: int) -> l
     tokenizer, found = vocabulary.tokenizer(), Counter()
     for text in texts:
         found.update(tokenizer.encode(text, add_special_tokens=False).tokens)
-    characters = [prefix + chr(code) for code in range(33, 127) for prefix in ("", "##")]
     common = sorted(vocabulary.token_ids, key=vocabulary.token_ids.get)
     common = [token for token in common if len(token) > 1 and token.isascii() and not token.startswith("[")]
     by_frequency = sorted(found, key=lambda token: (-found[token], vocabulary.token_ids[token]))
-    wanted = dict.fromkeys([*SPECIAL, *characters, *by_frequency, *common])
+    wanted = dict.fromkeys([*SPECIAL, *CHARACTERS, *by_frequency, *common])
     kept = [token for token in wanted if token in vocabulary.token_ids][:count]
     say(f"{sum(found[token] for token in kept) / max(1, found.total()):.2%} of the texts' tokens are kept, "
         f"{len(found.keys() - set(kept)):,} of {len(found):,} different ones dropped")
@@ -54,6 +55,12 @@ def main() -> None:
     args, problems = parse_args(), Problems()
     for path in (args.model_dir / "config.json", args.model_dir / "model.safetensors", *args.texts):
         check_input_file(path, problems, "input")
+    problems.raise_if_any()
+    config = json.loads((args.model_dir / "config.json").read_text(encoding="utf-8"))
+    if not 1 <= args.positions <= config["max_position_embeddings"]:
+        problems.add(f"--positions {args.positions}: expected 1 to {config['max_position_embeddings']}")
+    if args.tokens < LEAST_TOKENS:
+        problems.add(f"--tokens {args.tokens}: expected at least {LEAST_TOKENS}: special tokens and ASCII")
     problems.raise_if_any()
     vocabulary = load_vocabulary(args.model_dir)
     lines = (line for path in args.texts for line in path.read_text(encoding="utf-8").splitlines())
@@ -66,7 +73,6 @@ def main() -> None:
         elif name.endswith("position_embeddings.weight"):
             weights[name] = weight[:args.positions].contiguous()
     weights = {name: weight for name, weight in weights.items() if not name.endswith("position_ids")}
-    config = json.loads((args.model_dir / "config.json").read_text(encoding="utf-8"))
     config |= {"vocab_size": len(tokens), "max_position_embeddings": args.positions}
     tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": vocabulary.lower_case,
                  "model_max_length": args.positions}

@@ -2,10 +2,10 @@
 # Make the two models of the built-in example again: bash examples/maintenance/make_models.sh BERT RERANKER [DIRECTORY]
 #
 # BERT is the directory of all-MiniLM-L6-v2 (config.json, model.safetensors, vocab.txt; Apache License 2.0). RERANKER is
-# the same model, fine-tuned on WorldTree and squad-sentences: the teacher of experiments/squad-sentences.toml. DIRECTORY
-# (default: example_models) receives the intermediate files and, at the end, teacher/ and general_student/. Compare them
-# with the ones in examples/ before you replace those. An interrupted run continues. No test query is read; dev queries
-# choose among validations.
+# the same model, fine-tuned on WorldTree and then on squad-sentences: the teachers of experiments/sentences.toml and
+# experiments/squad-sentences.toml. DIRECTORY (default: example_models) receives the intermediate files and, at the end,
+# teacher/ and general_student/. Compare them with the ones in examples/ before you replace those. An interrupted run
+# continues. No test query is read. The dev queries choose the teacher's checkpoint.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../../python_env.sh"
 help_for "${BASH_SOURCE[0]}" "$@"
@@ -18,7 +18,7 @@ COLLECTION="$OUT/collection"
 LENGTH=96
 mkdir -p "$OUT"
 
-# step FILE COMMAND ...: run the command unless FILE, which it writes as its last, exists
+# step FILE COMMAND ...: run the command unless FILE exists, the last file that it writes
 step() {
     if [ ! -e "$1" ]; then
         echo "== ${*:2}" >&2
@@ -62,7 +62,7 @@ pathlib.Path(target).write_text(json.dumps(config, indent=2))
 PYTHON
 }
 
-# general OUTPUT BERT SHAPE: a BERT of this shape, fitted to another one and distilled from it on the passages alone
+# general OUTPUT BERT SHAPE: a BERT of this shape, compressed from another one and distilled from it on the passages
 general() {
     run general_distill.py --corpus "$COLLECTION/corpus.txt" --teacher_model "$OUT/$2" --student_config "$OUT/$3.json" \
         --compress_teacher --output_student_dir "$OUT/$1" --cache_file_dir "$OUT/cache" --max_seq_length $LENGTH \
@@ -93,5 +93,4 @@ shape student_shape 3 192
 general student_float32 small student_shape
 
 module examples.maintenance.store_float16 --model_dir "$OUT/teacher_float32/best" --output_dir "$OUT/teacher"
-module examples.maintenance.store_float16 --model_dir "$OUT/student_float32" --output_dir "$OUT/general_student" \
-    --projections
+module examples.maintenance.store_float16 --model_dir "$OUT/student_float32" --output_dir "$OUT/general_student"

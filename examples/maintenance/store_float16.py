@@ -2,10 +2,10 @@
 
     python -m examples.maintenance.store_float16 --model_dir teacher_float32 --output_dir examples/teacher
 
-In: config.json, model.safetensors, vocab.txt and tokenizer_config.json, and of a general student
-fit_dense.safetensors, the projection to its teacher's hidden size. Out: the same files, weights as float16.
-config.json keeps saying "dtype": "float32", so loaders convert the weights back and compute as before. It turns dropout
-off, which a training of minutes has no use for.
+In: config.json, model.safetensors, vocab.txt, tokenizer_config.json, and of a general student fit_dense.safetensors,
+the projection to its teacher's hidden size. Out: the same files, weights as float16. config.json keeps saying "dtype":
+"float32", so loaders convert the weights back and compute as before. Dropout is set to 0, because the example's
+training takes only minutes.
 """
 
 import argparse
@@ -24,7 +24,6 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_dir", type=Path, required=True, help="directory of the model")
     parser.add_argument("--output_dir", type=Path, required=True, help="directory for the copy; made if it is missing")
-    parser.add_argument("--projections", action="store_true", help="of a general student: fit_dense.safetensors too")
     return parser.parse_args()
 
 
@@ -35,9 +34,9 @@ def main() -> None:
         check_input_file(args.model_dir / name, problems, "model")
     problems.raise_if_any()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("model.safetensors", *(["fit_dense.safetensors"] if args.projections else [])):
-        weights = load_file(args.model_dir / name)
-        with atomic_writer(args.output_dir / name, "wb") as handle:
+    for path in args.model_dir.glob("*.safetensors"):
+        weights = load_file(path)
+        with atomic_writer(args.output_dir / path.name, "wb") as handle:
             handle.write(save({name: weight.to(torch.float16) for name, weight in weights.items()}, {"format": "pt"}))
     config = json.loads((args.model_dir / "config.json").read_text(encoding="utf-8"))
     config |= {"dtype": "float32", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
