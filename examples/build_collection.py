@@ -201,11 +201,11 @@ def main() -> None:
     if not args.write_checksums:
         check_input_file(CHECKSUMS, problems, "checksums")
     problems.raise_if_any()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     packages = read_packages()
     files = build([entry for entries in packages.values() for entry in entries], args.pseudo_queries)
     found = {"packages": {name: sha256([f"{entry}" for entry in entries]) for name, entries in packages.items()},
              "collection": sha256([f"{name}\n{text}" for name, text in sorted(files.items())])}
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         with atomic_writer(args.output_dir / name) as handle:
             handle.write(text)
