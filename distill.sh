@@ -21,6 +21,7 @@
 #   SAVE_MODEL_STEP 3000 | 200
 #   EXAMPLE_DIR                    directory of the example (default example_run)
 #   PYTHON                         Python interpreter; its packages are not checked
+# The example also sets --padding masked, which is faster.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python_env.sh"
 help_for "${BASH_SOURCE[0]}" "$@"
