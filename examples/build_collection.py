@@ -3,9 +3,9 @@
     python -m examples.build_collection --output_dir example_data
 
 A document is the docstring of a class, function or method of numpy, scipy, matplotlib, transformers or huggingface_hub,
-as requirements.txt pins them. A query is the first sentence of a docstring, which its document does not contain; the
-document is the relevant one. Candidates come from BM25. Nothing is downloaded and none of the packages' code runs.
-Files as in MS MARCO, the *.tsv separated by tabs, the *.txt by blanks:
+as requirements.txt pins them. A query is the first sentence of a docstring. It is removed from its document, which is
+the relevant one. Candidates come from BM25. Nothing is downloaded, and none of the packages' code runs. The files have
+MS MARCO's formats: *.tsv are separated by tabs, judgements and runs by blanks.
 
     docs.tsv                        docid, url (empty), title, body        docid: module of the file, name in it
     queries.{train,dev,test}.tsv    qid, text                              qid is the relevant document's docid
@@ -13,7 +13,7 @@ Files as in MS MARCO, the *.tsv separated by tabs, the *.txt by blanks:
     bm25.{train,dev,test}.txt       qid Q0 docid rank score bm25           10 documents for each query
     train.examples.tsv              index, query, passage, label           label 1: a passage of the relevant document
     {dev,test}.pairs.tsv            qid#docid_n, query, passage            n-th passage of a candidate document
-    corpus.txt                      one passage a line, for general_distill.py
+    corpus.txt                      one passage per line, for general_distill.py
 
 A passage is the title and 40 words of the body. {dev,test}.pairs.tsv hold the passage of each candidate document that
 BM25 likes best, so that re-ranking takes seconds. Where BM25 misses the relevant document, it is not added to the
@@ -58,12 +58,7 @@ K1, B = 1.2, 1.0                            # BM25: saturation of the term frequ
 PACKAGES = ("numpy", "scipy", "matplotlib", "transformers", "huggingface_hub")
 RANKED_BY = ("bm25s", "PyStemmer", "numpy")
 
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The docstring as it stands, and defaults."""
-
-
-Ranking = list[tuple[int, float, list[int]]]       # (document, score, its passages, the best first), the best first
+Ranking = list[tuple[int, float, int]]      # (document, score, its best passage), the best document first
 
 
 class Bm25:
@@ -75,7 +70,7 @@ class Bm25:
 
     def __init__(self, documents: list[Document], passages: Passages):
         self.passages = passages
-        self.name_rank = np.argsort(np.argsort([document.name for document in documents]))      # of the names in order
+        self.name_rank = np.argsort(np.argsort([document.name for document in documents]))      # in alphabetical order
         self.index = bm25s.BM25(k1=K1, b=B, dtype="float64")
         self.index.index([stems(text) for text in passages.texts], show_progress=False)
 
@@ -87,19 +82,17 @@ class Bm25:
         best = np.maximum.reduceat(scores, first[:-1])
         documents = [int(document) for document in np.lexsort((-self.name_rank, -best))[:depth] if best[document] > 0]
         return [(document, float(best[document]),
-                 [int(first[document] + place)
-                  for place in np.argsort(-scores[first[document]:first[document + 1]], kind="stable")])
-                for document in documents]
+                 int(first[document] + scores[first[document]:first[document + 1]].argmax())) for document in documents]
 
 
 def run_and_pairs(documents: list[Document], bm25: Bm25, ranked: list[tuple[Query, Ranking]]) -> tuple[str, str]:
     """The BM25 run of a split and its pairs; the number in a pair's id is the passage's place in its document."""
     run, pairs = [], []
     for query, ranking in ranked:
-        for rank, (number, score, passages) in enumerate(ranking[:CANDIDATES], start=1):
+        for rank, (number, score, passage) in enumerate(ranking[:CANDIDATES], start=1):
             run.append(f"{query.qid} Q0 {documents[number].name} {rank} {score:.4f} bm25\n")
-            pair = f"{query.qid}#{documents[number].name}_{passages[0] - bm25.passages.first[number]}"
-            pairs.append(f"{pair}\t{query.text}\t{bm25.passages.texts[passages[0]]}\n")
+            pair = f"{query.qid}#{documents[number].name}_{passage - bm25.passages.first[number]}"
+            pairs.append(f"{pair}\t{query.text}\t{bm25.passages.texts[passage]}\n")
     return "".join(run), "".join(pairs)
 
 
@@ -109,8 +102,8 @@ def sample_examples(query: Query, ranking: Ranking, passages: Passages) -> Itera
     A sentence cut out as a query has the rest of its document as the relevant passage.
     """
     chance = random.Random(digest(query.text))
-    relevant = [found[0] for number, _, found in ranking if number == query.document]
-    others = [found[0] for number, _, found in ranking if number != query.document]
+    relevant = [passage for number, _, passage in ranking if number == query.document]
+    others = [passage for number, _, passage in ranking if number != query.document]
     if relevant:
         yield query.rest or passages.texts[relevant[0]], 1
         for passage in chance.sample(others, min(HARD_NEGATIVES, len(others))):
@@ -147,11 +140,11 @@ def build(entries: list[Entry], pseudo_queries: int) -> dict[str, str]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="directory for the collection; made if it is missing")
     add("--pseudo_queries", type=int, default=0,
-        help="so many sentences of the documents become training queries as well, each for the rest of its document")
+        help="number of sentences that become training queries as well, each for the rest of its document")
     add("--write_checksums", action="store_true", help="for maintenance: write checksums.json anew, compare nothing")
     args = parser.parse_args()
     if args.pseudo_queries < 0:

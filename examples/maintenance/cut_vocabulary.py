@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save
 
 from simplified_tinybert.common.files import Problems, atomic_writer, check_input_file, run_main, say
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
-from simplified_tinybert.model.vocabulary import Vocabulary
+from simplified_tinybert.model.vocabulary import SPECIAL_TOKENS, Vocabulary
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHARACTERS = [prefix + chr(code) for code in range(33, 127) for prefix in ("", "##")]       # of ASCII
-LEAST_TOKENS = len(SPECIAL) + len(CHARACTERS)
+LEAST_TOKENS = len(SPECIAL_TOKENS) + len(CHARACTERS)
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,7 +43,7 @@ def choose_tokens(vocabulary: Vocabulary, texts: Iterable[str], count: int) -> l
     common = sorted(vocabulary.token_ids, key=vocabulary.token_ids.get)
     common = [token for token in common if len(token) > 1 and token.isascii() and not token.startswith("[")]
     by_frequency = sorted(found, key=lambda token: (-found[token], vocabulary.token_ids[token]))
-    wanted = dict.fromkeys([*SPECIAL, *CHARACTERS, *by_frequency, *common])
+    wanted = dict.fromkeys([*SPECIAL_TOKENS, *CHARACTERS, *by_frequency, *common])
     kept = [token for token in wanted if token in vocabulary.token_ids][:count]
     say(f"{sum(found[token] for token in kept) / max(1, found.total()):.2%} of the texts' tokens are kept, "
         f"{len(found.keys() - set(kept)):,} of {len(found):,} different ones dropped")
