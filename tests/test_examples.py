@@ -44,7 +44,7 @@ def test_the_collection_is_the_same_everywhere(built):
 
 
 def test_queries_are_held_out_of_the_documents(collection):
-    """No document holds the sentence of a query, and no training example the one of a dev or test query."""
+    """No relevant document contains its query, and no training text contains a dev or test query."""
     documents = {docid: body for docid, _, _, body in table(collection / "docs.tsv")}
     examples = {query for _, query, _, _ in table(collection / "train.examples.tsv")}
     corpus = (collection / "corpus.txt").read_text(encoding="utf-8")
