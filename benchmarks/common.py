@@ -131,11 +131,16 @@ def matrix_rates(device: torch.device, dtype: torch.dtype, hidden_size: int, qui
 
 
 def best_rates(device: torch.device, hidden_size: int, quick: bool) -> dict[str, float]:
-    """FLOP per second of the fastest matrix product, by type. For float32 also without packed weights."""
+    """FLOP per second of the fastest matrix product, by type. For float32 also without packed weights, or with TF32."""
+    torch.set_float32_matmul_precision("highest")       # an earlier way may have set TF32
     single = matrix_rates(device, torch.float32, hidden_size, quick)
-    return {"float32": max(single.values()),
-            "float32 without packed weights": max(rate for shape, rate in single.items() if "packed" not in shape),
-            "bf16": max(matrix_rates(device, torch.bfloat16, hidden_size, quick).values())}
+    rates = {"float32": max(single.values()), "bf16": max(matrix_rates(device, torch.bfloat16, hidden_size,
+                                                                       quick).values())}
+    if device.type == "cpu":
+        return rates | {"float32 without packed weights": max(rate for shape, rate in single.items()
+                                                              if "packed" not in shape)}
+    torch.set_float32_matmul_precision("high")
+    return rates | {"TF32": max(matrix_rates(device, torch.float32, hidden_size, quick).values())}
 
 
 def describe_rates(rates: dict[str, float]) -> str:

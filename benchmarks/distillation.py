@@ -34,6 +34,7 @@ import torch
 
 from benchmarks import common, ours, pictures, samples
 from benchmarks.original import OriginalAdam, OriginalBert, original_losses
+from simplified_tinybert.common.device import padded_length
 from simplified_tinybert.common.files import run_main, say
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model.bert import Batch
@@ -43,6 +44,7 @@ from simplified_tinybert.ranking.speed import machine, seconds
 from simplified_tinybert.ranking.tables import markdown
 
 BATCH = {"cpu": {384: 32, 768: 16}, "cuda": {384: 64, 768: 64}}
+STEPS = {"cpu": 1, "cuda": 10}          # that are timed together
 PADDED_LENGTH, LENGTHS = 256, (128, 256, 512)
 ORIGINAL, OURS, MASKED, BF16 = "original", "ours", "ours, masked", ", bf16"
 RETURN_FREED_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -110,6 +112,18 @@ def loss_difference(student: Path, teacher: Path, batch: Batch, device: torch.de
     return abs(new["loss"].item() / old["loss"].item() - 1)
 
 
+def masked_batch(examples: Examples, chosen: np.ndarray, device: torch.device) -> Batch:
+    """Pad to the longest pair of a batch, on a GPU to a multiple of 16, as distill.py does."""
+    longest = int(examples.lengths[chosen].max())
+    return examples.batch(chosen, padded_length(longest, device, PADDED_LENGTH), device)
+
+
+def repeat(step: Callable[[Batch], None], batch: Batch, device: torch.device) -> None:
+    """Make several steps without waiting for a GPU between them, as in training."""
+    for _ in range(STEPS[device.type]):
+        step(batch)
+
+
 def measure_steps(args: argparse.Namespace, name: str, student: Path, teacher: Path, vocabulary: Path,
                   device: torch.device) -> dict:
     size = args.batch_size or BATCH[device.type].get(int(name.split("x")[1]), 16)
@@ -119,18 +133,19 @@ def measure_steps(args: argparse.Namespace, name: str, student: Path, teacher: P
     steps = make_steps(student, teacher, device, args.bf16 or device.type == "cuda")
     times: dict[str, list[float]] = {way: [] for way in steps}
     say(f"{name}: batches of {size}")
-    for step in steps.values():                                             # warm-up; creates the optimizer's state
+    for way, step in steps.items():                                         # warm-up; creates the optimizer's state
         step(small_batch)
-        if device.type == "cuda":                                           # kernels are chosen for a batch's shape
-            step(examples.batch(rounds[0][0], PADDED_LENGTH, device))
+        for chosen in sum(rounds, []) if device.type == "cuda" else []:     # kernels are chosen for a batch's shape
+            step(masked_batch(examples, chosen, device) if MASKED in way else
+                 examples.batch(chosen, PADDED_LENGTH, device))
     for indices in rounds:
         padded = [examples.batch(indices[0], PADDED_LENGTH).to(device)]
-        masked = [examples.batch(chosen).to(device) for chosen in indices]
+        masked = [masked_batch(examples, chosen, device) for chosen in indices]
         for way, step in steps.items():
             batches = masked if MASKED in way else padded
             common.set_process(way, device)
-            spent = [seconds(lambda: step(batch), device) for batch in batches]  # noqa: B023
-            times[way].append(statistics.mean(spent) / size)
+            spent = [seconds(lambda: repeat(step, batch, device), device) for batch in batches]  # noqa: B023
+            times[way].append(statistics.mean(spent) / size / STEPS[device.type])
         say(f"  masked: length {' and '.join(str(batch.input_ids.shape[1]) for batch in masked)}; ms per example: "
             + ", ".join(f"{way} {1000 * spent[-1]:.0f}" for way, spent in times.items()))
     used, configs = np.concatenate(sum(rounds, [])), (read_config(student), read_config(teacher))

@@ -8,6 +8,7 @@ from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
+import scipy
 
 from simplified_tinybert.common.files import Problems, UserError, atomic_writer
 from simplified_tinybert.common.text import read_lines
@@ -20,10 +21,10 @@ class Texts:
     """Queries, and any number of different passages."""
 
     def __init__(self, seed: int = 0):
-        from examples.build_collection import read_packages
         from examples.docstring_collection import choose_queries, make_documents
+        from examples.docstrings import read_package
 
-        documents = make_documents(read_packages(["scipy"])["scipy"])
+        documents = make_documents(read_package("scipy", Path(scipy.__file__).parent))
         self.random = np.random.default_rng(seed)
         queries = choose_queries(documents, {"dev": 100, "test": 100})
         self.queries = sorted(query.text for split in queries.values() for query in split)

@@ -20,6 +20,7 @@ from simplified_tinybert.ranking.speed import seconds
 
 ORIGINAL, PEER, PEER_BF16 = "original", "sentence-transformers", "sentence-transformers, bf16"
 OURS, OURS_TEXTS, OURS_BF16, OURS_INT8 = "ours", "ours, from texts", "ours, bf16", "ours, int8"
+TRIAL_PAIRS = 2048      # enough for choosing sentence-transformers' batch size
 ALL = (ORIGINAL, PEER, PEER_BF16, *peer_backends.WAYS, OURS, OURS_TEXTS, OURS_BF16, OURS_INT8)
 
 
@@ -134,7 +135,7 @@ def sentence_transformers(directory: Path, sample: Sample, device: torch.device,
                           batch_sizes: list[int]) -> dict[str, Callable[[], np.ndarray]]:
     """Return CrossEncoder.predict in float32 and bfloat16, or nothing if sentence-transformers is not installed.
 
-    Both use the batch size that is fastest in float32 on this sample.
+    Both use the batch size that is fastest in float32 on the first pairs of this sample.
     """
     try:
         from sentence_transformers import CrossEncoder
@@ -147,10 +148,10 @@ def sentence_transformers(directory: Path, sample: Sample, device: torch.device,
               if dtype == torch.float32 or native_bf16(device) is not False}
     texts = sample.texts()
 
-    def predict(name: str, size: int) -> np.ndarray:
-        return models[name].predict(texts, batch_size=size, apply_softmax=True, show_progress_bar=False)[:, 1]
+    def predict(name: str, size: int, pairs: int | None = None) -> np.ndarray:
+        return models[name].predict(texts[:pairs], batch_size=size, apply_softmax=True, show_progress_bar=False)[:, 1]
 
-    times = {size: seconds(lambda: predict(PEER, size), device)  # noqa: B023
+    times = {size: seconds(lambda: predict(PEER, size, TRIAL_PAIRS), device)  # noqa: B023
              for size in useful_sizes(batch_sizes, sample)}
     best = min(times, key=times.get)
     say("  sentence-transformers, batch size: " + ", ".join(f"{size} {spent:.2f} s" for size, spent in times.items()))

@@ -205,6 +205,10 @@ def run_here(monkeypatch, capsys):
     """Run a script's main in this process and return its stderr. A UserError is raised as it is."""
     def run(script, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-        script.main()
+        before = torch.get_float32_matmul_precision()
+        try:
+            script.main()
+        finally:
+            torch.set_float32_matmul_precision(before)  # half precision on a GPU sets TF32 for the whole process
         return capsys.readouterr().err
     return run
