@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 # Operations on a GPU's tensors that start no kernel
 NO_KERNEL = {"alias", "detach", "device", "empty", "empty_like", "empty_strided", "_unsafe_view"}
-PRODUCTS = {"addmm", "baddbmm", "bmm", "linear", "mm"}
+PRODUCTS = {"_addmm_activation", "addmm", "baddbmm", "bmm", "linear", "mm"}
 
 
 def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
@@ -61,6 +61,8 @@ def pretended_cuda() -> Iterator[torch.device]:
                 (FakeTensor, "numpy", array_of_zeros), (F, "scaled_dot_product_attention", fused_attention),
                 (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
                 (torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True),
+                (torch.cuda, "get_device_capability", lambda device: (9, 0)),
+                (torch.backends.cuda, "is_flash_attention_available", lambda: True),
                 (torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8)),
                 (torch.cuda, "set_rng_state", lambda state, device: None)):
             stack.enter_context(patch.object(place, name, replacement, create=True))

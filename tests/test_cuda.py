@@ -1,4 +1,5 @@
 """Tests that need an NVIDIA GPU: golden values, mixed precision, memory. Skipped without one."""
+import copy
 import json
 import subprocess
 import sys
@@ -15,8 +16,11 @@ from transformers import BertConfig
 
 import distill
 import reranker
+from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model.bert import Batch, CrossEncoder
+from simplified_tinybert.model.precision import to_half
 from simplified_tinybert.model.pretrained import fit_projections
+from simplified_tinybert.ranking import scoring
 from simplified_tinybert.training import optimizer
 from simplified_tinybert.training.objective import stage_weights
 
@@ -61,6 +65,22 @@ def test_scores_equal_those_of_the_cpu(golden_models, tmp_path, run_here, more, 
                  device, *flags)
         scores.append([score for *_, score in read_scores(tmp_path / "scores.tsv")])
     np.testing.assert_allclose(scores[1], scores[0], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_packed_batches_are_as_exact_as_padded_ones(dtype, monkeypatch):
+    random = np.random.default_rng(0)
+    lengths = random.integers(3, 200, 600).astype(np.uint16)
+    pairs = Examples(random.integers(5, 30000, int(lengths.sum())).astype(np.uint16), lengths,
+                     (lengths // 2).astype(np.uint16), np.zeros(600, np.int8))
+    model = bert(3, 384, 0.0).eval()
+    exact, packed = scoring.score_all(model, pairs), copy.deepcopy(model)
+    assert "without padding" in scoring.prepare(packed, dtype, int8=False)
+    errors = [np.abs(scoring.score_all(packed, pairs) - exact).mean()]
+    monkeypatch.setattr(scoring, "packs_batches", lambda model: False)
+    to_half(model, dtype)
+    errors.append(np.abs(scoring.score_all(model, pairs) - exact).mean())
+    assert errors[0] < 1.2 * errors[1] and errors[1] < 0.03 * exact.std()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")

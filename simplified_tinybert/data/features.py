@@ -67,10 +67,19 @@ class Examples:
         import torch  # slow to import, and only models need it
 
         from simplified_tinybert.model.bert import Batch
+        arrays = self._arrays(indices)
+        return Batch.of_tokens(arrays, pad_to or int(arrays[1].max()), device or torch.device("cpu"))
+
+    def packed_batch(self, indices: np.ndarray, device: "torch.device") -> "Batch":
+        """Return the examples at `indices` on `device`, without padding, one after the other."""
+        from simplified_tinybert.model.bert import Batch
+        return Batch.packed(self._arrays(indices), device)
+
+    def _arrays(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return the tokens of examples, one after the other; lengths, lengths of the first segment, and labels."""
         tokens = np.concatenate([self.tokens[self.offsets[i]:self.offsets[i + 1]] for i in indices])
         rows = (self.lengths[indices], self.query_lengths[indices], self.labels[indices])
-        arrays = (tokens.astype(np.int32), *(values.astype(np.int64) for values in rows))
-        return Batch.of_tokens(arrays, pad_to or int(rows[0].max()), device or torch.device("cpu"))
+        return (tokens.astype(np.int32), *(values.astype(np.int64) for values in rows))
 
     def take(self, indices: np.ndarray) -> "Examples":
         """Return the examples at `indices`. They must have ids."""

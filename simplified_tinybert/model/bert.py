@@ -4,7 +4,8 @@ Parameter names are those of Hugging Face's BertForSequenceClassification. It is
 distillation needs the query and key projections of some layers, ranking needs only the [CLS] position of the last
 layer, and importing the library's model takes longer than scoring a hundred pairs.
 
-Shapes: B batch size, L sequence length, D hidden size, H heads, d = D / H head size, C classes.
+Shapes: B batch size, L sequence length, D hidden size, H heads, d = D / H head size, C classes. A packed batch is one
+row: it has 1 instead of B, and its number of tokens T instead of L.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,9 +21,17 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, 
                **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), lambda hidden: F.gelu(hidden, approximate="tanh"))}
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Where the examples of a packed batch are."""
+    starts: Tensor                                      # (B + 1) int32; the last one is the end
+    positions: Tensor                                   # (1, T): position of each token in its example
+    longest: int                                        # tokens of the longest example
+
+
 @dataclass
 class Batch:
-    """Padded examples as tensors."""
+    """Examples as tensors: padded, or packed one after the other into one row."""
     input_ids: Tensor                                   # (B, L)
     token_type_ids: Tensor                              # (B, L)
     attention_mask: Tensor                              # (B, L): 1 for tokens, 0 for padding
@@ -30,6 +39,7 @@ class Batch:
     has_padding: bool = True                            # known without waiting for the device
     teacher_scores: Tensor | None = None                # (B), log-odds from a file
     queries: Tensor | None = None                       # (B), equal numbers for passages of the same query
+    packing: Packing | None = None
 
     @classmethod
     def of_tokens(cls, arrays: tuple[np.ndarray, ...], length: int, device: torch.device) -> "Batch":
@@ -46,6 +56,18 @@ class Batch:
         input_ids = tokens[index.clamp_(max=len(tokens) - 1)].long() * mask
         segments = mask & (positions >= first_lengths[:, None])
         return cls(input_ids, segments.long(), mask.long(), labels, has_padding=bool(arrays[1].min() < length))
+
+    @classmethod
+    def packed(cls, arrays: tuple[np.ndarray, ...], device: torch.device) -> "Batch":
+        """Put all tokens into one row, without padding, for scores on a GPU. arrays: as for `of_tokens`."""
+        tokens, lengths, first_lengths, labels = (to_device(torch.from_numpy(array), device) for array in arrays)
+        starts = F.pad(lengths.cumsum(0), (1, 0))                                             # (B + 1)
+        example = torch.repeat_interleave(lengths, output_size=len(arrays[0]))                # (T): 0 0 0 1 1 2 ...
+        positions = torch.arange(len(arrays[0]), device=device) - starts[example]
+        segments = (positions >= first_lengths[example]).long()
+        packing = Packing(starts.int(), positions[None], int(arrays[1].max()))
+        return cls(tokens.long()[None], segments[None], torch.ones_like(segments)[None], labels, has_padding=False,
+                   packing=packing)
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(**{name: to_device(value, device) if isinstance(value, Tensor) else value
@@ -91,6 +113,8 @@ class Embeddings(nn.Module):
     def summed(self, batch: Batch) -> Tensor:
         """Return the sum of the embeddings, before layer norm."""
         words = self.word_embeddings(batch.input_ids) + self.token_type_embeddings(batch.token_type_ids)
+        if batch.packing:
+            return words + self.position_embeddings(batch.packing.positions)
         return words + self.position_embeddings.weight[:batch.input_ids.shape[1]]
 
 
@@ -121,22 +145,28 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(size, config.intermediate_size)})
         self.output = AddNorm(config.intermediate_size, config)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, cls_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, hidden: Tensor, mask: Tensor | Packing | None,
+                cls_only: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Map (B, L, D) to output (B, L, D), queries and keys (B, H, L, d).
 
         mask (B, 1, 1, L) is from `padding_mask`; None means no padding. With cls_only, output (B, 1, D) and queries
-        (B, H, 1, d) are computed for the first position only.
+        (B, H, 1, d) are computed for the first position only; in a packed batch (1, B, D) and (1, H, B, d).
         """
-        residual = hidden[:, :1] if cls_only else hidden
+        residual = hidden
+        if cls_only:
+            residual = hidden[:, mask.starts[:-1]] if isinstance(mask, Packing) else hidden[:, :1]
         context, query, key = self.attention_context(hidden, mask, residual)
         attended = self.attention.output(context, residual)                                          # (B, L, D)
         return self.output(self.activation(self.intermediate.dense(attended)), attended), query, key
 
-    def attention_context(self, hidden: Tensor, mask: Tensor | None, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def attention_context(self, hidden: Tensor, mask: Tensor | Packing | None,
+                          queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the attention from `queries` to `hidden` (B, L, D), before the output layer; queries and keys."""
+        shared = cast_once(hidden)
         query, key, value = (
             self.attention["self"][name](inputs).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, H, L, d)
-            for name, inputs in (("query", queries), ("key", hidden), ("value", hidden)))
+            for name, inputs in (("query", shared if queries is hidden else queries), ("key", shared),
+                                 ("value", shared)))
         context = attend(query, key, value, mask, self.attention_dropout.p if self.training else 0.0)
         return context.transpose(1, 2).flatten(start_dim=2), query, key
 
@@ -161,9 +191,12 @@ class CrossEncoder(nn.Module):
         self.projections = nn.ModuleList()
 
     def forward(self, batch: Batch, layers: list[int] | None = None) -> LayerOutputs:
-        """Return logits; with `layers` (from 1), also the embedding output, and states, queries, keys of the layers."""
+        """Return logits; with `layers` (from 1), also the embedding output, and states, queries, keys of the layers.
+
+        `layers` must be None if the batch is packed.
+        """
         hidden = self.bert.embeddings(batch)                                                  # (B, L, D)
-        mask = padding_mask(batch, hidden.dtype) if batch.has_padding else None               # (B, 1, 1, L)
+        mask = padding_mask(batch, hidden.dtype) if batch.has_padding else batch.packing      # (B, 1, 1, L)
         outputs = LayerOutputs(logits=hidden)
         if layers is not None:
             outputs.hidden_states[0] = hidden
@@ -172,7 +205,7 @@ class CrossEncoder(nn.Module):
             hidden, query, key = layer(hidden, mask, cls_only=layers is None and is_last)
             if layers is not None and number in layers:
                 outputs.hidden_states[number], outputs.queries[number], outputs.keys[number] = hidden, query, key
-        outputs.logits = self.classify(hidden[:, 0])
+        outputs.logits = self.classify(hidden[0] if batch.packing else hidden[:, 0])
         return outputs
 
     def classify(self, hidden: Tensor) -> Tensor:
@@ -184,6 +217,17 @@ class CrossEncoder(nn.Module):
     def project(self, index: int, hidden: Tensor) -> Tensor:
         """Project hidden state `index` (0: embedding output) to the teacher's hidden size: (B, L, D) → (B, L, D')."""
         return self.projections[index if len(self.projections) > 1 else 0](hidden)
+
+
+def cast_once(hidden: Tensor) -> Tensor:
+    """Convert the input of several linear layers to autocast's type. Each layer would do it again, with equal results.
+
+    Not with gradients: their sum would then be rounded to that type.
+    """
+    device = hidden.device.type
+    if torch.is_grad_enabled() or not torch.is_autocast_enabled(device):
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
 
 
 def padding_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
@@ -199,12 +243,14 @@ def padding_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
     return torch.zeros(tokens.shape, dtype=dtype, device=tokens.device).masked_fill_(~tokens, -torch.inf)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Packing | None, dropout: float) -> Tensor:
     """Return softmax(QKᵀ/√d)V, (B, H, L, d), using memory linear in L.
 
     PyTorch's fused kernels do this, but not with dropout on a CPU. In that case, queries are processed in blocks, and
     the attention scores of a block are recomputed in the backward pass.
     """
+    if isinstance(mask, Packing):
+        return _attend_packed(query, key, value, mask)
     if dropout == 0.0 or query.device.type != "cpu":
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(query.dtype)                 # differs only with apex, which casts operations itself
@@ -212,6 +258,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
     blocks = [checkpoint(_attend_block, block, key, value, mask, dropout, use_reentrant=False)
               for block in query.split(64, dim=2)]
     return torch.cat(blocks, dim=2)
+
+
+def _attend_packed(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
+    """`attend` for a packed batch, with FlashAttention on a GPU. The queries are those of all or the first tokens."""
+    from torch.nn.attention.varlen import varlen_attn  # not in all of PyTorch's builds
+    starts, longest = packing.starts, packing.longest
+    if query.shape[2] < key.shape[2]:
+        starts, longest = torch.arange(len(starts), dtype=torch.int32, device=starts.device), 1
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))         # (T, H, d)
+    context = varlen_attn(query, key, value, starts, packing.starts, longest, packing.longest)
+    return context.transpose(0, 1)[None]                                                      # (1, H, T, d)
 
 
 def _attend_block(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

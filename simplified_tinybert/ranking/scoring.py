@@ -17,6 +17,7 @@ from simplified_tinybert.common.processes import Processes
 from simplified_tinybert.data.features import Examples, FeatureSummary, read_chunks
 from simplified_tinybert.model.bert import CrossEncoder, count_parameters, describe
 from simplified_tinybert.model.cpu_linear import pack_linear_layers, quantize_linear_layers
+from simplified_tinybert.model.gpu_scoring import fuse_gelu, packs_batches
 from simplified_tinybert.model.precision import to_half
 from simplified_tinybert.model.pretrained import load_ranker
 
@@ -47,7 +48,8 @@ def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> str:
     """
     if dtype:
         to_half(model, dtype)
-        return str(dtype).removeprefix("torch.")
+        return str(dtype).removeprefix("torch.") + (", GELU fused with the products" if fuse_gelu(model) else "") + (
+            ", batches without padding" if packs_batches(model) else "")
     if int8:
         bits = quantize_linear_layers(model)
         return "8-bit integers" + ("; weights have 7 bits, as 8-bit sums overflow on this CPU" if bits == 7 else "")
@@ -104,11 +106,12 @@ def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarr
                 progress: tqdm | None = None) -> ScoredChunk:
     """Score the batches of a chunk. Does not wait for a GPU."""
     device, limit = model.classifier.weight.device, model.config.max_position_embeddings
-    scored = ScoredChunk(chunk, [], model.config.num_labels)
+    scored, packs = ScoredChunk(chunk, [], model.config.num_labels), packs_batches(model)
     with torch.inference_mode():
         for indices in batches:
             length = padded_length(int(chunk.lengths[indices].max()), device, limit)
-            scored.batches.append((indices, model(chunk.batch(indices, length, device)).logits.float()))
+            batch = chunk.packed_batch(indices, device) if packs else chunk.batch(indices, length, device)
+            scored.batches.append((indices, model(batch).logits.float()))
             if progress is not None:
                 progress.update(len(indices))
     return scored
