@@ -142,8 +142,8 @@ def report_text(results: dict) -> str:
     else:
         judgement = "The teacher is significantly better than BM25."
     return "\n\n".join([
-        f"{results['queries']} test queries, {counted(len(settings['seeds']), 'seed')}, re-ranking BM25's first "
-        f"{settings['test_depth']} candidates{candidates_note(results)}. {judgement}",
+        f"{results['queries']} test queries, {seeds_note(results)}, re-ranking BM25's first {settings['test_depth']} "
+        f"candidates{candidates_note(results)}. {judgement}",
         effectiveness_table(results),
         f"{'± is the standard deviation over the seeds. ' if len(settings['seeds']) > 1 else ''}† marks a significant "
         f"difference from the teacher, ‡ from BM25: paired t-test over the queries, on each query's mean over the "
@@ -156,6 +156,15 @@ def report_text(results: dict) -> str:
         *(["Interpolated with BM25. The weight was chosen for each model on the dev queries; p and verdict are after "
            "Holm's correction for all rows:", interpolation_table(results)] if results.get("interpolated") else []),
         *parts]) + "\n"
+
+
+def seeds_note(results: dict) -> str:
+    """Say how many seeds the students have, and which of them have fewer."""
+    seeds, measure = len(results["settings"]["seeds"]), results["settings"]["measures"][0]
+    fewer = [f"{title(results, system['name'])}: {found}" for system in results["systems"]
+             if system["name"] in results["comparisons"]["teacher"][measure]
+             and (found := len(system["seeds"][measure])) < seeds]
+    return counted(seeds, "seed") + (f" ({', '.join(fewer)})" if fewer else "")
 
 
 def candidates_note(results: dict) -> str:

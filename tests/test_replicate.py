@@ -40,7 +40,8 @@ from simplified_tinybert.ranking.trec import read_qrels
 
 RESULTS = ROOT / "experiments" / "results"
 SUMMARY = RESULTS / "summary.json"
-STUDIES = {"replication.md": ["worldtree"], "replication-nfcorpus.md": ["cranfield", "nfcorpus", "nfcorpus-cold"]}
+STUDIES = {"replication.md": ["worldtree", "squad-sentences"],
+           "replication-nfcorpus.md": ["cranfield", "nfcorpus", "nfcorpus-cold"]}
 SETTINGS = """
 seeds = [1, 2]
 measures = ["nDCG@10", "RR@10"]
@@ -703,7 +704,7 @@ def test_the_summary_is_that_of_the_committed_results(tmp_path):
 
 
 @pytest.mark.parametrize(("page", "end", "least", "from_a_log"), [
-    ("replication.md", "## Set-up", (20, 4), set()),
+    ("replication.md", "## Set-up", (30, 9), set()),
     ("replication-nfcorpus.md", "## NFCorpus", (40, 12), {"0.3044", "0.3068", "0.3049"})])
 def test_the_findings_are_those_of_the_committed_results(page, end, least, from_a_log):
     """Every figure of four decimals in the text is also in a table, except those from a log."""
@@ -745,29 +746,39 @@ def test_the_progress_of_the_students_is_reported_as_recorded():
 
 
 def test_the_first_table_of_the_readme_is_the_summary():
-    text, study = (ROOT / "README.md").read_text(), json.loads(SUMMARY.read_text())["collections"]["worldtree"]
-    titles = json.loads((RESULTS / "worldtree.json").read_text())["settings"]["titles"]
+    text, studies = (ROOT / "README.md").read_text(), json.loads(SUMMARY.read_text())["collections"]
+    results = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in studies}
+    (first, worldtree), (second, squad) = studies.items()
+    titles = results[first]["settings"]["titles"]
 
-    def interval(found, words="({:+.4f} to {:+.4f})"):
-        return f"{found['difference']:+.4f} " + words.format(found["low"], found["high"])
-    rows = [f"| BM25 | – | {study['bm25']:.4f} | {100 * study['bm25'] / study['teacher']:.1f} | – | – |",
-            f"| {study['teacher']:.4f} | 100.0 | {interval(study['teacher_minus_bm25'])} | 1.00 × |"]
-    for student in study["students"]:
-        name = f"student: {titles[student['method']]}"
-        bold = "**" * (student["method"] == "simplified-masked")
-        rows.append(f"| {bold}{name}{bold} | {student['shape']} | {student['mean']:.4f} | "
-                    f"{100 * student['retention']:.1f} | {interval(student['minus_bm25'])} | "
+    def interval(found):
+        return f"{found['difference']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+
+    def cells(study, found, mean):
+        return f"{mean:.4f} | {interval(found)}"
+    heading = f"| WorldTree ({worldtree['queries']} queries) | minus BM25 | squad-sentences ({squad['queries']:,} queries) |"
+    rows = [heading, f"| {worldtree['bm25']:.4f} | – | {squad['bm25']:.4f} | – | – |",
+            "| " + " | ".join(cells(study, study["teacher_minus_bm25"], study["teacher"]) for study in studies.values())
+            + " | 1.00 × |"]
+    of_method = [{student["method"]: student for student in study["students"]} for study in studies.values()]
+    for method, student in of_method[0].items():
+        bold = "**" * (method == "simplified-masked")
+        both = [cells(study, students[method]["minus_bm25"], students[method]["mean"])
+                for study, students in zip(studies.values(), of_method)]
+        rows.append(f"| {bold}student: {titles[method]}{bold} | {student['shape']} | {' | '.join(both)} | "
                     f"{student['speed_up']:.3g} × |")
     assert not [row for row in rows if row not in text]
-    results, text = json.loads((RESULTS / "worldtree.json").read_text()), " ".join(text.split())
-    tinybert = results["comparisons"]["3/384 simplified-masked"]["nDCG@10"]["3/384 tinybert"]
-    low, high = tinybert["interval"]
-    assert (f"minus its teacher: {interval(study['students'][0]['minus_teacher'])}; minus TinyBERT: "
-            f"{interval(tinybert | {'low': low, 'high': high})}") in text
-    teacher, student = (statistics.fmean(results["interpolated"][name]["seeds"]["nDCG@10"])
+    text = " ".join(text.split())
+    proposed = [students["simplified-masked"] for students in of_method]
+    retained = [f"{100 * student['retention']:.1f} %" for student in proposed]
+    assert f"keeps {retained[0]} and {retained[1]} of its teacher's nDCG@10" in text
+    assert f"minus its teacher: {interval(proposed[0]['minus_teacher'])}, {interval(proposed[1]['minus_teacher'])}" in text
+    found = [results[name]["comparisons"]["3/384 simplified-masked"]["nDCG@10"]["3/384 tinybert"] for name in studies]
+    found = [each | dict(zip(("low", "high"), each["interval"])) for each in found]
+    assert f"minus TinyBERT: {interval(found[0])}, {interval(found[1])}" in text
+    teacher, student = (statistics.fmean(results[first]["interpolated"][name]["seeds"]["nDCG@10"])
                         for name in ("teacher", "3/384 simplified-masked"))
-    assert f"With BM25's scores added, the teacher has {teacher:.4f}, this student {student:.4f}." in text
-    assert f"WorldTree ({study['queries']} test queries" in text
+    assert f"With BM25's scores added, the teacher has {teacher:.4f} on WorldTree, this student {student:.4f}." in text
 
 
 def test_the_worldtree_teacher_is_reported_as_recorded():
@@ -800,18 +811,27 @@ def test_the_first_worldtree_teacher_is_reported_as_recorded():
 
 
 def test_the_second_collection_is_reported_as_recorded():
-    text = (ROOT / "docs" / "replication.md").read_text().partition("## A second collection")[2].partition("##")[0]
-    directory = RESULTS / "squad-sentences"
-    dev, record = (json.loads((directory / name).read_text()) for name in ("dev.json", "teacher-5e-05-seed1.json"))
-    teacher, bm25 = Records(directory, {}).dev("teacher-5e-05-seed1"), dev["nDCG@10"]["BM25"]
-    assert f"On {dev['queries']} dev queries" in text and record["steps"] == math.ceil(26616 / 16)
-    student = json.loads((directory / "3-384-simplified-masked-0.0004-seed1.json").read_text())
-    first, second = (validation["nDCG@10"] for validation in student["dev"])
-    assert student["steps"] == 2 * record["steps"] and student["learning_rate"] == 4e-4
-    words = " ".join(text.split())
-    assert f"of {teacher:.4f}, BM25 has {bm25:.4f}. The advantage of {teacher - bm25:.4f}" in words
-    assert f"{first:.4f} after one epoch and {second:.4f} after two: {100 * second / teacher:.1f} %" in words
-    assert second < bm25
+    text = (ROOT / "docs" / "replication.md").read_text().partition("## A second collection")[2].partition("<!--")[0]
+    results, words = json.loads((RESULTS / "squad-sentences.json").read_text()), " ".join(text.split())
+    records = Records(RESULTS / "squad-sentences", {})
+    teacher, bm25 = records.read("teacher-5e-05-seed1"), results["dev"]["nDCG@10"]["BM25"]
+    assert f"has {records.dev('teacher-5e-05-seed1'):.4f} on the dev queries, BM25 {bm25:.4f}" in words
+    seconds = []
+    for run in results["tuned"]:
+        if run["chosen"]:
+            names = [f"3-384-{run['method']}-{run['learning_rate']:g}-seed{seed}" for seed in (1, 2, 3)]
+            tests = [records.read(name).get("test", {}).get("nDCG@10") for name in names]
+            dev = ", ".join(f"{records.dev(name):.4f}" for name in names)
+            test = ", ".join(f"{statistics.fmean(values):.4f}" if values else "–" for values in tests)
+            assert f"| {results['settings']['titles'][run['method']]} | {dev} | {test} |" in text
+            seconds += [records.read(name)["seconds"] for name in names]
+            if run["method"] == "tinybert":
+                mean = statistics.fmean(chain(*tests[1:]))
+                assert f"For the same two seeds, TinyBERT has {mean:.4f}" in words
+    assert f"{teacher['seconds']} s for the teacher and {min(seconds)} to {max(seconds)} s for a student" in words
+    assert f"({teacher['steps']:,} steps)" in words and "H100" in teacher["machine"]["GPU"]
+    (fewer,) = [system["name"] for system in results["systems"] if len(system["seeds"]["nDCG@10"]) == 2]
+    assert fewer == "3/384 simplified-masked"
 
 
 def test_a_document_without_the_markers(tmp_path):
