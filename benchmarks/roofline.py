@@ -5,7 +5,8 @@
 The real code runs on a pretended GPU (pretended_cuda.py), which records every operation with its shapes and types. An
 operation takes the longest of three times: its bytes at the memory's rate, its FLOP at the rate of its products, and
 the shortest time of a kernel. Starting the kernels takes the CPU a time of its own; a step takes the longer of both.
-These are ESTIMATES from the assumptions below. Nothing is measured. Run the other benchmarks on a GPU to replace them.
+These are ESTIMATES from the rates below. The rates of an H100 were measured, in products and in the attention of a
+profiled step. Those of the other cards are assumptions. Run the other benchmarks on a GPU to replace the estimates.
 """
 import argparse
 from collections.abc import Callable
@@ -35,17 +36,20 @@ from simplified_tinybert.ranking.tables import markdown, number  # noqa: E402
 
 @dataclass(frozen=True)
 class Gpu:
-    """Assumed rates of a card, in FLOP or bytes per second: what its products reach in practice, not the data sheet."""
+    """Rates of a card, in FLOP or bytes per second: what its kernels reach in practice, not the data sheet."""
     bf16: float
     tf32: float
     float32: float
+    attention: float                                    # in half precision, with a mask: PyTorch's kernel for Ampere
     memory: float
     link: float                                         # to the other GPUs of the machine
 
 
-GPUS = {"H100": Gpu(620e12, 310e12, 40e12, 2.7e12, 300e9), "A100": Gpu(240e12, 120e12, 15e12, 1.6e12, 200e9),
-        "4090": Gpu(150e12, 75e12, 50e12, 0.85e12, 20e9)}
-ATTENTION = 0.5                     # share of the rate of products that attention reaches
+GPUS = {"H100": Gpu(700e12, 356e12, 51.6e12, 68e12, 2.7e12, 300e9),
+        "A100": Gpu(240e12, 120e12, 15e12, 40e12, 1.6e12, 200e9),
+        "4090": Gpu(150e12, 75e12, 50e12, 45e12, 0.85e12, 20e9)}
+SINGLE_ATTENTION = 0.5              # share of the rate of products that attention reaches in float32
+PACKED_ATTENTION = 2.0              # FlashAttention without padding, compared with `attention`; not measured
 KERNEL, LAUNCH = 2e-6, 7e-6         # seconds: the shortest kernel; starting one from Python
 TEACHER, STUDENTS, BATCH, LENGTH, PAIR_TOKENS = (12, 768), ((3, 384), (6, 768)), 64, 256, 210
 PRECISIONS = {"float32": None, "TF32": None, "bf16": torch.bfloat16}
@@ -80,19 +84,22 @@ def flops(name: str, given: list[torch.Tensor], made: list[torch.Tensor]) -> tup
     half = "bf16" if given and given[0].dtype in (torch.bfloat16, torch.float16) else "float32"
     if name in ("mm", "bmm", "linear"):
         return 2.0 * made[0].numel() * given[0].shape[-1], half
-    if name == "addmm":
+    if name in ("addmm", "_addmm_activation"):
         return 2.0 * made[0].numel() * given[1].shape[-1], half
     if "efficient_attention" in name:
         query, key = given[1:3] if "backward" in name else given[:2]
         return (10.0 if "backward" in name else 4.0) * query.numel() * key.shape[2], f"attention {half}"
+    if name == "_varlen_attn":                          # query (T, H, d), keys (T', H, d), ..., starts of B examples
+        query, key, _, _, starts, *_ = given
+        return 4.0 * query.numel() * len(key) / (len(starts) - 1), "attention packed"
     return 0.0, ""
 
 
 def seconds(rows: list[tuple[float, float, str, int]], gpu: Gpu, precision: str) -> float:
     """Return the time of the kernels of all operations."""
     single = gpu.tf32 if precision != "float32" else gpu.float32
-    rates = {"": 1.0, "bf16": gpu.bf16, "float32": single, "attention bf16": ATTENTION * gpu.bf16,
-             "attention float32": ATTENTION * single}
+    rates = {"": 1.0, "bf16": gpu.bf16, "float32": single, "attention bf16": gpu.attention,
+             "attention packed": PACKED_ATTENTION * gpu.attention, "attention float32": SINGLE_ATTENTION * single}
     return sum(max(moved / gpu.memory, flop / rates[kind], kernels * KERNEL) for moved, flop, kind, kernels in rows)
 
 
@@ -103,8 +110,9 @@ def model(shape: tuple[int, int]) -> CrossEncoder:
 
 
 def examples(count: int, longest: int) -> Examples:
-    """Pairs of different lengths, of which the longest has `longest` tokens."""
-    lengths = np.linspace(longest // 2, longest, count).astype(np.uint16)
+    """Pairs of `longest` tokens, except a shorter one, so that a padded batch has a mask."""
+    lengths = np.full(count, longest, np.uint16)
+    lengths[0] -= 1
     return Examples(np.ones(int(lengths.sum()), np.uint16), lengths, np.full(count, 12, np.uint16),
                     (np.arange(count) % 2).astype(np.int8), [f"q#d{index}" for index in range(count)])
 
@@ -168,17 +176,19 @@ def scoring_table() -> str:
             operations, count = scoring_operations(shape, dtype)
             rows.append(["/".join(map(str, shape)), precision,
                          *(number(count / seconds(operations, gpu, precision)) for gpu in GPUS.values())])
-    return (f"## Re-ranking, pairs of up to {PAIR_TOKENS} tokens, pairs/s of one GPU: estimates\n\n"
+    return (f"## Re-ranking, pairs of {PAIR_TOKENS} tokens, pairs/s of one GPU: estimates\n\n"
             + markdown(["model", "precision", *GPUS], rows))
 
 
 def assumptions() -> str:
-    rows = [[name, *(number(rate / 1e12) for rate in (gpu.bf16, gpu.tf32, gpu.float32, gpu.memory)),
+    rows = [[name, *(number(rate / 1e12) for rate in (gpu.bf16, gpu.tf32, gpu.float32, gpu.attention, gpu.memory)),
              number(gpu.link / 1e9)] for name, gpu in GPUS.items()]
-    return (f"## Assumptions\n\nAttention reaches {100 * ATTENTION:.0f} % of these rates. A kernel takes at least "
-            f"{1e6 * KERNEL:.0f} µs, and the CPU {1e6 * LAUNCH:.0f} µs to start it.\n\n"
-            + markdown(["GPU", "bf16, TFLOP/s", "TF32, TFLOP/s", "float32, TFLOP/s", "memory, TB/s", "link, GB/s"],
-                       rows))
+    return (f"## Assumptions\n\nThe H100's rates in TFLOP/s were measured, all others are assumptions. Attention with "
+            f"padding has its own rate; without padding {PACKED_ATTENTION:g} times that, in float32 "
+            f"{100 * SINGLE_ATTENTION:.0f} % of the products' rate. A kernel takes at least {1e6 * KERNEL:.0f} µs, and "
+            f"the CPU {1e6 * LAUNCH:.0f} µs to start it.\n\n"
+            + markdown(["GPU", "bf16, TFLOP/s", "TF32, TFLOP/s", "float32, TFLOP/s", "attention, TFLOP/s",
+                        "memory, TB/s", "link, GB/s"], rows))
 
 
 def main() -> None:

@@ -164,6 +164,7 @@ def check_scoring(dtype: str) -> None:
             expect(not seen.to_host, f"scoring waits for the device: {seen.to_host}")
             scored.logits()
     expect(len(seen.to_host) == 2, f"{len(seen.to_host)} copies to the host for two batches")
+    expect(("_varlen_attn" in seen.kernels) == (dtype != "float32"), f"kernels of attention: {sorted(seen.kernels)}")
     products = seen.products[DTYPES[dtype] or torch.float32]
     expect(products > 0.8 * seen.products.total() - 4, f"products: {dict(seen.products)}")
 

@@ -212,3 +212,31 @@ def test_records_name_no_directory_of_this_machine(tmp_path, monkeypatch):
     for directory in ("benchmarks/results", "experiments/results"):
         for path in (ROOT / directory).rglob("*.*"):
             assert path.suffix == ".png" or not re.search(r'["` ]/\w', path.read_text(encoding="utf-8")), path
+
+
+@pytest.mark.parametrize(("directory", "ways"), [
+    ("xeon", {"original": "the original's method", "sentence-transformers": "sentence-transformers",
+              "sentence-transformers, bf16": "sentence-transformers, bf16", "ours": "`reranker.py`",
+              "ours, from texts": "`reranker.py`, with tokenization", "ours, bf16": "`reranker.py --bf16`",
+              "ours, int8": "`reranker.py --int8`"}),
+    ("h100", {"original": "the original's method", "sentence-transformers": "sentence-transformers",
+              "sentence-transformers, bf16": "sentence-transformers, bf16", "ours": "`reranker.py`",
+              "ours, bf16": "`reranker.py --bf16`"})])
+def test_the_page_has_the_medians_of_other_machines(directory, ways):
+    heading = {"xeon": "## On a CPU with AVX-512", "h100": "## On a GPU"}[directory]
+    text = (ROOT / "benchmarks" / "README.md").read_text().partition(heading)[2].partition("## ")[0]
+    results = ROOT / "benchmarks" / "results" / directory
+    measured = json.loads((results / "reranking.json").read_text())["ways"]
+    for way, title in ways.items():
+        cells = []
+        for found in measured.values():
+            cell = number(found["pairs"] / statistics.median(found["times"][way]))
+            inexact = directory == "xeon" and ("bf16" in way or "int8" in way)
+            cells.append(cell + f" ({found['correlation'][way]:.3f})" * inexact)
+        assert f"| {title} | {' | '.join(cells)} |" in text
+    if directory == "h100":
+        steps, = json.loads((results / "distillation.json").read_text())["steps"].values()
+        for way, title in (("ours", "`distill.py`"), ("ours, bf16", "`distill.py --bf16`")):
+            own, original_times = steps["times"][way], steps["times"]["original"]
+            ratio = statistics.median(old / new for old, new in zip(original_times, own))
+            assert f"| {title} | {1000 * steps['batch_size'] * statistics.median(own):.1f} | {ratio:.2f} |" in text

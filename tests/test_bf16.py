@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from conftest import random_rows, write_features
 from helpers.golden import HALF_TOLERANCES, golden_training
 from helpers.training import log_of, torchrun
+from transformers import BertConfig
 
 import distill
 from simplified_tinybert.model import precision
+from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.precision import has_bf16, is_emulated, slowdown, warn_if_slow
+from simplified_tinybert.ranking import scoring
 from simplified_tinybert.training import optimizer
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
@@ -161,3 +164,18 @@ def test_one_process_warns_for_all(golden_models, features, tmp_path):
     assert done.stderr.count("is emulated") <= 1
     if native is False and slowdown(torch.bfloat16, torch.device("cpu")) > 2:
         assert done.stderr.count("is emulated") == 1
+
+
+def test_the_advice_to_use_bf16_where_it_is_fast(monkeypatch):
+    """A CPU with AMX, unless an environment variable forbids its instructions."""
+    def products(amx, limit=None):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "amx_bf16": amx},
+                            raising=False)
+        for name in precision.ISA_LIMITS:
+            monkeypatch.delenv(name, raising=False)
+        if limit:
+            monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        model = CrossEncoder(BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=4))
+        return scoring.prepare(model.eval(), None, int8=False)
+    assert "--bf16" in products(True)
+    assert "--bf16" not in products(False) and "--bf16" not in products(True, "AVX2")

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertForSequenceClassification
 
 from simplified_tinybert.common.device import read_ahead
+from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model.bert import ACTIVATIONS, Batch, CrossEncoder, Dropout, attend, drop
+from simplified_tinybert.model.gpu_scoring import GeluLinear, fuse_gelu, packs_batches
 
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, "gelu_fast", "quick_gelu", "mish", "linear"])
@@ -30,6 +32,53 @@ def test_activations_are_those_of_transformers(activation):
     segments = (torch.arange(12) > 4).long().expand(3, 12)
     expected = theirs(input_ids=ids, attention_mask=mask, token_type_ids=segments).logits
     torch.testing.assert_close(ours(Batch(ids, segments, mask)).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+def attention_of_each_example(query, key, value, starts, key_starts, longest, longest_key, *settings):
+    """What FlashAttention computes for examples without padding, (T, H, d). A CPU has no such kernel."""
+    assert starts.dtype == key_starts.dtype == torch.int32
+    assert (longest, longest_key) == (starts.diff().max(), key_starts.diff().max())
+    outputs = []
+    for example in range(len(starts) - 1):
+        own, keys, values = (tensor[begin[example]:begin[example + 1]] for tensor, begin in (
+            (query, starts), (key, key_starts), (value, key_starts)))
+        scores = torch.einsum("qhd,khd->hqk", own, keys) / own.shape[-1] ** 0.5
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+    return torch.cat(outputs), query.new_empty(query.shape[1], len(query), dtype=torch.float32), query.new_empty(
+        2, dtype=torch.uint64)
+
+
+@pytest.fixture(scope="module")
+def packed_attention_on_cpus():
+    """PyTorch's operator for packed batches, with a kernel for CPUs."""
+    from torch.nn.attention import varlen
+    varlen._varlen_attn.register_kernel("cpu")(attention_of_each_example)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packed_batches_have_the_logits_of_padded_ones(packed_attention_on_cpus, compiled):
+    """Also of batches with one example, with examples of equal lengths, and as --compile does it."""
+    torch.manual_seed(0)
+    model = CrossEncoder(BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=3, num_attention_heads=4,
+                                    intermediate_size=96, max_position_embeddings=16, num_labels=2)).eval().double()
+    random, lengths = np.random.default_rng(0), np.array([16, 5, 9, 9, 3, 12], np.uint16)
+    examples = Examples(random.integers(0, 50, int(lengths.sum())).astype(np.uint16), lengths, lengths // 2,
+                        np.zeros(6, np.int8))
+    torch.compiler.reset()
+    scorer = torch.compile(model, backend="aot_eager", dynamic=True, fullgraph=True) if compiled else model
+    with torch.inference_mode():
+        for indices in (np.arange(6), np.array([4]), np.array([2, 3]), np.array([5, 0, 4])):
+            packed = scorer(examples.packed_batch(indices, torch.device("cpu"))).logits
+            torch.testing.assert_close(packed, model(examples.batch(indices)).logits, rtol=1e-10, atol=1e-10)
+
+
+def test_gelu_in_the_product():
+    """Exact on a CPU, the tanh approximation on a GPU. Only a GPU's bfloat16 encoders are changed."""
+    torch.manual_seed(0)
+    layer, inputs = torch.nn.Linear(24, 96), torch.randn(2, 5, 24)
+    torch.testing.assert_close(GeluLinear(layer)(inputs), F.gelu(layer(inputs)), rtol=0, atol=5e-4)
+    model = CrossEncoder(BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=4))
+    assert not fuse_gelu(model.bfloat16()) and not packs_batches(model)
 
 
 @settings(max_examples=40, deadline=None)

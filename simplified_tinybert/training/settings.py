@@ -133,7 +133,7 @@ def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, learnin
     add("--bf16", action="store_true", help="mixed precision in bfloat16, without loss scaling")
     add("--tf32", action="store_true", help="compute float32 products with 10-bit mantissas (CUDA)")
     add("--compile", action="store_true", help="compile the models with torch.compile (CUDA): fewer, larger kernels; "
-        "takes a minute at the start")
+        "takes minutes at the start")
     add("--seed", type=int, default=default.seed,
         help=f"random seed for dropout, batch order and new parameters (default: {default.seed})")
     add("--train_loss_step", type=int, default=default.log_every,
