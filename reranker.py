@@ -66,7 +66,7 @@ def parse_args() -> argparse.Namespace:
     add("--fp16", action="store_true", help="compute in float16 (CUDA); pooler and classifier in float32")
     add("--bf16", action="store_true", help="compute in bfloat16; pooler and classifier in float32")
     add("--tf32", action="store_true", help="compute float32 products with 10-bit mantissas (CUDA)")
-    add("--compile", action="store_true", help="compile the model with torch.compile (CUDA); may be faster for many pairs")
+    add("--compile", action="store_true", help="compile the model with torch.compile (CUDA): for many pairs")
     add("--int8", action="store_true", help="8-bit matrix products (CPU): faster, less exact (benchmarks/README.md)")
     add("--resume", action="store_true", help="continue an interrupted run after its last complete chunk")
     return parser.parse_args()

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -135,9 +135,10 @@ def measure_steps(args: argparse.Namespace, name: str, student: Path, teacher: P
     say(f"{name}: batches of {size}")
     for way, step in steps.items():                                         # warm-up; creates the optimizer's state
         step(small_batch)
-        for chosen in sum(rounds, []) if device.type == "cuda" else []:     # kernels are chosen for a batch's shape
-            step(masked_batch(examples, chosen, device) if MASKED in way else
-                 examples.batch(chosen, PADDED_LENGTH, device))
+        if device.type == "cuda":                                           # kernels are chosen for a batch's shape
+            for chosen in chain(*rounds):
+                step(masked_batch(examples, chosen, device) if MASKED in way else
+                     examples.batch(chosen, PADDED_LENGTH, device))
     for indices in rounds:
         padded = [examples.batch(indices[0], PADDED_LENGTH).to(device)]
         masked = [masked_batch(examples, chosen, device) for chosen in indices]

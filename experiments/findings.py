@@ -142,7 +142,7 @@ def report_text(results: dict) -> str:
     else:
         judgement = "The teacher is significantly better than BM25."
     return "\n\n".join([
-        f"{results['queries']} test queries, {seeds_note(results)}, re-ranking BM25's first {settings['test_depth']} "
+        f"{results['queries']:,} test queries, {seeds_note(results)}, re-ranking BM25's first {settings['test_depth']} "
         f"candidates{candidates_note(results)}. {judgement}",
         effectiveness_table(results),
         f"{'± is the standard deviation over the seeds. ' if len(settings['seeds']) > 1 else ''}† marks a significant "
@@ -159,12 +159,12 @@ def report_text(results: dict) -> str:
 
 
 def seeds_note(results: dict) -> str:
-    """Say how many seeds the students have, and which of them have fewer."""
+    """Say with how many seeds the students were evaluated, and whether that is all."""
     seeds, measure = len(results["settings"]["seeds"]), results["settings"]["measures"][0]
-    fewer = [f"{title(results, system['name'])}: {found}" for system in results["systems"]
-             if system["name"] in results["comparisons"]["teacher"][measure]
-             and (found := len(system["seeds"][measure])) < seeds]
-    return counted(seeds, "seed") + (f" ({', '.join(fewer)})" if fewer else "")
+    of_students = [len(system["seeds"][measure]) for system in results["systems"]
+                   if system["name"] in results["comparisons"]["teacher"][measure]]
+    found = of_students[0] if of_students else seeds
+    return counted(found, "seed") if found == seeds else f"{found} of {counted(seeds, 'seed')}"
 
 
 def candidates_note(results: dict) -> str:

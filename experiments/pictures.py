@@ -42,7 +42,7 @@ def effectiveness_picture(results: dict, path: Path) -> None:
     several = any(len(system["seeds"][measure]) > 1 for system in systems)
     axes.set_ylabel(f"{measure}, ± over the seeds" if several else measure, fontsize=9, color=INK)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    style(axes, f"{results['collection']}: {measure}, {results['queries']} test queries")
+    style(axes, f"{results['collection']}: {measure}, {results['queries']:,} test queries")
     save(figure, path)
 
 

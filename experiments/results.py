@@ -74,14 +74,14 @@ def random_order(qrels: Qrels, candidates: Run) -> float:
 def test_results(study: Study, rates: dict[Pair, float]) -> dict:
     """Results on the test queries: BM25, teachers and students, speeds and comparisons.
 
-    Students that have not ranked the test queries are left out. A complete step has none.
+    Seeds are left out if a student has not ranked the test queries with them. A complete step has no such seed.
     """
     settings, teachers = study.settings, study.teacher_names(study.settings.teacher.seeds)
     tested = {str(seed): name for seed, name in zip(settings.teacher.seeds, teachers)
               if not study.rankings.needs_test(name)}
-    models = {" ".join(pair): [name for seed in settings.seeds
-                               if not study.rankings.needs_test(name := run_name(*pair, rate, seed))]
-              for pair, rate in rates.items()}
+    seeds = [seed for seed in settings.seeds
+             if not any(study.rankings.needs_test(run_name(*pair, rate, seed)) for pair, rate in rates.items())]
+    models = {" ".join(pair): [run_name(*pair, rate, seed) for seed in seeds] for pair, rate in rates.items()}
     averages, values = {}, {}
     for name, seeds in ({"BM25": ["BM25"], "teacher": teachers[:1]} | models).items():
         averages[name], values[name] = study.records.test(seeds, settings.measures)

@@ -17,8 +17,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
 
+
+def tanh_gelu(hidden: Tensor) -> Tensor:
+    return F.gelu(hidden, approximate="tanh")
+
+
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh,
-               **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), lambda hidden: F.gelu(hidden, approximate="tanh"))}
+               "gelu_new": tanh_gelu, "gelu_pytorch_tanh": tanh_gelu}
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Batch:
     """Examples as tensors: padded, or packed one after the other into one row."""
     input_ids: Tensor                                   # (B, L)
     token_type_ids: Tensor                              # (B, L)
-    attention_mask: Tensor                              # (B, L): 1 for tokens, 0 for padding
+    attention_mask: Tensor | None                       # (B, L): 1 for tokens, 0 for padding; None if packed
     labels: Tensor | None = None                        # (B)
     has_padding: bool = True                            # known without waiting for the device
     teacher_scores: Tensor | None = None                # (B), log-odds from a file
@@ -66,8 +71,7 @@ class Batch:
         positions = torch.arange(len(arrays[0]), device=device) - starts[example]
         segments = (positions >= first_lengths[example]).long()
         packing = Packing(starts.int(), positions[None], int(arrays[1].max()))
-        return cls(tokens.long()[None], segments[None], torch.ones_like(segments)[None], labels, has_padding=False,
-                   packing=packing)
+        return cls(tokens.long()[None], segments[None], None, labels, has_padding=False, packing=packing)
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(**{name: to_device(value, device) if isinstance(value, Tensor) else value
@@ -262,7 +266,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Packing | N
 
 def _attend_packed(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:
     """`attend` for a packed batch, with FlashAttention on a GPU. The queries are those of all or the first tokens."""
-    from torch.nn.attention.varlen import varlen_attn  # not in all of PyTorch's builds
+    from torch.nn.attention.varlen import varlen_attn  # since PyTorch 2.10
     starts, longest = packing.starts, packing.longest
     if query.shape[2] < key.shape[2]:
         starts, longest = torch.arange(len(starts), dtype=torch.int32, device=starts.device), 1

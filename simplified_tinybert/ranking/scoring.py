@@ -110,8 +110,11 @@ def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarr
     scored, packs = ScoredChunk(chunk, [], model.config.num_labels), packs_batches(model)
     with torch.inference_mode():
         for indices in batches:
-            length = padded_length(int(chunk.lengths[indices].max()), device, limit)
-            batch = chunk.packed_batch(indices, device) if packs else chunk.batch(indices, length, device)
+            if packs:
+                batch = chunk.packed_batch(indices, device)
+            else:
+                length = padded_length(int(chunk.lengths[indices].max()), device, limit)
+                batch = chunk.batch(indices, length, device)
             scored.batches.append((indices, model(batch).logits.float()))
             if progress is not None:
                 progress.update(len(indices))
