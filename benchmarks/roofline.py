@@ -184,9 +184,9 @@ def scoring_table() -> str:
 def assumptions() -> str:
     rows = [[name, *(number(rate / 1e12) for rate in (gpu.bf16, gpu.tf32, gpu.float32, gpu.attention, gpu.memory)),
              number(gpu.link / 1e9)] for name, gpu in GPUS.items()]
-    return (f"## Assumptions\n\nMeasured: the rates of the H100's products, and of its attention with padding. All else "
-            f"is assumed. Attention without padding is {PACKED_ATTENTION:g} times as fast as with padding. In float32, "
-            f"attention reaches {100 * SINGLE_ATTENTION:.0f} % of the products' rate. A kernel takes at least "
+    return (f"## Assumptions\n\nMeasured: the rates of the H100's products, and of its attention with padding. All "
+            f"else is assumed. Attention without padding is {PACKED_ATTENTION:g} times as fast as with padding. In "
+            f"float32, attention reaches {100 * SINGLE_ATTENTION:.0f} % of the products' rate. A kernel takes at least "
             f"{1e6 * KERNEL:.0f} µs, and the CPU {1e6 * LAUNCH:.0f} µs to start it.\n\n"
             + markdown(["GPU", "bf16, TFLOP/s", "TF32, TFLOP/s", "float32, TFLOP/s", "attention, TFLOP/s",
                         "memory, TB/s", "link, GB/s"], rows))

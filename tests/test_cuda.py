@@ -68,7 +68,7 @@ def test_scores_equal_those_of_the_cpu(golden_models, tmp_path, run_here, more, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_packed_batches_are_as_exact_as_padded_ones(dtype, monkeypatch):
+def test_packed_batches_are_as_exact_as_padded_ones(dtype):
     random = np.random.default_rng(0)
     lengths = random.integers(3, 200, 600).astype(np.uint16)
     pairs = Examples(random.integers(5, 30000, int(lengths.sum())).astype(np.uint16), lengths,
@@ -77,7 +77,6 @@ def test_packed_batches_are_as_exact_as_padded_ones(dtype, monkeypatch):
     exact, packed = scoring.score_all(model, pairs), copy.deepcopy(model)
     assert "without padding" in scoring.prepare(packed, dtype, int8=False)
     errors = [np.abs(scoring.score_all(packed, pairs) - exact).mean()]
-    monkeypatch.setattr(scoring, "packs_batches", lambda model: False)
     to_half(model, dtype)
     errors.append(np.abs(scoring.score_all(model, pairs) - exact).mean())
     assert errors[0] < 1.2 * errors[1] and errors[1] < 0.03 * exact.std()

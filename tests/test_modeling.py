@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from simplified_tinybert.common.device import read_ahead
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model.bert import ACTIVATIONS, Batch, CrossEncoder, Dropout, attend, drop
-from simplified_tinybert.model.gpu_scoring import GeluLinear, fuse_gelu, packs_batches
+from simplified_tinybert.model.gpu_scoring import GeluLinear, can_pack, fuse_gelu
 
 
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, "gelu_fast", "quick_gelu", "mish", "linear"])
@@ -78,7 +78,7 @@ def test_gelu_in_the_product():
     layer, inputs = torch.nn.Linear(24, 96), torch.randn(2, 5, 24)
     torch.testing.assert_close(GeluLinear(layer)(inputs), F.gelu(layer(inputs)), rtol=0, atol=5e-4)
     model = CrossEncoder(BertConfig(vocab_size=50, hidden_size=24, num_hidden_layers=1, num_attention_heads=4))
-    assert not fuse_gelu(model.bfloat16()) and not packs_batches(model)
+    assert not fuse_gelu(model.bfloat16()) and not can_pack(model)
 
 
 @settings(max_examples=40, deadline=None)

@@ -193,6 +193,7 @@ class CrossEncoder(nn.Module):
         self.dropout = Dropout(config.classifier_dropout or 0.0)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.projections = nn.ModuleList()
+        self.packs_batches = False                      # whether it scores packed batches
 
     def forward(self, batch: Batch, layers: list[int] | None = None) -> LayerOutputs:
         """Return logits; with `layers` (from 1), also the embedding output, and states, queries, keys of the layers.

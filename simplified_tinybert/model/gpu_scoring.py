@@ -46,7 +46,7 @@ def fuse_gelu(model: CrossEncoder) -> bool:
     return True
 
 
-def packs_batches(model: CrossEncoder) -> bool:
+def can_pack(model: CrossEncoder) -> bool:
     """Whether FlashAttention can score packed batches: on this device, in this type, with this head size."""
     weight = model.bert.embeddings.word_embeddings.weight
     head_size = model.config.hidden_size // model.config.num_attention_heads

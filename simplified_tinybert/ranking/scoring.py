@@ -17,7 +17,7 @@ from simplified_tinybert.common.processes import Processes
 from simplified_tinybert.data.features import Examples, FeatureSummary, read_chunks
 from simplified_tinybert.model.bert import CrossEncoder, count_parameters, describe
 from simplified_tinybert.model.cpu_linear import pack_linear_layers, quantize_linear_layers
-from simplified_tinybert.model.gpu_scoring import fuse_gelu, packs_batches
+from simplified_tinybert.model.gpu_scoring import can_pack, fuse_gelu
 from simplified_tinybert.model.precision import has_amx, to_half
 from simplified_tinybert.model.pretrained import load_ranker
 
@@ -48,8 +48,10 @@ def prepare(model: CrossEncoder, dtype: torch.dtype | None, int8: bool) -> str:
     """
     if dtype:
         to_half(model, dtype)
-        return str(dtype).removeprefix("torch.") + (", GELU fused with the products" if fuse_gelu(model) else "") + (
-            ", batches without padding" if packs_batches(model) else "")
+        model.packs_batches = can_pack(model)
+        parts = [str(dtype).removeprefix("torch.")]
+        parts += ["GELU fused with the products"] * fuse_gelu(model) + ["batches without padding"] * model.packs_batches
+        return ", ".join(parts)
     if int8:
         bits = quantize_linear_layers(model)
         return "8-bit integers" + ("; weights have 7 bits, as 8-bit sums overflow on this CPU" if bits == 7 else "")
@@ -107,10 +109,10 @@ def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarr
                 progress: tqdm | None = None) -> ScoredChunk:
     """Score the batches of a chunk. Does not wait for a GPU."""
     device, limit = model.classifier.weight.device, model.config.max_position_embeddings
-    scored, packs = ScoredChunk(chunk, [], model.config.num_labels), packs_batches(model)
+    scored = ScoredChunk(chunk, [], model.config.num_labels)
     with torch.inference_mode():
         for indices in batches:
-            if packs:
+            if model.packs_batches:
                 batch = chunk.packed_batch(indices, device)
             else:
                 length = padded_length(int(chunk.lengths[indices].max()), device, limit)
