@@ -40,7 +40,7 @@ from simplified_tinybert.ranking.trec import read_qrels
 
 RESULTS = ROOT / "experiments" / "results"
 SUMMARY = RESULTS / "summary.json"
-STUDIES = {"replication.md": ["worldtree", "squad-sentences"],
+STUDIES = {"replication.md": ["worldtree", "squad-sentences", "example"],
            "replication-nfcorpus.md": ["cranfield", "nfcorpus", "nfcorpus-cold"]}
 SETTINGS = """
 seeds = [1, 2]
@@ -830,6 +830,26 @@ def test_the_second_collection_is_reported_as_recorded():
     assert f"{teacher['seconds']} s for the teacher and {min(seconds)} to {max(seconds)} s for a student" in words
     assert f"({teacher['steps']:,} steps)" in words and "H100" in teacher["machine"]["GPU"]
     assert {len(system["seeds"]["nDCG@10"]) for system in results["systems"] if system["shape"] == "3/384"} == {2}
+
+
+def test_the_study_of_the_example_is_reported_as_recorded():
+    text = (ROOT / "docs" / "replication.md").read_text().partition("## Labels, padding")[2].partition("<!--")[0]
+    results, text = json.loads((RESULTS / "example.json").read_text()), text.replace("−", "-")
+    means = {system["name"]: statistics.fmean(system["seeds"]["nDCG@10"]) for system in results["systems"]}
+    compared = results["comparisons"]["3/192 simplified-masked"]["nDCG@10"]
+    for method, title in (("simplified-listwise", "with the listwise loss"), ("without-hard", "without hard labels"),
+                          ("simplified", "with the original's padding"), ("simplified-margin", "with the margin loss")):
+        found = compared[f"3/192 {method}"]
+        low, high = found["interval"]
+        p = "< 0.001" if (value := found["holm"]["t-test"]) < 0.001 else f"{value:.3f}"
+        difference = f"{found['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+        assert f"| {title} | {means[f'3/192 {method}']:.4f} | {difference} | {p} |" in text
+    words = " ".join(text.split())
+    assert (f"BM25 has {means['BM25']:.4f}, the teacher {means['teacher']:.4f}, Simplified TinyBERT (padding masked) "
+            f"{means['3/192 simplified-masked']:.4f}:") in words
+    minus_bm25 = results["comparisons"]["BM25"]["nDCG@10"]
+    better = [name for name, found in minus_bm25.items() if found["holm"]["t-test"] < 0.05]
+    assert better == ["teacher", "3/192 simplified-masked", "3/192 simplified-listwise"]
 
 
 def test_a_document_without_the_markers(tmp_path):
