@@ -42,7 +42,8 @@ from simplified_tinybert.common.processes import Processes, process_group
 from simplified_tinybert.data.corpus import COLUMNS, DOCUMENTS, check_corpus, map_corpus
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model import pretrained
-from simplified_tinybert.model.bert import Batch, CrossEncoder
+from simplified_tinybert.model.batch import Batch
+from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.compression import compress
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.precision import select_precision, warn_if_slow

@@ -37,7 +37,7 @@ from benchmarks.original import OriginalAdam, OriginalBert, original_losses
 from simplified_tinybert.common.device import padded_length
 from simplified_tinybert.common.files import run_main, say
 from simplified_tinybert.data.features import Examples
-from simplified_tinybert.model.bert import Batch
+from simplified_tinybert.model.batch import Batch
 from simplified_tinybert.model.precision import warn_if_slow
 from simplified_tinybert.model.pretrained import read_config
 from simplified_tinybert.ranking.speed import machine, seconds

@@ -19,7 +19,7 @@ from transformers import BertForSequenceClassification
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.utils.logging import disable_progress_bar
 
-from simplified_tinybert.model.bert import Batch
+from simplified_tinybert.model.batch import Batch
 from simplified_tinybert.model.hub import PROJECTION_FILE
 
 RERANK_BATCH, RERANK_LENGTH = 100, 256

@@ -13,7 +13,8 @@ from transformers import BertConfig
 from benchmarks.common import ROOT
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize
-from simplified_tinybert.model.bert import Batch, CrossEncoder
+from simplified_tinybert.model.batch import Batch
+from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.cpu_linear import pack_linear_layers
 from simplified_tinybert.model.precision import autocast, cast_linear_layers
 from simplified_tinybert.model.pretrained import fit_projections, initialise, load_cross_encoder, save_cross_encoder

@@ -14,7 +14,7 @@ import torch
 from benchmarks.distillation import BF16, ORIGINAL, original_step
 from benchmarks.original import OriginalBert
 from benchmarks.ours import Step, load_model
-from simplified_tinybert.model.bert import Batch
+from simplified_tinybert.model.batch import Batch
 
 
 def random_batch(pairs: int, length: int, device: torch.device) -> Batch:

@@ -19,7 +19,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from simplified_tinybert.common.files import UserError
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize
-from simplified_tinybert.model.bert import Batch, CrossEncoder
+from simplified_tinybert.model.batch import Batch
+from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.pretrained import fit_projections, load_cross_encoder, save_cross_encoder

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import convert_tf_checkpoint
 import reranker
 from simplified_tinybert.common.files import UserError
-from simplified_tinybert.model.bert import Batch
+from simplified_tinybert.model.batch import Batch
 from simplified_tinybert.model.pretrained import load_cross_encoder
 
 LAYERS, HIDDEN, HEADS, INTERMEDIATE, VOCABULARY, LENGTH = 2, 24, 3, 40, 200, 32

@@ -17,7 +17,8 @@ from transformers import BertConfig
 import distill
 import reranker
 from simplified_tinybert.data.features import Examples
-from simplified_tinybert.model.bert import Batch, CrossEncoder
+from simplified_tinybert.model.batch import Batch
+from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.precision import to_half
 from simplified_tinybert.model.pretrained import fit_projections
 from simplified_tinybert.ranking import scoring

@@ -15,7 +15,8 @@ from simplified_tinybert.common import device as device_module
 from simplified_tinybert.common.device import explain_full_memory, padded_length, select_device
 from simplified_tinybert.common.files import UserError
 from simplified_tinybert.data import features
-from simplified_tinybert.model.bert import Batch, CrossEncoder, LayerOutputs
+from simplified_tinybert.model.batch import Batch
+from simplified_tinybert.model.bert import CrossEncoder, LayerOutputs
 from simplified_tinybert.model.precision import autocast, cast_linear_layers, warn_if_slow
 from simplified_tinybert.model.pretrained import fit_projections, load_cross_encoder
 from simplified_tinybert.ranking import scoring

@@ -41,7 +41,7 @@ def step(student, teacher, length: int) -> int:
     """Return the memory in bytes that a forward and backward pass adds at its peak."""
     import torch
 
-    from simplified_tinybert.model.bert import Batch
+    from simplified_tinybert.model.batch import Batch
     from simplified_tinybert.training.objective import ObjectiveSettings, objective, stage_weights, total_loss
     mask = (torch.arange(length) < torch.full((8, 1), length - 7)).long()
     batch = Batch(torch.randint(100, (8, length)), torch.zeros(8, length, dtype=torch.long), mask, torch.arange(8) % 2)

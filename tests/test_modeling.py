@@ -15,7 +15,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from simplified_tinybert.common.device import read_ahead
 from simplified_tinybert.data.features import Examples
-from simplified_tinybert.model.bert import ACTIVATIONS, Batch, CrossEncoder, Dropout, attend, drop
+from simplified_tinybert.model.batch import Batch
+from simplified_tinybert.model.bert import ACTIVATIONS, CrossEncoder, Dropout, attend, drop
 from simplified_tinybert.model.gpu_scoring import GeluLinear, can_pack, fuse_gelu
 
 

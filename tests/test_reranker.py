@@ -16,7 +16,7 @@ import reranker
 from simplified_tinybert.common.files import UserError
 from simplified_tinybert.common.processes import locked
 from simplified_tinybert.data import features
-from simplified_tinybert.model.bert import Batch
+from simplified_tinybert.model.batch import Batch
 from simplified_tinybert.model.pretrained import load_cross_encoder
 from simplified_tinybert.ranking import scoring
 

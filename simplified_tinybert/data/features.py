@@ -27,7 +27,7 @@ from simplified_tinybert.model.vocabulary import Vocabulary
 if TYPE_CHECKING:
     import torch
 
-    from simplified_tinybert.model.bert import Batch
+    from simplified_tinybert.model.batch import Batch
 
 FORMAT, VERSION = "simplified-tinybert features", 1
 CHUNK_EXAMPLES = 8192
@@ -66,13 +66,13 @@ class Examples:
         """Return the examples at `indices` on `device` (default: CPU), padded to `pad_to` (default: longest) tokens."""
         import torch  # slow to import, and only models need it
 
-        from simplified_tinybert.model.bert import Batch
+        from simplified_tinybert.model.batch import Batch
         arrays = self._arrays(indices)
         return Batch.of_tokens(arrays, pad_to or int(arrays[1].max()), device or torch.device("cpu"))
 
     def packed_batch(self, indices: np.ndarray, device: "torch.device") -> "Batch":
         """Return the examples at `indices` on `device`, without padding, one after the other."""
-        from simplified_tinybert.model.bert import Batch
+        from simplified_tinybert.model.batch import Batch
         return Batch.packed(self._arrays(indices), device)
 
     def _arrays(self, indices: np.ndarray) -> tuple[np.ndarray, ...]:

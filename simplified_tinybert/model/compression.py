@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from simplified_tinybert.model.bert import Batch, CrossEncoder, Layer, uniform_layer_map
+from simplified_tinybert.model.batch import Batch
+from simplified_tinybert.model.bert import CrossEncoder, Layer, uniform_layer_map
 
 RIDGE = 1e-2            # relative to the inputs' mean square; with less, large weights amplify the noise of dropout
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simplified_tinybert.model.bert import Batch, CrossEncoder, LayerOutputs, uniform_layer_map
+from simplified_tinybert.model.batch import Batch
+from simplified_tinybert.model.bert import CrossEncoder, LayerOutputs, uniform_layer_map
 from simplified_tinybert.training import losses
 
 METHODS = ("finetune", "standard", "tinybert", "simplified")

@@ -16,7 +16,8 @@ from simplified_tinybert.common.files import UserError, say
 from simplified_tinybert.common.processes import data_parallel, exchanging
 from simplified_tinybert.common.signals import StopRequests, raise_for
 from simplified_tinybert.data.features import Examples, ids_of
-from simplified_tinybert.model.bert import CrossEncoder, to_device
+from simplified_tinybert.model.batch import to_device
+from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.cpu_linear import pack_linear_layers
 from simplified_tinybert.model.precision import autocast, cast_linear_layers
 from simplified_tinybert.training import checkpoints
