@@ -27,7 +27,7 @@ from transformers import BertConfig  # noqa: E402
 from benchmarks.pretended_cuda import Watch, pretended_cuda  # noqa: E402
 from simplified_tinybert.common.processes import Processes  # noqa: E402
 from simplified_tinybert.data.features import Examples  # noqa: E402
-from simplified_tinybert.model import batch as batch_module  # noqa: E402
+from simplified_tinybert.model import batch as batching  # noqa: E402
 from simplified_tinybert.model import bert  # noqa: E402
 from simplified_tinybert.model.bert import CrossEncoder  # noqa: E402
 from simplified_tinybert.model.pretrained import fit_projections  # noqa: E402
@@ -287,8 +287,8 @@ FAULTS = {
     "the teacher is cast in each step": (training, "cast_linear_layers", teacher_cast_in_each_step,
                                          STEP.format("bf16", "masked")),
     "a boolean mask": (bert, "padding_mask", boolean_mask, STEP.format("bf16", "masked")),
-    "the batch stays on the CPU": (batch_module, "to_device", batch_left_on_the_cpu, STEP.format("float32", "reference")),
-    "an expanded tensor is pinned": (batch_module, "to_device", expanded_tensor, STEP.format("float32", "reference")),
+    "the batch stays on the CPU": (batching, "to_device", batch_left_on_the_cpu, STEP.format("float32", "reference")),
+    "an expanded tensor is pinned": (batching, "to_device", expanded_tensor, STEP.format("float32", "reference")),
     "GradScaler asks twice": (optimizer.LossScaler, "step", scaler_that_asks_twice, STEP.format("fp16", "masked")),
     "scores are read batch by batch": (scoring, "score_chunk", scores_read_batch_by_batch, "scoring: bf16"),
     "scores are read twice in validation": (scoring.ScoredChunk, "logits", scores_read_twice, "validation: bf16"),
