@@ -32,6 +32,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/python_env.sh"
 help_for "${BASH_SOURCE[0]}" "$@"
 
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "collection.sh needs bash 4.4 or newer, found $BASH_VERSION"
 [ $# = 2 ] || fail "expected two arguments, found $#: bash collection.sh COLLECTION OUTPUT_DIR (see --help)"
 COLLECTION="$1"
 OUT="$2"
@@ -67,14 +68,8 @@ done
 describes these files"
 DOCS="$(file docs.tsv)"
 
-# step FILE COMMAND ...: run the command unless FILE exists. Every command writes its FILE last.
-step() {
-    if [ ! -e "$1" ]; then
-        echo "== ${*:2}" >&2
-        "${@:2}"
-    fi
-}
-run() { "$PYTHON" "$ROOT/$1" "${@:2}"; }
+# prepare [arguments]: make training examples, in $PROCESSES processes if a model chooses the passages
+prepare() { if [ -n "$TEACHER_MODEL" ]; then launch "$ROOT/prepare_examples.py" "$@"; else run prepare_examples.py "$@"; fi; }
 run_on_device() { launch "$ROOT/$1" --device "$DEVICE" "${@:2}"; }
 
 # train OUTPUT STUDENT [more arguments of distill.py]
@@ -105,7 +100,7 @@ check_settings PROCESSES DEVICE STUDENT_LAYERS MAX_SEQ_LENGTH DEPTH EVAL_STEP ME
 VOCABULARY="${TEACHER_MODEL:-$BERT_MODEL}"
 mkdir -p "$OUT"
 
-step "$OUT/train.tsv" run prepare_examples.py train --docs "$DOCS" --queries "$(file queries.train.tsv)" \
+step "$OUT/train.tsv" prepare train --docs "$DOCS" --queries "$(file queries.train.tsv)" \
     --qrels "$(file qrels.train.txt)" --candidates "$(file bm25.train.txt)" --output "$OUT/train.tsv" \
     --cache_file_dir "$OUT/cache" ${TEACHER_MODEL:+--filter_model "$TEACHER_MODEL"} \
     ${TEACHER_MODEL:+--device "$DEVICE" --max_seq_length "$MAX_SEQ_LENGTH"} \

@@ -130,8 +130,10 @@ def check_numbers(args: argparse.Namespace, problems: Problems) -> list[Stage]:
          args.train_batch_size // process_count(), "2 to --train_batch_size"
          + (" divided by the number of processes" if process_count() > 1 else "")),
         ("temperature", 0 < args.temperature < math.inf, "more than 0"),
-        ("intermediate_epochs", 0 < args.intermediate_epochs < math.inf, "more than 0"),
-        ("intermediate_learning_rate", 0 <= args.intermediate_learning_rate < math.inf, "0 or more")])
+        ("intermediate_epochs", args.intermediate_epochs == args.num_train_epochs or
+         0 < args.intermediate_epochs < math.inf, "more than 0"),
+        ("intermediate_learning_rate", args.intermediate_learning_rate == args.learning_rate or
+         0 <= args.intermediate_learning_rate < math.inf, "0 or more")])
     if args.group_by_query and args.train_batch_size % args.group_by_query:
         problems.add(f"--train_batch_size {args.train_batch_size}: expected a multiple of --group_by_query "
                      f"{args.group_by_query}")
@@ -235,6 +237,8 @@ def distill(args: argparse.Namespace, processes: Processes) -> None:
         return
 
     warn_if_slow(dtype, device)
+    if processes.first:
+        training_settings.warn_of_unused(args, inputs.stages)
     student, teacher = load_models(args, inputs, run.checkpoint)
     student, teacher = student.to(device), teacher and teacher.to(device)
     args.cache_file_dir.mkdir(parents=True, exist_ok=True)

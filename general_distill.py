@@ -181,9 +181,10 @@ def sample_batches(examples: Examples, seed: int) -> Iterator[Batch]:
     """Yield batches of random segments with at least COMPRESSION_TOKENS tokens in total."""
     tokens = 0
     for indices in np.array_split(np.random.default_rng(seed).permutation(len(examples)), -(-len(examples) // 16)):
-        if tokens < COMPRESSION_TOKENS:
-            tokens += int(examples.lengths[indices].sum())
-            yield examples.batch(indices)
+        if tokens >= COMPRESSION_TOKENS:
+            return
+        tokens += int(examples.lengths[indices].sum())
+        yield examples.batch(indices)
 
 
 def general_distill(args: argparse.Namespace, processes: Processes) -> None:

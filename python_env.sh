@@ -68,6 +68,17 @@ is_yes() {
     esac
 }
 
+# step FILE COMMAND ...: run the command unless FILE exists, the last file that a later step needs
+step() {
+    if [ ! -e "$1" ]; then
+        echo "== ${*:2}" >&2
+        "${@:2}"
+    fi
+}
+
+# run SCRIPT [arguments]: run a Python script of the repository
+run() { "$PYTHON" "$ROOT/$1" "${@:2}"; }
+
 # launch SCRIPT [arguments]: run a Python script in $PROCESSES processes
 launch() {
     if [ "${PROCESSES:-1}" = 1 ]; then

@@ -96,6 +96,9 @@ def check_flags(args: argparse.Namespace, systems: list[System], problems: Probl
     minimums = {"relevance_level": 1, "permutations": 1, "seed": 0, "speed_rounds": 1, "speed_pairs": 1}
     check_ranges(args, problems, [(name, getattr(args, name) is None or getattr(args, name) >= minimum,
                                    f"{minimum} or more") for name, minimum in minimums.items()])
+    for flag in ("fp16", "bf16", "int8", "speed_pairs"):
+        if getattr(args, flag) and not args.features_file:
+            problems.add(f"--{flag}: is for measuring speed; add --features_file, or leave the flag out")
     names = [system.name for system in systems]
     for flag in ("teacher", "baseline"):
         if getattr(args, flag) not in (None, *names):

@@ -52,15 +52,15 @@ def set_up(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def set_process(way: str, device: torch.device) -> None:
-    """Set for a way what our scripts set for the process: TF32 in half precision, and malloc keeps freed memory.
+def set_process(way: str, device: torch.device, tf32: bool = False) -> None:
+    """Set for a way what our scripts set for the process: whether products use TF32, and malloc keeps freed memory.
 
     The other ways get the defaults of PyTorch and glibc.
     """
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if way.startswith("ours") and "bf16" in way else "highest")
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
     elif way.startswith("ours"):
-        keep_freed_memory(device)
+        keep_freed_memory()
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc itself raises its limits to these values when large tensors are freed
         for parameter, value in ((M_MMAP_MAX, 65536), (M_MMAP_THRESHOLD, 2 ** 25), (M_TRIM_THRESHOLD, 2 ** 26)):

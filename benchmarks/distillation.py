@@ -144,7 +144,7 @@ def measure_steps(args: argparse.Namespace, name: str, student: Path, teacher: P
         masked = [masked_batch(examples, chosen, device) for chosen in indices]
         for way, step in steps.items():
             batches = masked if MASKED in way else padded
-            common.set_process(way, device)
+            common.set_process(way, device, tf32=way.startswith("ours") and "bf16" in way)
             spent = [seconds(lambda: repeat(step, batch, device), device) for batch in batches]  # noqa: B023
             times[way].append(statistics.mean(spent) / size / STEPS[device.type])
         say(f"  masked: length {' and '.join(str(batch.input_ids.shape[1]) for batch in masked)}; ms per example: "

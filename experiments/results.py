@@ -83,8 +83,8 @@ def test_results(study: Study, rates: dict[Pair, float]) -> dict:
              if not any(study.rankings.needs_test(run_name(*pair, rate, seed)) for pair, rate in rates.items())]
     models = {" ".join(pair): [run_name(*pair, rate, seed) for seed in seeds] for pair, rate in rates.items()}
     averages, values = {}, {}
-    for name, seeds in ({"BM25": ["BM25"], "teacher": teachers[:1]} | models).items():
-        averages[name], values[name] = study.records.test(seeds, settings.measures)
+    for name, of_seeds in ({"BM25": ["BM25"], "teacher": teachers[:1]} | models).items():
+        averages[name], values[name] = study.records.test(of_seeds, settings.measures)
     interpolated = interpolation_results(study, {"teacher": teachers[:1]} | models)
     pairs, speed = {" ".join(pair): pair for pair in rates}, measured_speeds(study)
     systems = []

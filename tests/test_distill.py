@@ -172,16 +172,41 @@ def test_an_interrupted_run_resumes_to_the_same_student(golden_models, tmp_path,
 def test_resume_refuses_other_settings(golden_models, tmp_path, run_here):
     features = write_features(tmp_path / "train.pkl", random_rows(20))
     run_here(distill, *arguments(features, golden_models, tmp_path / "out"))
-    with pytest.raises(UserError, match="learning_rate was 5e-05, is 0.1"):
-        run_here(distill, *arguments(features, golden_models, tmp_path / "out", "--resume", "--learning_rate", 0.1))
+    for flags, message in ((["--learning_rate", 0.1], "learning_rate was 5e-05, is 0.1"),
+                           (["--distill_model", "finetune"], "distill_model was simplified, is finetune")):
+        with pytest.raises(UserError, match=message):
+            run_here(distill, *arguments(features, golden_models, tmp_path / "out", "--resume", *flags))
+
+
+def test_a_checkpoint_saved_while_a_job_starts_is_not_overlooked(golden_models, tmp_path, run_here, interrupted,
+                                                                 monkeypatch):
+    """The earlier job saves its last checkpoint after the next one has looked for it, but before that takes the lock."""
+    features = write_features(tmp_path / "train.pkl", random_rows(50))
+    call = arguments(features, golden_models, tmp_path / "out", "--train_batch_size", 10)
+    with interrupted(2):
+        run_here(distill, *call)
+    load_models = distill.load_models
+    monkeypatch.setattr(distill, "load_models", lambda *inputs: (
+        shutil.copytree(tmp_path / "out" / "checkpoint-0", tmp_path / "out" / "checkpoint-4"), load_models(*inputs))[1])
+    with pytest.raises(UserError, match=f"{tmp_path / 'out'}: another job has saved a checkpoint"):
+        run_here(distill, *call, "--resume")
+
+
+def test_flags_without_effect_are_reported(golden_models, tmp_path, run_here):
+    features = write_features(tmp_path / "train.pkl", random_rows(8))
+    stderr = run_here(distill, *arguments(features, golden_models, tmp_path / "out", "--alpha", 0.3))
+    assert "warning: --alpha has no effect: --distill_model simplified minimizes attention" in stderr
+    stderr = run_here(distill, *arguments(features, golden_models, tmp_path / "other", "--distill_model", "standard",
+                                          "--alpha", 1, "--temperature", 2, "--layer_map", 2, 4))
+    assert "--layer_map has no effect" in stderr and "--alpha" not in stderr and "--temperature" not in stderr
 
 
 def test_all_problems_are_reported_at_once(golden_models, tmp_path):
     """Exit code 2, no traceback, no output directory."""
     done = run_script("distill.py", "--features_file", tmp_path / "missing.pkl", "--general_student_model",
                       tmp_path / "no", "--output_student_dir", tmp_path / "out", "--train_batch_size", 0,
-                      "--temperature", -1, "--fp16", "--device", "cpu")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+                      "--temperature", -1, "--learning_rate", -1, "--fp16", "--device", "cpu")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "intermediate" not in done.stderr
     for problem in ("missing.pkl", str(tmp_path / "no"), "--train_batch_size 0", "--temperature -1",
                     "needs --teacher_model", "--fp16"):
         assert problem in done.stderr

@@ -162,13 +162,14 @@ def test_read_ahead_preserves_items_and_errors():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-@pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("cuda", False)])
-def test_freed_memory_is_kept_on_cpus(device, kept):
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept(kept):
     """Count page faults while large tensors are allocated and freed, in a new process."""
     code = f"""
 import resource, torch
 from simplified_tinybert.common.device import keep_freed_memory
-keep_freed_memory(torch.device("{device}"))
+if {kept}:
+    keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):

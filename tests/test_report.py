@@ -197,6 +197,10 @@ def test_speeds_of_different_devices_are_not_divided(made, directory):
     rows, content, _ = made("--teacher", "the teacher")
     assert rows["student_1"][2:4] == ["250", "–"]
     assert "(the teacher: cpu; student_1: cuda:0, bf16, 2 processes)" in content["notes"][-1]
+    for name, flags in (("teacher", {}), ("student", {"tf32": True, "compile": True})):
+        write_record(directory / f"{name}.tsv.run.json", pairs_per_second=9.0, device="cuda:0", settings=SETTINGS | flags)
+    rows, content, _ = made("--teacher", "the teacher")
+    assert rows["student_1"][3] == "–" and "student_1: cuda:0, tf32, compile)" in content["notes"][-1]
 
 
 def test_an_interrupted_reranking_has_no_speed(made, directory):
@@ -270,6 +274,7 @@ def test_all_problems_at_once(directory, golden_models, run_here):
     (["--system", "x", ""], "--system 'x' '': expected a name, a run"),
     (["--system", "x", "/"], "--system 'x' '/': expected a name, a run"),
     (["--teacher", "BM25", "--features_file", "test.pkl"], "--features_file: no system has a model"),
+    (["--teacher", "BM25", "--bf16", "--speed_pairs", "9"], "--speed_pairs: is for measuring speed"),
     (["--teacher", "BM25", "--system", "x", "x.trec"], "no judged query is in all runs"),
     (["--teacher", "BM25", "--system", "y", "y.trec"], "y.trec: none of its queries (z) is judged in qrels.txt"),
 ])

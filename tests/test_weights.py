@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from simplified_tinybert.common.files import UserError, reason
 from simplified_tinybert.common.shell import check_chain
 from simplified_tinybert.model.configuration import read_config
-from simplified_tinybert.model.hub import DOWNLOADED, find_model
+from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.pretrained import load_cross_encoder, load_ranker
 from simplified_tinybert.model.weights import canonical_names, weights_checksum
 
@@ -155,10 +155,8 @@ def sharded(directory) -> Path:
     return directory
 
 
-def test_sharded_bin_is_read_and_fetched(sharded):
+def test_sharded_bin_is_read(sharded):
     assert has_golden_weights(load_cross_encoder(sharded)[0])
-    names = [path.name for path in sharded.iterdir()]
-    assert set(filter_repo_objects([*names, "tf_model.h5"], allow_patterns=list(DOWNLOADED))) == set(names)
     before = weights_checksum(sharded)
     (sharded / "pytorch_model-00002-of-00002.bin").write_bytes(POINTER)
     assert weights_checksum(sharded) != before
@@ -167,6 +165,26 @@ def test_sharded_bin_is_read_and_fetched(sharded):
     assert "pytorch_model-00002-of-00002.bin" in error_of(sharded)
     (sharded / "pytorch_model.bin.index.json").unlink()
     assert "index" in error_of(sharded).split("pytorch_model-00001-of-00002.bin")[1]
+
+
+@pytest.mark.parametrize(("held", "expected"), [
+    (["model.safetensors", "pytorch_model.bin", "tf_model.h5"], {"model.safetensors"}),
+    (["model.safetensors.index.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"],
+     {"model.safetensors.index.json", "model-00001-of-00002.safetensors"}),
+    (["pytorch_model.bin", "tf_model.h5"], {"pytorch_model.bin"}),
+    (["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"],
+     {"pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin"})])
+def test_weights_are_downloaded_in_one_format(tmp_path, monkeypatch, held, expected):
+    """The hub is replaced by a function that selects files as the hub's library does."""
+    def snapshot_download(name, revision=None, allow_patterns=()):
+        assert name == "owner/model" and revision in (None, "5f1e")
+        (tmp_path / "5f1e").mkdir(exist_ok=True)
+        for path in filter_repo_objects([*held, "config.json", "vocab.txt"], allow_patterns=allow_patterns):
+            (tmp_path / "5f1e" / path).touch()
+        return str(tmp_path / "5f1e")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert {path.name for path in find_model("owner/model").iterdir()} == expected | {"config.json", "vocab.txt"}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json",

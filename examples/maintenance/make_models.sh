@@ -2,8 +2,8 @@
 # Make the two models of the built-in example again: bash examples/maintenance/make_models.sh BERT RERANKER [DIRECTORY]
 #
 # BERT is the directory of all-MiniLM-L6-v2 (config.json, model.safetensors, vocab.txt; Apache License 2.0). RERANKER is
-# the same model, fine-tuned on WorldTree and then on squad-sentences: the teachers of experiments/sentences.toml and
-# experiments/squad-sentences.toml. DIRECTORY (default: example_models) receives the intermediate files and, at the end,
+# the same model, fine-tuned on WorldTree (the teacher of experiments/sentences.toml) and then for one epoch on
+# squad-sentences (experiments/squad-sentences.toml at commit ff41f9c). DIRECTORY (default: example_models) receives the intermediate files and, at the end,
 # teacher/ and general_student/. Compare them with the ones in examples/ before you replace those. An interrupted run
 # continues. No test query is read. The dev queries choose the teacher's checkpoint.
 set -euo pipefail
@@ -18,14 +18,6 @@ COLLECTION="$OUT/collection"
 LENGTH=96
 mkdir -p "$OUT"
 
-# step FILE COMMAND ...: run the command unless FILE exists, the last file that it writes
-step() {
-    if [ ! -e "$1" ]; then
-        echo "== ${*:2}" >&2
-        "${@:2}"
-    fi
-}
-run() { "$PYTHON" "$ROOT/$1" "${@:2}"; }
 module() { PYTHONPATH="$ROOT" "$PYTHON" -m "$@"; }
 
 # shrink OUTPUT MODEL: the model with the collection's most frequent tokens only

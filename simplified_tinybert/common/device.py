@@ -75,7 +75,7 @@ def explain_full_memory(advice: str) -> Iterator[None]:
 def prepare_device(device: torch.device, tf32: bool = False) -> None:
     """Set PyTorch up for the device, for the whole process. tf32: let float32 products on a GPU use TF32."""
     if device.type == "cpu":
-        keep_freed_memory(device)
+        keep_freed_memory()
         return
     torch.backends.cuda.enable_cudnn_sdp(False)         # cuDNN plans attention for each new shape, up to a second
     if tf32:
@@ -87,13 +87,13 @@ def padded_length(longest: int, device: torch.device, limit: int) -> int:
     return longest if device.type == "cpu" else max(longest, min(-(-longest // 16) * 16, limit))
 
 
-def keep_freed_memory(device: torch.device) -> None:
+def keep_freed_memory() -> None:
     """Make the C library keep the memory of freed tensors. Otherwise the system must provide it again page by page.
 
     It saves 5 to 40 % of the time of large batches on the CPU. Only glibc has this setting; elsewhere nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if device.type == "cpu" and mallopt:
+    if mallopt:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 

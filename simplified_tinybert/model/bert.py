@@ -146,16 +146,13 @@ class CrossEncoder(nn.Module):
         """
         hidden = self.bert.embeddings(batch)                                                  # (B, L, D)
         mask = padding_mask(batch, hidden.dtype) if batch.has_padding else batch.packing      # (B, 1, 1, L)
-        outputs = LayerOutputs(logits=hidden)
-        if layers is not None:
-            outputs.hidden_states[0] = hidden
+        states, queries, keys = {} if layers is None else {0: hidden}, {}, {}
         for number, layer in enumerate(self.bert.encoder.layer, start=1):
             is_last = number == len(self.bert.encoder.layer)        # only its output at [CLS] is needed
             hidden, query, key = layer(hidden, mask, cls_only=layers is None and is_last)
             if layers is not None and number in layers:
-                outputs.hidden_states[number], outputs.queries[number], outputs.keys[number] = hidden, query, key
-        outputs.logits = self.classify(hidden[0] if batch.packing else hidden[:, 0])
-        return outputs
+                states[number], queries[number], keys[number] = hidden, query, key
+        return LayerOutputs(self.classify(hidden[0] if batch.packing else hidden[:, 0]), states, queries, keys)
 
     def classify(self, hidden: Tensor) -> Tensor:
         """Map the last layer's output at [CLS], (B, D), to logits (B, C). Half precision would make scores tie."""

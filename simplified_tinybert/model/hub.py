@@ -10,8 +10,8 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_mo
                 "pytorch_model.bin.index.json")
 ADAPTER_FILE = "adapter_config.json"
 PROJECTION_FILE = "fit_dense.safetensors"
-DOWNLOADED = (*CONFIG_FILES, *WEIGHT_FILES, "model-*.safetensors", "pytorch_model-*.bin", PROJECTION_FILE, ADAPTER_FILE,
-              *TOKENIZER_FILES)
+DOWNLOADED = (*CONFIG_FILES, *WEIGHT_FILES[:2], "model-*.safetensors", PROJECTION_FILE, ADAPTER_FILE, *TOKENIZER_FILES)
+DOWNLOADED_WITHOUT_SAFETENSORS = (*WEIGHT_FILES[2:], "pytorch_model-*.bin")
 
 
 def find_model(name: str) -> Path:
@@ -24,11 +24,21 @@ def find_model(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or directory.exists():
         raise UserError(f"{name}: no such model directory; expected a directory with one of {', '.join(CONFIG_FILES)}, "
                         f"or a hub id such as huawei-noah/TinyBERT_General_4L_312D")
-    from huggingface_hub import errors, snapshot_download  # slow to import, and only needed here
+    from huggingface_hub import errors  # slow to import, and only needed here
     try:
-        return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED)))
+        return download(name)
     except errors.RepositoryNotFoundError as error:
         raise UserError(f"{name}: neither a directory nor a public model on the hub; check the spelling") from error
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{name}: no such directory, and the hub cannot be reached ({reason(error)}); copy the model "
                         f"to a local directory and name that") from error
+
+
+def download(name: str) -> Path:
+    """Download a model, unless it is in the hub's cache. PyTorch's own weight files only if there are no others."""
+    from huggingface_hub import snapshot_download
+    directory = Path(snapshot_download(name, allow_patterns=list(DOWNLOADED)))
+    if not any((directory / weights).is_file() for weights in WEIGHT_FILES[:2]):
+        directory = Path(snapshot_download(name, revision=directory.name,
+                                           allow_patterns=list(DOWNLOADED_WITHOUT_SAFETENSORS)))
+    return directory

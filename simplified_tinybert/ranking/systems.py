@@ -95,7 +95,7 @@ def _read_size_and_speed(system: System) -> None:
     system.parameters = system.record.get("parameters") or _count(system.config)
     if rate:                                            # missing if the run was interrupted
         processes, device = system.record.get("processes", 1), system.record.get("device", "unknown device")
-        details = [flag for flag in ("fp16", "bf16", "int8") if settings.get(flag)]
+        details = [flag for flag in ("fp16", "bf16", "tf32", "int8", "compile") if settings.get(flag)]
         details += [f"{processes} processes"] if processes > 1 else []
         system.rates, system.where = [rate], ", ".join([device, *details])
     if system.directory and "weights" in settings and settings["weights"] != weights_checksum(system.directory):

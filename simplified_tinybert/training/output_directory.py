@@ -11,7 +11,7 @@ from simplified_tinybert.common.records import read_record, record
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.training.checkpoints import newest_checkpoint, remove_leftovers
 
-OPTIONAL = {"tf32", "teacher_scores", "group_by_query"}   # settings that are only recorded if they are used
+OPTIONAL = {"tf32", "teacher", "teacher_scores", "group_by_query"}   # settings that are only recorded if they are used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,9 @@ def output_run(run: TrainingRun, save_model: Callable[[CrossEncoder, Path], None
         return
     run.output_dir.mkdir(parents=True, exist_ok=True)
     with locked(run.output_dir):
+        if (run.output_dir / "run.json").exists() and newest_checkpoint(run.output_dir) != run.checkpoint:
+            raise UserError(f"{run.output_dir}: another job has saved a checkpoint while this one was starting; run "
+                            "the same command again")
         remove_leftovers(run.output_dir)
         run.record(finished=False)
         yield run

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from simplified_tinybert.common.files import Problems, check_ranges, process_count
+from simplified_tinybert.common.files import Problems, check_ranges, process_count, warn
 from simplified_tinybert.training.checkpoints import check_output_dir
 from simplified_tinybert.training.losses import PADDING_MODES
 from simplified_tinybert.training.objective import RANKING, ObjectiveSettings, parse_loss_weights, stage_weights
@@ -106,6 +106,16 @@ def runs_teacher(stages: list[Stage]) -> bool:
     return any(stage.objective.runs_teacher for stage in stages)
 
 
+def warn_of_unused(args: argparse.Namespace, stages: list[Stage]) -> None:
+    """Warn if flags of distill.py have no effect, because the method lacks the terms that they belong to."""
+    terms = {term for stage in stages for term in stage.objective.weights}
+    without_effect = {"--alpha": args.alpha != 0.5 and args.distill_model != "standard",
+                      "--temperature": args.temperature != 1.0 and not terms & {"soft", "listwise"},
+                      "--layer_map": args.layer_map is not None and not uses(stages, "layers")}
+    for flag in (flag for flag, is_unused in without_effect.items() if is_unused):
+        warn(f"{flag} has no effect: --distill_model {args.distill_model} minimizes {', '.join(sorted(terms))}")
+
+
 def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, learning_rate: float, epochs: float) -> None:
     add, default = parser.add_argument, TrainingSettings
     add("--output_student_dir", type=Path, required=True, help="new or empty directory for the student")
@@ -139,7 +149,7 @@ def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, learnin
     add("--train_loss_step", type=int, default=default.log_every,
         help=f"steps between rows of the log (default: {default.log_every})")
     add("--log_gradients", action="store_true", help="also log the norm of each loss term's gradient (att_grad, "
-        "rep_grad, soft_grad, hard_grad, ...); each row costs the time of one more batch")
+        "rep_grad, soft_grad, hard_grad, ...); each row costs a forward pass more, and a backward pass for each term")
     add("--save_model_step", type=int, default=default.save_every,
         help=f"steps between checkpoints (default: {default.save_every})")
     add("--keep_checkpoints", type=int, metavar="N", help="keep only the N newest checkpoints (default: all)")
