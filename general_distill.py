@@ -14,7 +14,7 @@ The student has the shape of --student_config (a config.json, or its directory),
 --student_layers. It starts from:
     (no flag)             random weights
     --init_from_teacher   the teacher's embeddings, pooler and every k-th layer; needs the teacher's hidden size
-    --compress_teacher    weights fitted to the teacher's outputs on a sample of the text, for any smaller shape
+    --compress_teacher    weights fitted to the teacher's outputs on a sample of the text, for any smaller hidden size
                           (simplified_tinybert/model/compression.py); helps if there is little text to train on
 It minimizes attention + hidden, as in TinyBERT's general stage (Jiao et al. 2020).
 

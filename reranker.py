@@ -11,7 +11,8 @@ log_odds, it is the difference of the two logits, which does not saturate at 0 a
 treated as having the two logits (0, z): its probability is the sigmoid of z, its log-odds are z.
 
 Pairs are read, scored and written in chunks, so memory does not grow with their number. Within a chunk, pairs of
-similar length share a batch, and only the [CLS] position of the last layer is computed; neither changes a score.
+similar length share a batch, and only the [CLS] position of the last layer is computed. Both change scores by rounding
+only.
 
 Several GPUs of a machine, or several CPU processes, share the batches and write the same score file, byte for byte:
 

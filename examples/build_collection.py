@@ -4,8 +4,9 @@
 
 A document is the docstring of a class, function or method of numpy, scipy, matplotlib, transformers or huggingface_hub,
 as requirements.txt pins them. A query is the first sentence of a docstring. It is removed from its document, which is
-the relevant one. Candidates come from BM25. Nothing is downloaded, and none of the packages' code runs. The files have
-MS MARCO's formats: *.tsv are separated by tabs, judgements and runs by blanks.
+the relevant one. Candidates come from BM25. Nothing is downloaded. Docstrings are read from the source
+files, without importing them. The files have MS MARCO's formats: *.tsv are separated by tabs, judgements and runs by
+blanks.
 
     docs.tsv                        docid, url (empty), title, body        docid: module of the file, name in it
     queries.{train,dev,test}.tsv    qid, text                              qid is the relevant document's docid

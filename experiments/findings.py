@@ -129,8 +129,8 @@ def report_text(results: dict) -> str:
              markdown(["", "nDCG@10"], [[name, f"{value:.4f}"] for name, value in dev["nDCG@10"].items()])]
     if results["tuned"]:
         parts += ["Each method on the dev queries, by learning rate (first seed, chosen rate in bold):",
-                  tuning_table(results), "Gradient norm of each unweighted loss term, first and last logged value "
-                  "(first seed, chosen learning rate):", gradients_table(results)]
+                  tuning_table(results), "Gradient norm of each loss term, first and last logged value (first "
+                  "seed, chosen learning rate; attention and hidden include their weights):", gradients_table(results)]
     if "systems" not in results:
         return "\n\n".join(parts) + "\n"
     measure = settings["measures"][0]

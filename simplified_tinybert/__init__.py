@@ -1,1 +1,1 @@
-"""What the scripts share: models, losses, optimizer, feature files, TREC files. Each module can be read on its own."""
+"""What the scripts share: models, losses, optimizer, feature files, TREC files."""

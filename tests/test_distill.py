@@ -180,7 +180,7 @@ def test_resume_refuses_other_settings(golden_models, tmp_path, run_here):
 
 def test_a_checkpoint_saved_while_a_job_starts_is_not_overlooked(golden_models, tmp_path, run_here, interrupted,
                                                                  monkeypatch):
-    """The earlier job saves its last checkpoint after the next one has looked for it, but before that takes the lock."""
+    """The earlier job saves a checkpoint after the next one has looked for it, and before that takes the lock."""
     features = write_features(tmp_path / "train.pkl", random_rows(50))
     call = arguments(features, golden_models, tmp_path / "out", "--train_batch_size", 10)
     with interrupted(2):

@@ -197,8 +197,10 @@ def test_speeds_of_different_devices_are_not_divided(made, directory):
     rows, content, _ = made("--teacher", "the teacher")
     assert rows["student_1"][2:4] == ["250", "–"]
     assert "(the teacher: cpu; student_1: cuda:0, bf16, 2 processes)" in content["notes"][-1]
-    for name, flags in (("teacher", {}), ("student", {"tf32": True, "compile": True})):
-        write_record(directory / f"{name}.tsv.run.json", pairs_per_second=9.0, device="cuda:0", settings=SETTINGS | flags)
+    compiled = {"tf32": True, "compile": True}
+    for name, flags in (("teacher", {}), ("student", compiled)):
+        write_record(directory / f"{name}.tsv.run.json", pairs_per_second=9.0, device="cuda:0",
+                     settings=SETTINGS | flags)
     rows, content, _ = made("--teacher", "the teacher")
     assert rows["student_1"][3] == "–" and "student_1: cuda:0, tf32, compile)" in content["notes"][-1]
 

@@ -132,7 +132,7 @@ def read_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
 
 
 def is_line(line: bytes) -> bool:
-    """Return False for the end of a concatenated file whose last part contains only a byte order mark."""
+    """Whether this counts as a line. A byte order mark alone, at the end of a concatenated file, does not."""
     return line.endswith(b"\n") or bool(line.replace(BOM, b""))
 
 
