@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from simplified_tinybert.common.duplicates import DuplicateFinder
@@ -161,6 +162,19 @@ def check_args(args: argparse.Namespace) -> None:
     problems.raise_if_any()
 
 
+def aggregated(queries: dict[str, dict[str, Any]], aggregation: Aggregation, path: Path) -> Run:
+    run, problems = {}, Problems()
+    for query_id, states in queries.items():
+        with np.errstate(over="ignore"):
+            run[query_id] = {document_id: aggregation.score(state) for document_id, state in states.items()}
+        for document_id, score in run[query_id].items():
+            if not math.isfinite(score):
+                problems.add(f"{path}: the scores of document {shorten(document_id)} for query {shorten(query_id)} add "
+                             f"up to more than a double holds; use smaller scores, or --aggregation MaxP")
+    problems.raise_if_any()
+    return run
+
+
 def interpolated(args: argparse.Namespace, ranker: Run) -> Run:
     """Return the ranker's run, interpolated with the first stage if --interpolate is given."""
     if not args.interpolate:
@@ -194,8 +208,7 @@ def main() -> None:
 
     run_name = f"bert_{aggregation.name}" if args.run_name is None else args.run_name
     document_count = ties = 0
-    run = interpolated(args, {query_id: {document_id: aggregation.score(state) for document_id, state in states.items()}
-                              for query_id, states in queries.items()})
+    run = interpolated(args, aggregated(queries, aggregation, args.scores_file))
     with atomic_writer(args.output_results_file) as handle:
         for query_id, scores in run.items():
             for position, document_id in enumerate(rank(scores), start=1):

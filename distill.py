@@ -53,10 +53,11 @@ from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.model.pretrained import fit_projections, load_ranker, save_cross_encoder
 from simplified_tinybert.model.tokenizer_files import has_vocabulary
-from simplified_tinybert.model.weights import weights_checksum
+from simplified_tinybert.model.weights import model_checksum
 from simplified_tinybert.ranking.teacher_scores import SCORE_TYPES, read_teacher_scores
 from simplified_tinybert.training import settings as training_settings
 from simplified_tinybert.training.batches import check_queries, number_queries
+from simplified_tinybert.training.checkpoints import name_way_out
 from simplified_tinybert.training.description import describe_run, model_card
 from simplified_tinybert.training.objective import METHODS, ObjectiveSettings
 from simplified_tinybert.training.output_directory import find_run, output_run
@@ -195,7 +196,7 @@ def resumable_settings(args: argparse.Namespace, inputs: Inputs) -> dict:
     settings = training_settings.resumable_settings(args, (
         "distill_model", "max_seq_length", "temperature", "pooled_relu", "layer_map", "intermediate_epochs",
         "intermediate_learning_rate"))
-    models = {role: weights_checksum(directory) for role, (directory, _) in inputs.models.items()}
+    models = {role: model_checksum(directory) for role, (directory, _) in inputs.models.items()}
     if inputs.teacher_scores is not None:
         settings["teacher_scores"] = hashlib.sha256(inputs.teacher_scores.tobytes()).hexdigest()
     if args.group_by_query:
@@ -210,7 +211,8 @@ def load_models(args: argparse.Namespace, inputs: Inputs,
     """Load the student, from the checkpoint if there is one, and the teacher."""
     generator = torch.Generator().manual_seed(args.seed)
     directory, config = inputs.models["general student"]
-    student, notes = load_ranker(checkpoint or directory, None if checkpoint else config, new_head=generator)
+    with name_way_out(checkpoint):
+        student, notes = load_ranker(checkpoint or directory, None if checkpoint else config, new_head=generator)
     teacher = None
     if "teacher" in inputs.models:
         teacher, teacher_notes = load_ranker(*inputs.models["teacher"])

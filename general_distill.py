@@ -49,8 +49,9 @@ from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.vocabulary import Vocabulary
-from simplified_tinybert.model.weights import weights_checksum
+from simplified_tinybert.model.weights import model_checksum
 from simplified_tinybert.training import settings as training_settings
+from simplified_tinybert.training.checkpoints import name_way_out
 from simplified_tinybert.training.description import describe_run, general_card
 from simplified_tinybert.training.objective import ObjectiveSettings
 from simplified_tinybert.training.output_directory import find_run, output_run
@@ -158,7 +159,7 @@ def resumable_settings(args: argparse.Namespace, inputs: Inputs) -> dict:
     settings = training_settings.resumable_settings(args, (
         "max_seq_length", "documents", "init_from_teacher", "compress_teacher"))
     return settings | {"student": {name: getattr(inputs.student, name) for name in RESUMABLE_SHAPE},
-                       "teacher": weights_checksum(inputs.teacher.directory), "corpus": inputs.corpus}
+                       "teacher": model_checksum(inputs.teacher.directory), "corpus": inputs.corpus}
 
 
 def load_models(args: argparse.Namespace, inputs: Inputs,
@@ -168,7 +169,8 @@ def load_models(args: argparse.Namespace, inputs: Inputs,
     teacher, _ = pretrained.load_cross_encoder(*inputs.teacher, new_head=torch.Generator())     # the head is not used
     teacher.requires_grad_(False)
     if checkpoint:
-        student, _ = pretrained.load_cross_encoder(checkpoint, new_head=generator)
+        with name_way_out(checkpoint):
+            student, _ = pretrained.load_cross_encoder(checkpoint, new_head=generator)
     else:
         student = pretrained.new_cross_encoder(inputs.student, generator)
     pretrained.fit_projections(student, teacher.config.hidden_size, generator)

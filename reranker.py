@@ -45,7 +45,7 @@ from simplified_tinybert.common.processes import Processes, locked, process_grou
 from simplified_tinybert.common.records import read_record, record, record_file, record_path
 from simplified_tinybert.data.features import Examples, FeatureSummary, summarise
 from simplified_tinybert.model.precision import select_precision, warn_if_slow
-from simplified_tinybert.model.weights import weights_checksum
+from simplified_tinybert.model.weights import settings_checksum, weights_checksum
 from simplified_tinybert.ranking import scoring
 
 
@@ -100,8 +100,8 @@ def resume_settings(args: argparse.Namespace, directory: Path, summary: FeatureS
     """Return everything that must be equal for --resume to produce the same bytes."""
     flags = ["eval_batch_size", "score", "pooled_relu", "fp16", "bf16", "int8"]
     flags += [name for name in ("tf32", "compile") if getattr(args, name)]
-    return {"weights": weights_checksum(directory), "features": summary.checksum, "batch_tokens": batch_tokens,
-            **{name: getattr(args, name) for name in flags}}
+    return {"weights": weights_checksum(directory), "model_settings": settings_checksum(directory),
+            "features": summary.checksum, "batch_tokens": batch_tokens, **{name: getattr(args, name) for name in flags}}
 
 
 def truncate_to_chunks(partial: Path, run_record: Path, settings: dict, chunk_sizes: list[int]) -> int:

@@ -14,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder as SentenceCrossEncoder
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+)
 
 from simplified_tinybert.common.files import UserError
 from simplified_tinybert.data.features import Examples
@@ -368,6 +374,7 @@ def test_files_without_a_state_dict(directory, content):
     ({"model_type": None}, "of type None"), ({"position_embedding_type": "relative_key"}, "relative_key"),
     ({"hidden_size": "wide"}, "not a valid"), ({"hidden_size": 24.5}, "not a valid"),
     ({"vocab_size": None}, "not a valid"),
+    ({"hidden_act": "prelu"}, "hidden_act is 'prelu', which has trained parameters"),
     ({"hidden_act": "swoosh"}, "hidden_act is 'swoosh'"), ({"num_attention_heads": 5}, "num_attention_heads, 5"),
     ({"num_attention_heads": 0}, "not a valid"), ({"hidden_size": -24}, "not a valid"),
     ({"vocab_size": 10 ** 13}, "10000000000000"), ({"hidden_dropout_prob": 7.0}, "7.0"),
@@ -483,6 +490,25 @@ def test_reranker_gives_the_probabilities_of_transformers(saved, tmp_path):
         expected = model(batch.input_ids, batch.attention_mask, batch.token_type_ids).logits.softmax(1)[:, 1]
     assert [row[:2] for row in rows] == [["q", str(number)] for number in range(12)]
     assert np.allclose([float(row[2]) for row in rows], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"model_input_names": ["input_ids", "attention_mask"]},
+                                      {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": None}])
+def test_without_token_types_all_tokens_have_the_same_segment(saved, capsys, settings):
+    """As in transformers, whose tokenizer then gives the model none."""
+    BertTokenizer.from_pretrained(saved).backend_tokenizer.save(str(saved / "tokenizer.json"))
+    content = json.loads((saved / "tokenizer_config.json").read_text()) | settings
+    (saved / "tokenizer_config.json").write_text(json.dumps({name: value for name, value in content.items() if value}))
+    texts = [pair for pair in random_pairs()[0] if sum(len(text.split()) for text in pair) <= 29]   # not truncated
+    lines = [f"q#{number}\t{query}\t{passage}" for number, (query, passage) in enumerate(texts)]
+    library = AutoTokenizer.from_pretrained(saved)
+    encoded = library(*map(list, zip(*texts)), padding=True, return_tensors="pt")
+    assert "token_type_ids" not in encoded
+    with torch.inference_mode():
+        theirs = AutoModelForSequenceClassification.from_pretrained(saved).eval()(**encoded).logits
+        ours = load_cross_encoder(saved)[0](batch_of(saved, lines)).logits
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-5)
+    assert "the same segment, because model_input_names lacks token_type_ids" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

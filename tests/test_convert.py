@@ -246,6 +246,14 @@ def test_all_problems_at_once(refused):
         f"scores.tsv:{number}" for number in (2, 5, 3, 6)]
 
 
+@pytest.mark.parametrize("name", ["SumP", "AvgP", "2-Max&AvgP"])
+def test_scores_with_an_infinite_sum(refused, run, name):
+    lines = ["q\tD1_0\t1e308", "q\tD1_1\t1e308", "q\tD2_0\t1"]
+    found, = refused(lines, "--aggregation", name)
+    assert found.startswith("scores.tsv: the scores of document 'D1' for query 'q' add up to more than")
+    assert run(lines).documents == [("q", "D1", 1e308), ("q", "D2", 1.0)]
+
+
 def test_empty_file(refused):
     assert refused(b"")[0].startswith("scores.tsv: is empty")
 

@@ -1,9 +1,11 @@
 """distill.py from the command line: golden losses, gradient accumulation, resuming, input errors."""
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,6 +194,16 @@ def test_a_checkpoint_saved_while_a_job_starts_is_not_overlooked(golden_models, 
         run_here(distill, *call, "--resume")
 
 
+def test_a_directory_that_is_not_writable_is_reported_first(golden_models, tmp_path, run_here, monkeypatch):
+    """The tests may run as root, who can write anywhere. So the system's answer is replaced."""
+    features, access = write_features(tmp_path / "train.pkl", random_rows(8)), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
+    with pytest.raises(UserError) as raised:
+        run_here(distill, *arguments(features, golden_models, tmp_path / "new" / "out", "--train_batch_size", 0))
+    assert f"{tmp_path / 'new' / 'out'}: cannot be written: {tmp_path} is not writable" in str(raised.value)
+    assert "--train_batch_size 0" in str(raised.value)
+
+
 def test_flags_without_effect_are_reported(golden_models, tmp_path, run_here):
     features = write_features(tmp_path / "train.pkl", random_rows(8))
     stderr = run_here(distill, *arguments(features, golden_models, tmp_path / "out", "--alpha", 0.3))
@@ -327,6 +339,11 @@ def test_resume_refuses_models_whose_files_changed(golden_models, tmp_path, run_
     models = golden_models | {"teacher": shutil.copytree(golden_models["teacher"], tmp_path / "teacher")}
     run_here(distill, *arguments(features, models, tmp_path / "out"))
     shutil.copyfile(golden_models["student_4x48"] / "model.safetensors", models["teacher"] / "model.safetensors")
+    with pytest.raises(UserError, match="teacher was"):
+        run_here(distill, *arguments(features, models, tmp_path / "out", "--resume"))
+    shutil.copyfile(golden_models["teacher"] / "model.safetensors", models["teacher"] / "model.safetensors")
+    assert "already finished" in run_here(distill, *arguments(features, models, tmp_path / "out", "--resume"))
+    change_config(models["teacher"], hidden_act="relu")
     with pytest.raises(UserError, match="teacher was"):
         run_here(distill, *arguments(features, models, tmp_path / "out", "--resume"))
 

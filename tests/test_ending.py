@@ -178,9 +178,29 @@ def test_a_damaged_checkpoint_is_reported(golden_models, tmp_path, run_here, sig
         run_here(distill, *call)
     path = tmp_path / "out" / "checkpoint-7" / "training_state.pt"
     content = path.read_bytes()
-    for damaged in (b"", content[:9], content[:len(content) // 2], b"x" * 99, b"cos\nsystem\n(S'true'\ntR."):
+    torch.save({"step": 7}, tmp_path / "other.pt")
+    for damaged in (b"", content[:9], content[:len(content) // 2], b"x" * 99, b"cos\nsystem\n(S'true'\ntR.",
+                    (tmp_path / "other.pt").read_bytes()):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{path}: is damaged; remove {path.parent}"):
+        with pytest.raises(UserError, match=f"{path}: is missing or damaged; remove {path.parent}"):
+            run_here(distill, *call, "--resume")
+    path.unlink()
+    with pytest.raises(UserError, match=f"{path}: is missing or damaged; remove {path.parent}"):
+        run_here(distill, *call, "--resume")
+    path.with_name("model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=f"model.safetensors: .*; or remove {path.parent}, and --resume"):
+        run_here(distill, *call, "--resume")
+
+
+@pytest.mark.parametrize("name", ["train_loss.jsonl", "dev.jsonl"])
+def test_a_damaged_log_is_reported_with_its_line(golden_models, tmp_path, run_here, signal_at_7, name):
+    features = write_features(tmp_path / "train.pkl", random_rows(40))
+    call = arguments(features, golden_models, tmp_path / "out", *LONG)
+    with pytest.raises(Terminated):
+        run_here(distill, *call)
+    for line in ("", "x", "[]", '{"global_step": "x", "loss": 1}', '{"loss": 1}', '{"global_step": 1}'):
+        (tmp_path / "out" / name).write_text(f'{{"global_step": 1, "loss": 1.0}}\n{line}\n')
+        with pytest.raises(UserError, match=f"{name}:2: is no row of this log .*remove the line"):
             run_here(distill, *call, "--resume")
 
 

@@ -50,6 +50,13 @@ def test_of_equal_weights_the_smallest_is_chosen():
     assert best_weight({0.0: 0.5, 0.1: 0.7, 0.2: 0.7, 0.3: 0.6}) == 0.1 and WEIGHTS[0] == 0.0 and WEIGHTS[-1] == 1.0
 
 
+@pytest.mark.parametrize("exponent", [120, 300, 1020])
+def test_large_scores_do_not_overflow(exponent):
+    scores = {"a": 3.0, "b": 2.5, "c": -1.0, "d": 0.125}
+    large = {document_id: score * 2.0 ** exponent for document_id, score in scores.items()}
+    assert interpolate(large, scores, 0.3) == interpolate(scores, large, 0.3) == interpolate(scores, scores, 0.3)
+
+
 @pytest.fixture
 def files(tmp_path):
     (tmp_path / "scores.tsv").write_text("q1\ta_0\t0.1\nq1\ta_1\t0.9\nq1\tb_0\t0.2\nq2\tc_0\t0.3\nq2\td_0\t0.4\n")

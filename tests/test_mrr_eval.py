@@ -158,6 +158,15 @@ def test_negative_grades_are_never_relevant(evaluated):
     assert averages == {"query_num": 1, "MRR": 0.5, "MRR@10": 0.5, "MRR@100": 0.5, "RR": 0.5, "RR@10": 0.5, "P@1": 0.0}
 
 
+@pytest.mark.parametrize("grades", [(-2,), (-5, -2), (-10 ** 9, -1)])
+def test_a_query_with_only_negative_grades_counts_as_0(evaluated, grades):
+    """trec_eval would end the process if all of them are below -1, even for a document that the run lacks."""
+    qrels = "".join(f"q 0 D{number} {grade}\n" for number, grade in enumerate(grades))
+    averages, _, _ = evaluated("r 0 A 1\n" + qrels, "r Q0 A 1 2 t\nq Q0 D0 1 2 t\nq Q0 X 2 1 t\n",
+                               "--measures", "nDCG@10", "AP", "P@1", "Bpref")
+    assert {averages[name] for name in ("MRR", "nDCG@10", "AP", "P@1")} == {0.5}
+
+
 def test_cutoffs_of_10_and_100(evaluated):
     run = "".join(f"{query} Q0 D{position:03} 1 {-position} t\n" for query in "abc" for position in range(1, 201))
     averages, _, _ = evaluated("a 0 D010 1\nb 0 D011 1\nc 0 D101 1\n", run)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import random_rows, run_script, single_logit, write_features
+from conftest import change_config, random_rows, run_script, single_logit, write_features
 from helpers.reranking import arguments, read_scores
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,6 +123,10 @@ def test_resume_refuses_another_model(golden_models, tmp_path, run_here):
     (tmp_path / "scores.tsv.run.json").rename(tmp_path / "scores.tsv.partial.run.json")
     with pytest.raises(UserError, match="another model, features, settings or version"):
         run_here(reranker, *arguments(golden_models["student_4x48"], file, tmp_path / "scores.tsv", "--resume"))
+    changed = shutil.copytree(golden_models["teacher"], tmp_path / "teacher")
+    change_config(changed, hidden_act="relu")
+    with pytest.raises(UserError, match="another model, features, settings or version"):
+        run_here(reranker, *arguments(changed, file, tmp_path / "scores.tsv", "--resume"))
 
 
 def test_two_runs_do_not_share_an_output_file(golden_models, tmp_path, run_here):

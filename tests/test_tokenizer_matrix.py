@@ -26,7 +26,7 @@ from simplified_tinybert.data.corpus import map_corpus
 from simplified_tinybert.data.features import read_chunks
 from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize, words_suffice
 from simplified_tinybert.model.pretrained import load_cross_encoder, new_cross_encoder, save_cross_encoder
-from simplified_tinybert.model.tokenizer_files import load_vocabulary, save_tokenizer
+from simplified_tinybert.model.tokenizer_files import load_vocabulary, marks_passages, save_tokenizer
 from simplified_tinybert.model.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 SIZE = 420                                              # embeddings of the tiny models
@@ -346,6 +346,12 @@ def loaded(made) -> Callable[[str], Vocabulary]:
     return load
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_segments_are_those_of_transformers(made, name):
+    directory, library = made(name)
+    assert marks_passages(directory) is ("token_type_ids" in library("a", "b"))
+
+
 @pytest.mark.parametrize("name", sorted(BY_WORDS | BY_TEXTS))
 def test_texts_are_tokenized_by_words_if_that_is_equivalent(loaded, capsys, name):
     assert words_suffice(loaded(name), TEXTS) is (name in BY_WORDS)
@@ -479,14 +485,18 @@ def test_custom_code_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize(("single", "pair"), [("<s> $A </s>", "<s> $A </s> </s> $B </s>"),
-                                              ("[CLS] $A [SEP]", "[CLS]:0 $A:0 [SEP]:0 $B:0 [SEP]:0")])
+                                              ("[CLS] $A [SEP]", "[CLS]:0 $A:0 [SEP]:0 $B:0 [SEP]:0"),
+                                              ("[CLS] $A [SEP]", "[CLS]:0 $B:0 [SEP]:0 $A:1 [SEP]:1"),
+                                              ("[CLS] $A [SEP]", "[CLS]:0 $A:1 [SEP]:0 $B:1 [SEP]:1"),
+                                              ("[CLS] $A [SEP]", "[CLS]:0 $A:0 [SEP]:0 $B:0 [SEP]:1"),
+                                              ("[CLS] $A [SEP]", "$A:0 [CLS]:0 [SEP]:0 $B:1 [SEP]:1")])
 def test_other_pair_formats(tmp_path, single, pair):
     tokenizer = write_tokenizer_json(tmp_path, BERT, ids=IDS | {"<s>": len(IDS), "</s>": len(IDS) + 1})
     names = re.findall(r"[\[<]\S+?[\]>]", single)
     tokenizer.post_processor = processors.TemplateProcessing(
         single, pair, [(name, tokenizer.token_to_id(name)) for name in names])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    check_refused(tmp_path, "[CLS] [SEP] [SEP]")
+    check_refused(tmp_path, "expected [CLS] query [SEP] passage [SEP]")
 
 
 @pytest.mark.parametrize(("added", "name"), [(["covid-19", "\u200b"], r"'\u200b'"), (["covid", "COVID"], "'COVID'"),

@@ -132,6 +132,7 @@ def test_a_run_may_come_from_a_pipe(pack):
     ("7 Q0 D2 1 nan tag", "score 'nan'"),
     ("7 Q0 D2 1 -inf tag", "score '-inf'"),
     ("7 Q0 D1 2 0.4 tag", "document 'D1' is a duplicate for query '7'"),
+    ("7 Q0 D\0b 2 0.4 tag", "holds a NUL byte ('7 Q0 D\\x00b 2 0.4 tag')"),
 ])
 def test_read_run_errors(tmp_path, line, message):
     path = written(tmp_path, f"7 Q0 D1 1 0.5 tag\n{line}\n8 Q0 D1 1 0.5 tag\n")

@@ -88,6 +88,11 @@ def test_ambiguous_names_are_reported_with_the_missing_ones(directory, weights):
     assert next(name for name in sorted(weights) if name not in WEIGHTS) in hold and "in all)" in hold
 
 
+def test_more_tensors_than_a_bert_has_are_named_with_a_remedy(directory):
+    message = error_of(save(directory, WEIGHTS | {"loss_fct.weight": torch.ones(2)}))
+    assert "hold loss_fct.weight, not expected in this model; remove them from the file" in message
+
+
 def test_two_tensors_with_the_same_canonical_name_are_refused(directory):
     for other in ("module.bert.pooler.dense.bias", "pooler.dense.bias"):
         message = error_of(save(directory, WEIGHTS | {other: torch.ones(24)}))

@@ -28,7 +28,8 @@ def read_record(path: Path) -> dict:
     content = _read_json(path)
     if isinstance(content.get("settings"), dict):
         return content
-    raise UserError(f"{path}: is damaged, or not the record of a run of this tool; remove it to start again")
+    raise UserError(f"{path}: is damaged, or not the record of a run of this tool; restore it, or remove it "
+                    "and the files that it describes, to start again")
 
 
 def script_of(path: Path) -> str | None:

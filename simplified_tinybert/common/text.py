@@ -31,14 +31,14 @@ ARCHIVES = {
     b"BZh": ("compressed by bzip2", "bunzip2"),
     b"\xfd7zXZ\x00": ("compressed by xz", "unxz"),
     b"]\x00\x00\x80\x00": ("compressed by lzma", "unlzma"),
-    b"LZIP": ("compressed by lzip", "lzip -d"),
+    b"LZIP\x01": ("compressed by lzip", "lzip -d"),
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unzstd"),
     b"\x50\x2a\x4d\x18": ("compressed by zstd", "unzstd"),
     b"\x04\x22\x4d\x18": ("compressed by lz4", "unlz4"),
     b"\x1f\x9d": ("compressed by compress", "uncompress"),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "7z x"),
     b"Rar!\x1a\x07": ("a rar archive", "unrar x"),
-    b"PAR1": ("a Parquet file", "pandas.read_parquet, then DataFrame.to_csv(sep='\\t')"),
+    b"PAR1\x15": ("a Parquet file", "pandas.read_parquet, then DataFrame.to_csv(sep='\\t')"),
 }
 LFS_POINTER = re.compile(rb"version https://[\w.-]+/spec/v1\b")
 WEB_PAGE = re.compile(rb"\s*<(!doctype|html|head|body|\?xml|error|!--)", re.IGNORECASE)

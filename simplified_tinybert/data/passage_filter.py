@@ -12,7 +12,7 @@ from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
-from simplified_tinybert.model.weights import weights_checksum
+from simplified_tinybert.model.weights import model_checksum
 from simplified_tinybert.ranking.scoring import load_scorer, relevance, score_all
 
 
@@ -39,7 +39,7 @@ class PassageFilter:
                 self.model, _ = load_scorer(self.directory, config, device, dtype, label="filter")
 
     def checksum(self) -> str:
-        return weights_checksum(self.directory)
+        return model_checksum(self.directory)
 
     def probabilities(self, pairs: list[tuple[str, str]]) -> np.ndarray:
         """Return the probability of relevance (N), float64, of (query, passage) pairs without tabs or line ends."""

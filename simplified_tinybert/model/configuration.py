@@ -2,6 +2,7 @@
 import re
 from pathlib import Path
 
+from torch import nn
 from transformers import BertConfig
 
 from simplified_tinybert.common.files import Problems, UserError, reason
@@ -79,11 +80,14 @@ def _check_content(path: Path, content: dict, problems: Problems) -> None:
 
 
 def _check_config(path: Path, config: BertConfig, problems: Problems) -> None:
+    known = f"expected one of {', '.join(ACTIVATIONS)}, or another name that transformers knows"
     try:
-        activation_function(config.hidden_act)
+        function = activation_function(config.hidden_act)
+        if isinstance(function, nn.Module) and any(True for _ in function.parameters()):
+            problems.add(f"{path}: hidden_act is {config.hidden_act!r}, which has trained parameters; {known}, without "
+                         f"parameters")
     except KeyError as error:
-        problems.add(f"{path}: hidden_act is {error}; expected one of {', '.join(ACTIVATIONS)}, or another name that "
-                     f"transformers knows")
+        problems.add(f"{path}: hidden_act is {error}; {known}")
     if config.hidden_size % config.num_attention_heads:
         problems.add(f"{path}: hidden_size is {config.hidden_size}; expected a multiple of num_attention_heads, "
                      f"{config.num_attention_heads}")

@@ -20,7 +20,7 @@ from simplified_tinybert.common.files import Problems, UserError, atomic_writer,
 from simplified_tinybert.model.bert import CrossEncoder, uniform_layer_map
 from simplified_tinybert.model.configuration import read_config, reversed_labels
 from simplified_tinybert.model.hub import PROJECTION_FILE
-from simplified_tinybert.model.tokenizer_files import has_vocabulary, save_tokenizer
+from simplified_tinybert.model.tokenizer_files import has_vocabulary, marks_passages, save_tokenizer
 from simplified_tinybert.model.weights import abbreviate, read_weights
 
 BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")           # constants that older library versions saved
@@ -34,7 +34,7 @@ SIZES = {"vocab_size": ("bert.embeddings.word_embeddings.weight", 0),
          "intermediate_size": ("bert.encoder.layer.0.intermediate.dense.weight", 0)}
 PARAMETERS_PER_LAYER = 16
 # Settings of the original model that do not apply to a saved one
-DROPPED_SETTINGS = ("sentence_transformers", "sbert_ce_default_activation_function", "auto_map")
+DROPPED_SETTINGS = ("sentence_transformers", "sbert_ce_default_activation_function", "auto_map", "return_dict")
 
 
 def load_cross_encoder(directory: Path, config: BertConfig | None = None, new_head: torch.Generator | None = None,
@@ -62,7 +62,20 @@ def load_cross_encoder(directory: Path, config: BertConfig | None = None, new_he
     model.to(dtype)
     notes = [f"{len(ignored)} tensors of pre-training heads are not used ({ignored[0]}, ...)"] if ignored else []
     notes += _fill(model, weights, directory, new_head)
+    if not marks_passages(directory):
+        give_one_segment(model)
+        warn(f"{directory}: its tokenizer gives query and passage the same segment, because model_input_names lacks "
+             f"token_type_ids (by default in transformers 5, unless the class is BertTokenizer), and so do these "
+             f"scripts; if the model was trained with two segments, add \"model_input_names\": [\"input_ids\", "
+             f"\"token_type_ids\", \"attention_mask\"] to tokenizer_config.json")
     return model.eval(), notes
+
+
+def give_one_segment(model: CrossEncoder) -> None:
+    """Let the embedding of segment 1 equal that of segment 0, as if all tokens had segment 0."""
+    with torch.no_grad():
+        segments = model.bert.embeddings.token_type_embeddings.weight
+        segments[1] = segments[0]
 
 
 class _SkipInitialisation(TorchFunctionMode):
@@ -120,7 +133,8 @@ def _check_names(missing: list[str], unexpected: list[str], directory: Path, pro
             if not unexpected and all(name.startswith(HEAD) for name in missing) else ""
         problems.add(f"{directory}: the weights lack {abbreviate(missing)}{hint}")
     if unexpected:
-        hint = "; if these are the missing parameters, rename them" if missing else ""
+        hint = "; " + ("if these are the missing parameters, rename them" if missing else
+                       "remove them from the file, if the model works without them")
         if any(".lora_" in name for name in unexpected):
             hint = "; merge the LoRA weights into the model first (merge_and_unload of peft)"
         problems.add(f"{directory}: the weights hold {abbreviate(unexpected)}, not expected in this model{hint}")

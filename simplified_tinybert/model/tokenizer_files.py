@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from simplified_tinybert.common.files import UserError, atomic_writer, reason, shorten, warn
 from simplified_tinybert.common.text import failed_download, read_json, read_text
@@ -27,7 +28,11 @@ def has_vocabulary(directory: Path) -> bool:
 
 def load_vocabulary(directory: Path, lower_case: bool | None = None) -> Vocabulary:
     """Load the tokenizer of a model directory. lower_case=None: with AutoTokenizer's casing. Raises UserError."""
-    vocabulary = read_tokenizer(directory)[0]
+    vocabulary, state = read_tokenizer(directory)
+    if not state["post_processor"]:
+        warn(f"{directory}: its tokenizer adds no [CLS] and [SEP], so transformers scores pairs without them; these "
+             f"scripts add them, as in BERT; set \"tokenizer_class\": \"BertTokenizer\" in tokenizer_config.json, and "
+             f"transformers does it, too")
     _check_size(directory, vocabulary)
     if lower_case is not None:
         vocabulary = vocabulary.with_casing(lower_case)
@@ -67,7 +72,8 @@ def read_tokenizer(directory: Path) -> tuple[Vocabulary, dict]:
     if missing or state["model"]["unk_token"] not in vocab:
         raise UserError(f"{directory}: the vocabulary lacks {', '.join(missing or [state['model']['unk_token']])}; "
                         f"expected a BERT WordPiece vocabulary")
-    _check_pair_format(directory, backend, [token_ids[token] for token in ("[CLS]", "[SEP]", "[SEP]")])
+    if not _adds_special_tokens(directory, backend, token_ids["[CLS]"], token_ids["[SEP]"]):
+        state["post_processor"] = None
     special = {token: token_ids[token] for token in SPECIAL_TOKENS if token in token_ids}
     own_state = state | {"model": state["model"] | {"vocab": vocab | special}, "post_processor": None, "decoder": None,
                          "added_tokens": [token for token in state["added_tokens"] if token["content"] not in special]}
@@ -120,7 +126,9 @@ def _check_files(directory: Path) -> None:
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: is not a tokenizer file ({error!r}); fetch or write it again") from error
         if kind != "WordPiece" or not isinstance(vocab, dict):
-            raise UserError(f"{path}: holds a {kind} tokenizer; expected WordPiece, as in BERT")
+            vocab_of = "" if isinstance(vocab, dict) else f" whose vocabulary is a {type(vocab).__name__}"
+            raise UserError(f"{path}: holds a {kind} tokenizer{vocab_of}; expected WordPiece with a dictionary of "
+                            f"tokens and ids, as in BERT")
         if not all(type(number) is int and 0 <= number < 2 ** 31 for number in vocab.values()):
             raise UserError(f"{path}: holds token ids that are not whole numbers from 0; fetch or write it again")
 
@@ -135,12 +143,26 @@ def _added_tokens_in_files(directory: Path) -> set[str]:
             | read_json(directory / "added_tokens.json").keys())
 
 
-def _check_pair_format(directory: Path, tokenizer: Tokenizer, expected: list[int]) -> None:
-    """Raise UserError unless the library formats pairs as [CLS] query [SEP] passage [SEP], or adds no tokens."""
-    pair = tokenizer.encode("", "")
-    if pair.ids and (pair.ids, pair.type_ids) != (expected, [0, 0, 1]):
-        raise UserError(f"{directory}: its tokenizer formats an empty pair as {' '.join(pair.tokens)} (segments "
-                        f"{' '.join(map(str, pair.type_ids))}); expected [CLS] [SEP] [SEP] (0 0 1), as in BERT")
+def _adds_special_tokens(directory: Path, tokenizer: Tokenizer, cls: int, sep: int) -> bool:
+    """Whether the library formats pairs as [CLS] query [SEP] passage [SEP]. Raises UserError for other formats."""
+    words = Tokenizer(WordLevel({"query": 0, "passage": 1}, unk_token="query"))
+    pair = tokenizer.post_process(words.encode("query"), words.encode("passage"))
+    adds_tokens = pair.tokens != ["query", "passage"]
+    if adds_tokens and (pair.ids, pair.type_ids) != ([cls, 0, sep, 1, sep], [0, 0, 0, 1, 1]):
+        raise UserError(f"{directory}: its tokenizer formats a pair as {' '.join(pair.tokens)} (segments "
+                        f"{' '.join(map(str, pair.type_ids))}); expected [CLS] query [SEP] passage [SEP] (0 0 0 1 1), "
+                        f"as in BERT")
+    return adds_tokens
+
+
+def marks_passages(directory: Path) -> bool:
+    """Whether the library gives the tokens of passages another segment (token type) than those of queries."""
+    if not has_vocabulary(directory):
+        return True
+    names = read_json(directory / "tokenizer_config.json").get("model_input_names")
+    if names is None and not _is_bert(directory):
+        names = _library_tokenizer(directory).model_input_names
+    return names is None or "token_type_ids" in names
 
 
 def _check_added_tokens(directory: Path, vocabulary: Vocabulary) -> None:

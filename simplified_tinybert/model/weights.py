@@ -18,7 +18,7 @@ from torch import Tensor
 from simplified_tinybert.common.files import UserError, reason, shorten
 from simplified_tinybert.common.records import sha256_of
 from simplified_tinybert.common.text import archive_kind, failed_download, read_json
-from simplified_tinybert.model.hub import PROJECTION_FILE, WEIGHT_FILES
+from simplified_tinybert.model.hub import CONFIG_FILES, PROJECTION_FILE, TOKENIZER_FILES, WEIGHT_FILES
 
 # Name segments that wrappers of PyTorch insert; no parameter of BERT has one
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module",
@@ -122,6 +122,17 @@ def abbreviate(names: Iterable[str]) -> str:
 def weights_checksum(directory: Path) -> str:
     """Return a SHA-256 over the weight files."""
     return hashlib.sha256(b"".join(bytes.fromhex(sha256_of(path)) for path in weight_files(directory))).hexdigest()
+
+
+def settings_checksum(directory: Path) -> str:
+    """Return a SHA-256 over the configuration and tokenizer files, which also decide what a model computes."""
+    files = {name: sha256_of(directory / name) for name in (*CONFIG_FILES, *TOKENIZER_FILES)
+             if (directory / name).is_file()}
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def model_checksum(directory: Path) -> str:
+    return hashlib.sha256((weights_checksum(directory) + settings_checksum(directory)).encode()).hexdigest()
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

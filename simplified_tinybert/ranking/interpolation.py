@@ -26,6 +26,8 @@ def scaled(scores: Mapping[str, float]) -> dict[str, float]:
     """Bring a query's scores to mean 0 and standard deviation 1."""
     if not scores:
         return {}
+    if max(map(abs, scores.values())) > 1e100:          # sums and squares would overflow; a power of 2 changes no digit
+        scores = {document_id: score * 2.0 ** -700 for document_id, score in scores.items()}
     mean, deviation = statistics.fmean(scores.values()), statistics.pstdev(scores.values())
     return {document_id: (score - mean) / deviation if deviation else 0.0 for document_id, score in scores.items()}
 

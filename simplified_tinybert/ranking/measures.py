@@ -168,7 +168,9 @@ def other_measures(measures: list[Any], qrels: Qrels, rankings: Rankings) -> Ite
     run = {numbers[query_id]: {document_id: float(len(ranking) - position)
                                for position, document_id in enumerate(ranking)}
            for query_id, ranking in rankings.items() if ranking}
-    judged = {number: qrels[query_id] for query_id, number in numbers.items()}
+    # trec_eval crashes if all grades of a query are below -1. To every measure, such a grade is the same as -1.
+    judged = {number: {document_id: max(grade, -1) for document_id, grade in qrels[query_id].items()}
+              for query_id, number in numbers.items()}
     for measure in measures:  # one call each: in a joint call, ir_measures adds zeros where a measure is undefined
         try:
             calculated = {metric.query_id: metric.value for metric in ir_measures.iter_calc([measure], judged, run)}

@@ -90,7 +90,9 @@ def split_columns(line: str) -> list[str]:
 def _read_columns(path: Path, names: tuple[str, ...], problems: Problems) -> Iterator[tuple[int, list[str]]]:
     for number, line in read_lines(path, problems):
         columns = split_columns(line)
-        if len(columns) == len(names):
+        if "\0" in line:                                # trec_eval would cut ids off there
+            problems.add(f"{path}:{number}: holds a NUL byte ({shorten(line)}); remove it")
+        elif len(columns) == len(names):
             yield number, columns
         else:
             problems.add(f"{path}:{number}: found {len(columns)} columns ({shorten(line)}), "

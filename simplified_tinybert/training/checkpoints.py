@@ -3,7 +3,8 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from simplified_tinybert.common.files import Problems, UserError, atomic_writer, sync_directory
 
 STATE_FILE, BEST = "training_state.pt", "best"
+STATE_KEYS = {"step", "optimizer", "scaler", "processes"}
 
 
 def check_output_dir(directory: Path, resume: bool | None, problems: Problems) -> None:
@@ -22,7 +24,11 @@ def check_output_dir(directory: Path, resume: bool | None, problems: Problems) -
             way_out = "" if resume is None else ", or use --resume to continue the run in it"
             problems.add(f"{directory}: is not empty; name a new directory{way_out}")
         elif not (directory / "run.json").is_file():
-            problems.add(f"{directory}: is not empty and holds no run to --resume (no run.json); name a new directory")
+            problems.add(f"{directory}: is not empty and holds no run to --resume (no run.json); name a new directory, "
+                         f"or remove this one")
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if existing.is_dir() and not os.access(existing, os.W_OK | os.X_OK):
+        problems.add(f"{directory}: cannot be written: {existing} is not writable")
 
 
 def replace_directory(directory: Path, save_model: Callable[[Path], None], state: dict | None = None) -> None:
@@ -58,10 +64,25 @@ def read_state(checkpoint: Path) -> dict:
     """Read the training state of a checkpoint to the CPU. Raises UserError if the file is damaged."""
     path = checkpoint / STATE_FILE
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: is damaged; remove {checkpoint}, and --resume continues from the previous "
-                        f"checkpoint") from error
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not STATE_KEYS <= set(state):
+            raise ValueError
+        return state
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: is missing or damaged; {way_out(checkpoint)}") from error
+
+
+@contextmanager
+def name_way_out(checkpoint: Path | None) -> Iterator[None]:
+    """Add a way out to errors of reading a checkpoint's model."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; or {way_out(checkpoint)}" if checkpoint else str(error)) from error
+
+
+def way_out(checkpoint: Path) -> str:
+    return f"remove {checkpoint}, and --resume continues from the previous checkpoint"
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -4,12 +4,13 @@ import math
 import sys
 import time
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from simplified_tinybert.common.files import atomic_writer, name_in_errors
+from simplified_tinybert.common.files import UserError, atomic_writer, name_in_errors, shorten
 from simplified_tinybert.common.processes import Processes
 from simplified_tinybert.training.objective import RANKING, TERMS
 
@@ -111,12 +112,24 @@ class TrainingLog:
 def keep_rows(path: Path, finished_steps: int) -> list[dict]:
     """Remove rows after `finished_steps`, and an incomplete last row, from a log. Returns the remaining rows."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    kept = [row for row in map(json.loads, text.split("\n")[:-1]) if row["global_step"] <= finished_steps]
+    kept = [row for row in rows_of(path, text.split("\n")[:-1]) if row["global_step"] <= finished_steps]
     lines = "".join(json.dumps(row) + "\n" for row in kept)
     if lines != text:
         with atomic_writer(path) as handle:
             handle.write(lines)
     return kept
+
+
+def rows_of(path: Path, lines: list[str]) -> Iterator[dict]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row["global_step"], int) or len(row) < 2:
+                raise ValueError
+        except (ValueError, TypeError, LookupError):
+            raise UserError(f"{path}:{number}: is no row of this log ({shorten(line)}); remove the line, and --resume "
+                            f"continues") from None
+        yield row
 
 
 def first_measure(row: dict[str, float]) -> float:
