@@ -7,7 +7,8 @@
 #   bm25.{train,dev,test}.txt      the candidates: TREC runs of any first-stage ranker
 # The steps are prepare, tokenize, teacher, general student, one student per method, re-rank, evaluate, report. A step
 # is skipped if its result exists; an interrupted step resumes. Of the teacher and each student, the checkpoint that is
-# best on the dev queries is used (best/). The table is OUTPUT_DIR/report/table.md.
+# best on the dev queries is used (best/). The table is OUTPUT_DIR/report/table.md. Its row BM25 has the candidates that
+# are re-ranked, in their order. With other settings (except METHODS and MEASURES) or files, use another OUTPUT_DIR.
 #
 # Variables:
 #   BERT_MODEL       pre-trained BERT, directory or hub id (default google-bert/bert-base-uncased). It supplies the
@@ -34,6 +35,7 @@ help_for "${BASH_SOURCE[0]}" "$@"
 
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || fail "collection.sh needs bash 4.4 or newer, found $BASH_VERSION"
 [ $# = 2 ] || fail "expected two arguments, found $#: bash collection.sh COLLECTION OUTPUT_DIR (see --help)"
+[ ! -e "$2" ] || [ -d "$2" ] || fail "$2: is a file; name a directory"
 COLLECTION="$1"
 OUT="$2"
 BERT_MODEL="${BERT_MODEL:-google-bert/bert-base-uncased}"
@@ -47,8 +49,9 @@ DEPTH="${DEPTH:-100}"
 EVAL_STEP="${EVAL_STEP:-1000}"
 DEVICE="${DEVICE:-auto}"
 PROCESSES="${PROCESSES:-1}"
+PASSAGE_FLAGS="${PASSAGE_FLAGS:---title --window 150 --stride 75}"
 # read -d "" also splits values of several lines, but returns an error at the end of the input
-read -r -d "" -a passage_flags <<< "${PASSAGE_FLAGS:---title --window 150 --stride 75}" || true
+read -r -d "" -a passage_flags <<< "$PASSAGE_FLAGS" || true
 read -r -d "" -a sample_flags <<< "${SAMPLE_FLAGS:-}" || true
 read -r -d "" -a train_flags <<< "${TRAIN_FLAGS:-}" || true
 read -r -d "" -a teacher_flags <<< "${TEACHER_FLAGS:-}" || true
@@ -92,13 +95,13 @@ RUN_FILE="$(file bm25.test.txt)"
 first=(--distill_model finetune "${train_flags[@]}" "${teacher_flags[@]}")
 [ -z "$TEACHER_MODEL" ] || first=(--distill_model "${methods[0]:-}" --teacher_model="$TEACHER_MODEL" "${train_flags[@]}")
 check_settings PROCESSES DEVICE STUDENT_LAYERS MAX_SEQ_LENGTH DEPTH EVAL_STEP MEASURES QRELS_FILE RUN_FILE \
-    BERT_MODEL TEACHER_MODEL STUDENT_MODEL METHODS \
+    BERT_MODEL TEACHER_MODEL STUDENT_MODEL METHODS COLLECTION OUT \
+    PASSAGE_FLAGS SAMPLE_FLAGS TRAIN_FLAGS TEACHER_FLAGS GENERAL_FLAGS \
     -- parse prepare_examples.py train --output=- "${passage_flags[@]}" "${sample_flags[@]}" \
     -- check_numbers distill.py --features_file=- --general_student_model=- --output_student_dir=- "${first[@]}" \
     -- check_numbers general_distill.py --docs=- --teacher_model=- --student_layers 1 --output_student_dir=- \
     "${general_flags[@]}"
 VOCABULARY="${TEACHER_MODEL:-$BERT_MODEL}"
-mkdir -p "$OUT"
 
 step "$OUT/train.tsv" prepare train --docs "$DOCS" --queries "$(file queries.train.tsv)" \
     --qrels "$(file qrels.train.txt)" --candidates "$(file bm25.train.txt)" --output "$OUT/train.tsv" \
@@ -127,8 +130,20 @@ if [ -z "$STUDENT_MODEL" ]; then
         --output_student_dir "$STUDENT_MODEL" --cache_file_dir "$OUT/cache" "${general_flags[@]}"
 fi
 
+# bm25_run: write the ranking before re-ranking, of the same documents: the pairs are in its order
+bm25_run() {
+    awk -F '\t' '{
+        end = index($1, "#"); query = substr($1, 1, end - 1); document = substr($1, end + 1); sub(/_[^_]*$/, "", document)
+        if (!((query, document) in seen)) {
+            seen[query, document] = 1; rank[query]++
+            print query, "Q0", document, rank[query], -rank[query], "candidates"
+        }
+    }' "$OUT/test.tsv" > "$OUT/.bm25.trec"
+    mv "$OUT/.bm25.trec" "$OUT/bm25.trec"
+}
+step "$OUT/bm25.trec" bm25_run
 rerank "$TEACHER_MODEL" run-teacher
-systems=(--system BM25 "$RUN_FILE" --system teacher "$OUT/run-teacher.trec" "$TEACHER_MODEL")
+systems=(--system BM25 "$OUT/bm25.trec" --system teacher "$OUT/run-teacher.trec" "$TEACHER_MODEL")
 for method in "${methods[@]}"; do
     student="$OUT/student-$method"
     step "$student/model.safetensors" train "$student" "$STUDENT_MODEL" --distill_model "$method" \

@@ -196,6 +196,9 @@ def check_all(args: argparse.Namespace) -> tuple[Path, list[Path], BertConfig, V
             config = read_config(args.bert_config)
     if args.vocab and args.vocab.name != "vocab.txt":
         problems.add(f"--vocab {args.vocab}: expected a file named vocab.txt; copy it under that name")
+    elif args.vocab and args.vocab.with_name("tokenizer.json").is_file():
+        problems.add(f"--vocab {args.vocab}: its directory also holds tokenizer.json, which replaces vocab.txt in "
+                     f"transformers; copy vocab.txt to a directory without it")
     elif args.vocab and check_input_file(args.vocab, problems, "vocabulary (--vocab)"):
         with problems.collect():
             vocabulary = load_vocabulary(args.vocab.parent, args.do_lower_case)

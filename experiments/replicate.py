@@ -29,25 +29,19 @@ remove its output and its record. --jobs commands run in parallel and share the 
 import argparse
 from pathlib import Path
 
-from tqdm import tqdm
-
 from experiments.plan import say_teacher, say_work
 from experiments.results import results_of_students, write_results
-from experiments.settings import keep_inputs, read_settings
+from experiments.settings import read_settings
 from experiments.study import Pair, Study
 from simplified_tinybert.common.compatibility import Models, check_pair, find_models
 from simplified_tinybert.common.device import select_device
-from simplified_tinybert.common.files import Problems, check_input_file, check_ranges, run_main, say
+from simplified_tinybert.common.files import Problems, check_ranges, run_main, say
 from simplified_tinybert.common.processes import locked
 from simplified_tinybert.common.records import file_identity
 from simplified_tinybert.common.workers import available_cores
-from simplified_tinybert.data.collection import by_query, read_queries, read_rows
+from simplified_tinybert.data.collection_directory import check_collection, find_files, keep_inputs
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.weights import weights_checksum
-from simplified_tinybert.ranking.trec import check_common_queries, first_ten, read_qrels
-
-FILES = {"docs": "docs.tsv", **{f"{kind}.{split}": f"{kind}.{split}.{ending}" for split in ("train", "dev", "test")
-                                for kind, ending in (("queries", "tsv"), ("qrels", "txt"), ("bm25", "txt"))}}
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,34 +60,6 @@ def parse_args() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, or a CUDA index such as 0 (default: auto)")
     add("--jobs", type=int, default=2, help="commands to run in parallel (default: 2)")
     return parser.parse_args()
-
-
-def find_files(collection: Path, problems: Problems) -> dict[str, Path]:
-    """Return the files of the collection, plain or .gz. Missing files are added to `problems`."""
-    files = {}
-    for name, file in FILES.items():
-        packed = collection / f"{file}.gz"
-        files[name] = packed if packed.exists() and not (collection / file).exists() else collection / file
-        check_input_file(files[name], problems, f"{name} of the collection")
-    return files
-
-
-def check_collection(files: dict[str, Path], data: Path, problems: Problems) -> None:
-    """Check all files but the documents, and that they fit together, before anything is made in `data`."""
-    for split in ("train", "dev", "test"):
-        queries_path, path, candidates = (files[f"{kind}.{split}"] for kind in ("queries", "qrels", "bm25"))
-        if (data / f"{split}.tsv").exists() or not all(file.is_file() for file in (queries_path, path, candidates)):
-            continue                                    # find_files has named missing files
-        queries, qrels = read_queries(queries_path, problems), read_qrels(path, problems)
-        if queries and qrels and not queries.keys() & qrels.keys():
-            problems.add(f"{queries_path}: none of its queries is judged in {path}; do the two files belong together?")
-        progress = tqdm(by_query(read_rows(candidates, problems), str(candidates), 1, problems),
-                        desc=f"checking {candidates.name}", unit=" queries", unit_scale=True)
-        ranked = {query_id: {} for query_id, _ in progress}
-        check_common_queries(path, qrels, {candidates: ranked}, problems)
-        if missing := [query_id for query_id in qrels if query_id not in ranked]:
-            say(f"{path}: {len(missing):,} of {len(qrels):,} judged queries have no candidates and are left out: "
-                f"{first_ten(missing)}")
 
 
 def check_models(models: Models, problems: Problems) -> None:
@@ -119,13 +85,15 @@ def run(study: Study, steps: int | None) -> None:
     study.make_models(list(study.shapes) if only_models else [], weights=only_models)
     if study.args.until == "test":
         study.test_first()
-    results = None if only_models else results_of_students(study.out / "results.json")
+    results = results_of_students(study.out / "results.json")
     results = results or write_results(study, {})               # tables of the teacher replace none of students
     say_teacher(study, results["dev"]["nDCG@10"], steps)
     if only_models:
         return
     finished = {}
-    for step in study.settings.steps[:steps]:
+    chosen = study.settings.steps[:steps]
+    study.check_starts(list(dict.fromkeys(study.sizes[name] for step in chosen for name in step.students)))
+    for step in chosen:
         if step.teachers:
             study.make_other_teachers()
         tuned = study.tune([(study.sizes[name], method) for name in step.students for method in study.methods(step)])

@@ -11,6 +11,7 @@ from experiments.findings import write_all
 from experiments.study import Pair, Study
 from simplified_tinybert.common.device import select_device
 from simplified_tinybert.common.files import Problems, atomic_writer, say
+from simplified_tinybert.common.text import read_json
 from simplified_tinybert.data.collection import read_rows
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.ranking.measures import Qrels, Run
@@ -35,7 +36,7 @@ def write_results(study: Study, rates: dict[Pair, list[float]]) -> dict:
 
 def results_of_students(path: Path) -> dict | None:
     """Return the content of a results.json, or None if it does not exist or has no students yet."""
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = read_json(path)
     return results if results.get("tuned") else None
 
 

@@ -40,7 +40,11 @@ class Command:
             with atomic_writer(made_by) as handle:
                 json.dump(self.words, handle)
             return False
-        before = json.loads(made_by.read_text(encoding="utf-8")) if made_by.is_file() else self.words
+        try:
+            before = json.loads(made_by.read_text(encoding="utf-8")) if made_by.is_file() else self.words
+        except ValueError:
+            raise UserError(f"{made_by}: is damaged; remove it, if {self.output} was made with the present "
+                            f"settings") from None
         check_same(self.output, comparable(before), comparable(self.words))
         return True
 

@@ -1,5 +1,4 @@
 """The settings file of a study. Not a command."""
-import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -7,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
-from simplified_tinybert.common.files import Problems, UserError, atomic_writer
+from simplified_tinybert.common.files import Problems, UserError
 from simplified_tinybert.common.text import read_text
 from simplified_tinybert.ranking.measures import parse_measures
 
@@ -202,18 +201,6 @@ def read_toml(path: Path) -> dict:
     for name, value in own.items():
         merged[name] = merged.get(name, {}) | value if isinstance(value, dict) else value
     return merged
-
-
-def keep_inputs(path: Path, inputs: dict[str, object], made: bool) -> None:
-    """Save a study's inputs. Raises UserError if something was `made` from other inputs."""
-    before = json.loads(path.read_text(encoding="utf-8")) if made and path.is_file() else inputs
-    changed = [f"{name} was {before.get(name)!r}, is {inputs.get(name)!r}" for name in before | inputs
-               if before.get(name) != inputs.get(name)]
-    if changed:
-        raise UserError(f"{path.parent}: was started with other inputs: {'; '.join(changed)}; choose another "
-                        f"--output_dir, or remove {path} and everything that was made from the old inputs")
-    with atomic_writer(path) as handle:
-        json.dump(inputs, handle, indent=1)
 
 
 def slug(name: str) -> str:

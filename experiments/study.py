@@ -143,12 +143,14 @@ class Study:
 
     def run_from_pre_trained(self, title: str, commands: list[Command]) -> None:
         """Run commands that start from the pre-trained BERT, after its warm-up."""
-        warm_up = self.settings.warm_up
         if self.warms_up() and not all(command.output.exists() for command in commands):
-            commands = [self.recorded(self.commands.train(
-                self.pre_trained(), self.args.bert_model, "warm_up", warm_up.of(warm_up.learning_rates[0], 42),
-                FINETUNE)), *commands]
+            commands = [self.warm_up_command(), *commands]
         self.run(title, commands)
+
+    def warm_up_command(self) -> Command:
+        warm_up = self.settings.warm_up
+        return self.recorded(self.commands.train(self.pre_trained(), self.args.bert_model, "warm_up",
+                                                 warm_up.of(warm_up.learning_rates[0], 42), FINETUNE))
 
     def general_commands(self, size: str) -> list[Command]:
         """The commands that make a general student; none if the settings name an existing one."""
@@ -162,6 +164,12 @@ class Study:
                 ["--distill_model", "simplified", "--teacher_model", self.pre_trained()]),
                 {"general student": directory}))
         return commands
+
+    def check_starts(self, sizes: list[str]) -> None:
+        """Raise UserError if a recorded general student, or the warm-up, was made with other settings."""
+        commands = [command for size in sizes for command in self.general_commands(size)]
+        for command in [*commands, *([self.warm_up_command()] if self.warms_up() else [])]:
+            self.records.read_of(command.name, command.words)
 
     def general_student(self, size: str) -> Path:
         """Directory of the model from which the students of a shape start."""

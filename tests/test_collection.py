@@ -43,12 +43,32 @@ def test_from_documents_to_the_report(golden_models, tmp_path, setting):
     student = json.loads((out / "student-standard" / "run.json").read_text())
     assert student["arguments"]["teacher_model"] == str(out / "teacher" / "best")
 
+    ranked = [line.split() for line in (out / "bm25.trec").read_text().splitlines()]
+    candidates = {}
+    for line in (tmp_path / "raw" / "bm25.test.txt").read_text().splitlines():
+        candidates.setdefault(line.split()[0], []).append(line.split()[2])
+    assert len(ranked) == 10 * 5                        # the row BM25 has the same documents as the others
+    assert all(document in candidates[query][:5] for query, _, document, *_ in ranked)
+    assert json.loads((out / "report" / "report.json").read_text())["systems"][0]["run"] == str(out / "bm25.trec")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     (out / "run-standard.trec").unlink()                # as after an interruption: only this file is made again
     again = chain(tmp_path / "raw", out, **setting)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("\n== ") + again.stderr.startswith("== ") == 1 and "convert_to_trec" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before
+    check_other_inputs(tmp_path / "raw", out, setting)
+
+
+def check_other_inputs(collection, out, setting):
+    """Results are never combined with those of other settings or files."""
+    for changed, part in (({"DEPTH": "3"}, "DEPTH was '5', is '3'"), ({"TRAIN_FLAGS": "--seed 1"}, "TRAIN_FLAGS was"),
+                          ({"TEACHER_MODEL": setting["BERT_MODEL"]}, "TEACHER_MODEL was ''")):
+        done = chain(collection, out, **setting | changed)
+        assert done.returncode == 2 and f"{out}: was started with other inputs" in done.stderr and part in done.stderr
+    qrels = collection / "qrels.test.txt"
+    qrels.write_text("".join(qrels.read_text().splitlines(keepends=True)[1:]))
+    done = chain(collection, out, **setting)
+    assert done.returncode == 2 and "qrels.test was {" in done.stderr and "\n== " not in done.stderr
 
 
 @pytest.mark.slow
@@ -95,16 +115,32 @@ def test_wrong_calls(golden_models, tmp_path):
     done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(tmp_path / "none"))
     assert done.returncode == 2 and "none" in done.stderr and "Traceback" not in done.stderr
     other = other_words(golden_models["student_2x24"], tmp_path / "other")
-    for setting, part in (({"METHODS": "finetune tinybrt"}, "tinybrt"), ({"MEASURES": "nDCG@10 XY"}, "XY"),
+    for setting, part in (({"METHODS": "finetune tinybrt"}, "tinybrt"), ({"METHODS": " "}, "METHODS="),
+                          ({"METHODS": "standard standard"}, "METHODS=standard standard"),
+                          ({"MEASURES": "nDCG@10 XY"}, "XY"),
                           ({"STUDENT_LAYERS": "3"}, "4 layers"), ({"STUDENT_MODEL": str(other)}, str(other))):
         done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(golden_models["teacher"]), **setting)
         assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
 
 
+def test_all_files_are_checked_before_anything_is_made(golden_models, tmp_path):
+    write_collection(tmp_path / "raw")
+    for name, line in (("qrels.dev.txt", "q1 0 D1\n"), ("queries.train.tsv", "q 1\n")):
+        (tmp_path / "raw" / name).write_text(line)
+    done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(golden_models["teacher"]))
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+    assert "qrels.dev.txt:1: found 3 columns" in done.stderr and "queries.train.tsv:1: " in done.stderr
+    (tmp_path / "file").write_text("")
+    done = chain(tmp_path / "raw", tmp_path / "file")
+    assert done.returncode == 2 and "file: is a file; name a directory" in done.stderr
+
+
 def test_all_settings_are_checked_before_anything_is_made(golden_models, tmp_path):
     write_collection(tmp_path / "raw")
     (tmp_path / "raw" / "qrels.test.txt").write_text("q20 0 D20 5\n")
+    done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(golden_models["teacher"]), PROCESSES="9")
+    assert done.returncode == 2 and "--train_batch_size 8: expected 1 or more for each of 9 processes" in done.stderr
     done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(golden_models["teacher"]), STUDENT_LAYERS="two",
                  DEPTH="0", EVAL_STEP="08", PROCESSES="-1", MAX_SEQ_LENGTH="1e3", DEVICE="gpu", MEASURES="ERR@10\nXY",
                  PASSAGE_FLAGS="--title\n--windw 3", TRAIN_FLAGS="--warmup_proportion 2", GENERAL_FLAGS="--epochs 2")

@@ -299,7 +299,7 @@ def unread(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("bert_config.json", None, "bert_config.json: .*--bert_config"),
     ("bert_config.json", "{", "bert_config.json: is not a valid"),
-    ("vocab.txt", None, "vocab.txt: .*--vocab"),
+    ("vocab.txt", None, "vocab.txt: .*--vocab"), ("tokenizer.json", "{}", "also holds tokenizer.json, which replaces"),
     ("vocab.txt", "a\nb\n", "lacks .UNK., .CLS., .SEP."),
     ("vocab.txt", "\n".join([*tiny_vocabulary(), "more"]),
      "vocab.txt: has 201 tokens, but the embedding matrix has 200 rows .*bert_config.json"),

@@ -3,11 +3,16 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import loss_terms, random_rows, write_features
+from conftest import ROOT, loss_terms, random_rows, write_features
 from helpers.reranking import arguments as rerank_arguments
 from helpers.training import arguments, assert_same_student, dev_set, torchrun, with_dropout, without_speed
 from hypothesis import given, settings
@@ -245,6 +250,38 @@ def test_an_incomplete_torchrun_environment_is_refused(monkeypatch):
     with pytest.raises(UserError, match="WORLD_SIZE is 2, .*: RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"), \
             process_group(torch.device("cpu")):
         pass
+
+
+@pytest.mark.parametrize(("rank", "port"), [(2, "29500"), (0, "abc")])
+def test_a_wrong_torchrun_environment_is_refused(monkeypatch, rank, port):
+    set_environment(monkeypatch, WORLD_SIZE=2, RANK=rank, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    with pytest.raises(UserError, match=f"RANK is {rank}, WORLD_SIZE 2, MASTER_PORT {port}; expected"), \
+            process_group(torch.device("cpu")):
+        pass
+
+
+def test_a_process_that_waits_for_others_can_be_stopped():
+    """While it waits, Python handles no signals."""
+    code = """
+import torch
+from simplified_tinybert.common.files import run_main
+from simplified_tinybert.common.processes import process_group
+def main():
+    print("started", flush=True)
+    with process_group(torch.device("cpu")):
+        pass
+run_main(main)
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                                "MASTER_PORT": str(port)}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"started\n"
+        time.sleep(1)
+        process.terminate()
+        assert process.wait(timeout=30) in (-signal.SIGTERM, 143)
 
 
 def test_apex_is_refused_with_several_processes(golden_models, tmp_path, run_here, monkeypatch):

@@ -20,11 +20,12 @@ from experiments import evaluation
 from experiments.commands import Commands
 from experiments.cropped_queries import examples, sample_texts
 from experiments.model_records import Records, weights_sha256
-from experiments.running import Command, run_all
-from experiments.settings import Training, divisor_at_least, keep_inputs, read_settings
-from experiments.study import extension
+from experiments.running import Command, comparable, run_all
+from experiments.settings import Training, divisor_at_least, read_settings
+from experiments.study import Study, extension
 from simplified_tinybert.common.files import Problems, UserError
 from simplified_tinybert.common.workers import available_cores
+from simplified_tinybert.data.collection_directory import keep_inputs
 from simplified_tinybert.ranking.trec import read_qrels
 
 
@@ -88,7 +89,7 @@ def test_the_checksum_of_sharded_weights_is_over_all_bytes(tmp_path):
 def test_commands_end_with_a_study_that_is_killed(tmp_path):
     endless = "import os, time; open('pid.tmp', 'w').write(str(os.getpid())); os.rename('pid.tmp', 'pid'); " \
               "time.sleep(600)"
-    code = f"import sys; from pathlib import Path; from experiments.running import Command, run_all; " \
+    code = f"import sys; from pathlib import Path; from experiments.running import Command, comparable, run_all; " \
            f"run_all('x', [Command('a', Path('a'), [sys.executable, '-c', {endless!r}])], 1, Path('.'))"
     study = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.DEVNULL,
                              env=os.environ | {"PYTHONPATH": str(ROOT)})
@@ -147,6 +148,31 @@ def test_inputs_are_fixed_once_something_is_made(tmp_path):
         keep_inputs(path, {"docs": 2, "dev_queries": 5}, made=True)
     with pytest.raises(UserError, match="docs was 2, is 3"):
         keep_inputs(path, {"docs": 3}, made=True)
+
+
+def test_a_recorded_general_student_keeps_its_settings(tmp_path, golden_models):
+    """Otherwise, students of two general students would be compared."""
+    (tmp_path / "small.toml").write_text(SETTINGS)
+    settings = read_settings(tmp_path / "small.toml", Problems())
+    args = SimpleNamespace(settings=tmp_path / "small.toml", output_dir=tmp_path, records=tmp_path / "records",
+                           collection=tmp_path, bert_model=golden_models["teacher"], teacher_model=None, device="cpu")
+    study = Study(args, settings, {"qrels.dev": tmp_path / "qrels"})
+    study.commands.segments = lambda texts: 30
+    study.commands.counts["warm_up"] = 24
+    size, = study.sizes.values()
+    general, _ = study.general_commands(size)
+    for command in (general, study.warm_up_command()):
+        (tmp_path / "records").mkdir(exist_ok=True)
+        study.records.write(command.name, {"command": comparable(command.words, study.records.named_paths)})
+    study.check_starts([size])
+    for part, name, value in ((study.shapes[size], "general_learning_rate", 2e-2),
+                              (study.settings.general, "pairs", 20), (study.settings.warm_up, "flags", "--seed 1")):
+        before = getattr(part, name)
+        setattr(part, name, value)
+        with pytest.raises(UserError, match="was made by another command"):
+            study.check_starts([size])
+        setattr(part, name, before)
+    study.check_starts([size])
 
 
 def test_trials_are_shares_of_the_budget():

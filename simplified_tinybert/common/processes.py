@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simplified_tinybert.common.files import UserError, process_count, process_number, reason
+from simplified_tinybert.common.signals import signals_unhandled
 
 if TYPE_CHECKING:
     from simplified_tinybert.data.features import Examples
@@ -125,14 +126,19 @@ def process_group(device: torch.device) -> Iterator[Processes]:
     if missing:
         raise UserError(f"WORLD_SIZE is {count}, but these are not set: {', '.join(missing)}; start several processes "
                         f"with torchrun, or unset WORLD_SIZE to run one")
+    rank, port = process_number("RANK"), os.environ["MASTER_PORT"]
+    if rank >= count or not port.isdecimal():
+        raise UserError(f"RANK is {rank}, WORLD_SIZE {count}, MASTER_PORT {port}; expected a rank below WORLD_SIZE and "
+                        f"the number of a port, as torchrun sets them")
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     try:
         # GPUs exchange something every few seconds: a hung one should not idle the others for hours. But the others
         # wait long while the first process of a machine tokenizes a corpus. torchrun detects processes that died.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=GPU_TIMEOUT if cuda else LONG_TIMEOUT,
-                                device_id=device if cuda else None)
+        with signals_unhandled():                       # Python would not handle them before all processes have come
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=GPU_TIMEOUT if cuda else LONG_TIMEOUT,
+                                    device_id=device if cuda else None)
         waiting = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
         processes = Processes(process_number("RANK"), process_number("LOCAL_RANK"), count, device, waiting)
         yield processes

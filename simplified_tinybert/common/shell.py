@@ -4,11 +4,12 @@
 
 Each NAME=VALUE is checked by its rule in RULES. Each SCRIPT.py parses the arguments that it will get later. HOW names
 the function of the script that makes further checks: check_numbers or check_settings; "parse" means no such function.
-With METHODS, the models of the steps of collection.sh must also fit together. All errors are printed together, with
-exit code 2.
+With COLLECTION (collection.sh), its files are read, the models of all steps must fit together, and the directory OUT
+must not hold results of other inputs. All errors are printed together, with exit code 2.
 """
 import copy
 import io
+import os
 import re
 import runpy
 import sys
@@ -20,8 +21,11 @@ import torch
 
 from simplified_tinybert.common.compatibility import check_pair, find_models
 from simplified_tinybert.common.files import Problems, check_input_file, run_main
+from simplified_tinybert.common.records import file_identity
+from simplified_tinybert.data.collection_directory import check_collection, find_files, keep_inputs
 from simplified_tinybert.model.pretrained import load_cross_encoder, load_ranker
 from simplified_tinybert.model.tokenizer_files import load_vocabulary
+from simplified_tinybert.model.weights import model_checksum
 from simplified_tinybert.ranking.aggregation import NAMES, find_aggregation
 from simplified_tinybert.ranking.measures import check_grades, parse_measures
 from simplified_tinybert.ranking.trec import parse_score, read_qrels, read_run
@@ -43,7 +47,10 @@ RULES = {
     "NUM_TRAIN_EPOCHS": (lambda value: parse_score(value) > 0, "a number above 0"),
     **dict.fromkeys(("PROCESSES", "STUDENT_LAYERS", "DEPTH", "EVAL_STEP", "TRAIN_BATCH_SIZE", "TRAIN_LOSS_STEP",
                      "SAVE_MODEL_STEP"), POSITIVE)}
+ANY = (lambda value: True, "")
+RULES |= dict.fromkeys(("PASSAGE_FLAGS", "SAMPLE_FLAGS", "TRAIN_FLAGS", "TEACHER_FLAGS", "GENERAL_FLAGS"), ANY)
 NO_FLAG = (lambda value: not value.startswith("-"), "a name that does not begin with '-'; put ./ before it")
+RECORDED = ("STUDENT_LAYERS", "MAX_SEQ_LENGTH", "DEPTH", "EVAL_STEP")          # also change what collection.sh makes
 FILES = {"FEATURES_FILE": "features", "TRAIN_EXAMPLES": "examples", "TEST_PAIRS": "pairs", "QRELS_FILE": "judgements",
          "RUN_FILE": "run"}
 
@@ -69,7 +76,10 @@ def check_variables(variables: dict[str, str], problems: Problems) -> None:
 
 
 def check_command(how: str, name: str, arguments: list[str], length: int | None, problems: Problems) -> None:
-    """Check the arguments of a script, and that its models can read `length` tokens."""
+    """Check the arguments of a script, and that its models can read `length` tokens.
+
+    $WORLD_SIZE is the number of processes in which the script will run.
+    """
     script = runpy.run_path(str(ROOT / name))
     messages, original = io.StringIO(), sys.argv
     sys.argv = [name, *arguments]
@@ -91,13 +101,18 @@ def check_command(how: str, name: str, arguments: list[str], length: int | None,
                              f"MAX_SEQ_LENGTH={positions} or less")
 
 
-def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: list[str], fine_tuned: bool) -> None:
+def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: list[str],
+                fine_tuned: bool) -> dict[str, str]:
     """Check that the steps of collection.sh fit together, before the first one starts. Raises UserError.
+
+    Returns the checksums of the models.
 
     new_layers: number of layers of a general student to be made from the named model; 0 if it exists already.
     fine_tuned: the teacher exists already; otherwise it will be made from the named model.
     """
     problems = Problems()
+    if len(set(methods)) < max(1, len(methods)):
+        problems.add(f"METHODS={' '.join(methods)}: expected one or more different methods of {' '.join(METHODS)}")
     for method in methods:
         if method not in METHODS:
             problems.add(f"METHODS: unknown method {method}; expected some of {' '.join(METHODS)}")
@@ -118,6 +133,23 @@ def check_chain(teacher_name: str, student_name: str, new_layers: int, methods: 
     load_ranker(teacher_dir, teacher, None if fine_tuned else torch.Generator())
     if student_dir != teacher_dir:                      # new students take no head from the named model
         (load_cross_encoder if new_layers else load_ranker)(student_dir, models["student"].config, torch.Generator())
+    return {f"{role} model": model_checksum(model.directory) for role, model in models.items()}
+
+
+def check_collection_run(variables: dict[str, str]) -> None:
+    """Check files and models of collection.sh, and that OUT holds no results of other inputs. Raises UserError."""
+    problems, out = Problems(), Path(variables["OUT"])
+    files = find_files(Path(variables["COLLECTION"]), problems)
+    check_collection(files, out, problems)
+    problems.raise_if_any()
+    bert, teacher, student = (variables[f"{role}_MODEL"] for role in ("BERT", "TEACHER", "STUDENT"))
+    models = check_chain(teacher or bert, student or bert, 0 if student else int(variables["STUDENT_LAYERS"]),
+                         variables["METHODS"].split(), bool(teacher))
+    inputs = {name: variables[name] for name in variables if name.endswith(("_MODEL", "_FLAGS")) or name in RECORDED}
+    inputs |= models | {name: file_identity(path) for name, path in files.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    made = any(path.name not in ("cache", "inputs.json") for path in out.iterdir() if not path.name.startswith("."))
+    keep_inputs(out / "inputs.json", inputs, made)
 
 
 def main() -> None:
@@ -127,14 +159,14 @@ def main() -> None:
     # Existing feature files have their own length.
     length = variables.get("MAX_SEQ_LENGTH", "") if "FEATURES_FILE" not in variables else ""
     length = int(length) if RULES["MAX_SEQ_LENGTH"][0](length) else None
+    if RULES["PROCESSES"][0](variables.get("PROCESSES", "")):
+        os.environ["WORLD_SIZE"] = variables["PROCESSES"]
     for how, name, *arguments in commands:
         with problems.collect():
             check_command(how, name, arguments, length, problems)
     problems.raise_if_any()
-    if "METHODS" in variables:                          # collection.sh
-        bert, teacher, student = (variables[f"{role}_MODEL"] for role in ("BERT", "TEACHER", "STUDENT"))
-        check_chain(teacher or bert, student or bert, 0 if student else int(variables["STUDENT_LAYERS"]),
-                    variables["METHODS"].split(), bool(teacher))
+    if "COLLECTION" in variables:
+        check_collection_run(variables)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,17 @@ def raise_for(number: int) -> None:
 
 
 @contextmanager
+def signals_unhandled() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the process at once, without a clean-up: nothing may have been begun yet."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def signals_delayed() -> Iterator[None]:
     """Delay SIGINT and SIGTERM until the body has finished. Processes started in it never receive them."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)       # for this thread; others still receive them

@@ -91,6 +91,14 @@ def _check_config(path: Path, config: BertConfig, problems: Problems) -> None:
     if config.hidden_size % config.num_attention_heads:
         problems.add(f"{path}: hidden_size is {config.hidden_size}; expected a multiple of num_attention_heads, "
                      f"{config.num_attention_heads}")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+        if not 0 <= (getattr(config, name) or 0.0) <= 1:
+            problems.add(f"{path}: {name} is {getattr(config, name)}; expected a probability")
+    if not config.initializer_range >= 0:
+        problems.add(f"{path}: initializer_range is {config.initializer_range}; expected 0 or more")
+    if not -config.vocab_size <= (config.pad_token_id or 0) < config.vocab_size:
+        problems.add(f"{path}: pad_token_id is {config.pad_token_id}; expected the id of a token, below "
+                     f"{config.vocab_size}, or null")
     if not 0 <= config.layer_norm_eps < 1:
         problems.add(f"{path}: layer_norm_eps is {config.layer_norm_eps}; expected a small number, such as 1e-12")
 
