@@ -19,7 +19,7 @@ from simplified_tinybert.model.bert import count_parameters
 
 RESULTS = ROOT / "experiments" / "results"
 SUMMARY = RESULTS / "summary.json"
-STUDIES = {"replication.md": ["worldtree", "squad-sentences", "example"],
+STUDIES = {"replication.md": ["worldtree", "ablations", "squad-sentences", "example"],
            "replication-nfcorpus.md": ["cranfield", "nfcorpus", "nfcorpus-cold"]}
 
 
@@ -188,24 +188,48 @@ def test_the_second_collection_is_reported_as_recorded():
     assert {len(system["seeds"]["nDCG@10"]) for system in results["systems"] if system["shape"] == "3/384"} == {2}
 
 
-def test_the_study_of_the_example_is_reported_as_recorded():
-    text = (ROOT / "docs" / "replication.md").read_text().partition("## Labels, padding")[2].partition("<!--")[0]
-    results, text = json.loads((RESULTS / "example.json").read_text()), text.replace("−", "-")
+@pytest.mark.parametrize(("section", "name", "shape", "better"), [
+    ("## Labels, padding", "example", "3/192", ["simplified-masked", "simplified-listwise"]),
+    ("## Hard labels", "ablations", "3/384",
+     ["simplified-masked", "without-hard", "without-soft", "simplified-listwise"])])
+def test_changes_to_the_proposed_method_are_reported_as_recorded(section, name, shape, better):
+    text = (ROOT / "docs" / "replication.md").read_text().partition(section)[2].partition("<!--")[0]
+    results, text = json.loads((RESULTS / f"{name}.json").read_text()), text.replace("−", "-")
     means = {system["name"]: statistics.fmean(system["seeds"]["nDCG@10"]) for system in results["systems"]}
-    compared = results["comparisons"]["3/192 simplified-masked"]["nDCG@10"]
-    for method, title in (("simplified-listwise", "with the listwise loss"), ("without-hard", "without hard labels"),
-                          ("simplified", "with the original's padding"), ("simplified-margin", "with the margin loss")):
-        found = compared[f"3/192 {method}"]
+    compared = results["comparisons"][f"{shape} simplified-masked"]["nDCG@10"]
+    titles = {"simplified-listwise": "with the listwise loss", "simplified-margin": "with the margin loss",
+              "without-hard": "without hard labels", "without-soft": "without soft labels",
+              "simplified": "with the original's padding"}
+    for system, found in compared.items():
         low, high = found["interval"]
         p = "< 0.001" if (value := found["holm"]["t-test"]) < 0.001 else f"{value:.3f}"
         difference = f"{found['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
-        assert f"| {title} | {means[f'3/192 {method}']:.4f} | {difference} | {p} |" in text
+        assert f"| {titles[system.partition(' ')[2]]} | {means[system]:.4f} | {difference} | {p} |" in text
     words = " ".join(text.split())
-    assert (f"BM25 has {means['BM25']:.4f}, the teacher {means['teacher']:.4f}, Simplified TinyBERT (padding masked) "
-            f"{means['3/192 simplified-masked']:.4f}:") in words
-    minus_bm25 = results["comparisons"]["BM25"]["nDCG@10"]
-    better = [name for name, found in minus_bm25.items() if found["holm"]["t-test"] < 0.05]
-    assert better == ["teacher", "3/192 simplified-masked", "3/192 simplified-listwise"]
+    assert f"BM25 has {means['BM25']:.4f}, the teacher {means['teacher']:.4f}, " in words
+    assert f" {means[f'{shape} simplified-masked']:.4f}" in words
+    found = [system for system, found in results["comparisons"]["BM25"]["nDCG@10"].items()
+             if found["holm"]["t-test"] < 0.05]
+    assert found == ["teacher", *(f"{shape} {method}" for method in better)]
+
+
+def test_one_stage_and_margins_are_reported_as_recorded():
+    text = (ROOT / "docs" / "replication.md").read_text().partition("## Hard labels")[2].partition("<!--")[0]
+    words, records = " ".join(text.replace("−", "-").split()), Records(RESULTS / "worldtree", {})
+    one_stage, two_stages = (records.read(f"3-384-{name}-seed1")["test"]["nDCG@10"]
+                             for name in ("without-hard-0.0004", "tinybert-0.0001"))
+    found = stats.ttest_rel(one_stage, two_stages)
+    low, high = found.confidence_interval()
+    assert f"TinyBERT has {statistics.fmean(two_stages):.4f} with this seed" in words
+    assert (f"{statistics.fmean(one_stage) - statistics.fmean(two_stages):+.4f} ({low:+.4f} to {high:+.4f}), which is "
+            f"not significant (p = {found.pvalue:.3f})") in words
+    rows = records.read("3-384-simplified-margin-0.0004-seed1")["losses"]
+    margin, attention, hard, soft = (statistics.median(row[f"{term}_grad"] for row in rows)
+                                     for term in ("margin", "att", "hard", "soft"))
+    assert (f"norm is {margin:.0f}. For attention, it is {attention:.1f}, for hard labels {hard:.1f}, for soft labels "
+            f"{soft:.1f}.") in words
+    teacher = records.read("teacher-5e-05-seed1")
+    assert records.read("3-384-without-hard-0.0004-seed1")["made_of"]["teacher"] == teacher["sha256"]
 
 
 def test_a_document_without_the_markers(tmp_path):
