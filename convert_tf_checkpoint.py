@@ -36,8 +36,8 @@ from simplified_tinybert.common.text import failed_download
 from simplified_tinybert.model.bert import CrossEncoder, describe
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.pretrained import save_cross_encoder
-from simplified_tinybert.model.tokenizer_files import load_vocabulary
-from simplified_tinybert.model.vocabulary import Vocabulary
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
+from simplified_tinybert.tokenization.vocabulary import Vocabulary
 from simplified_tinybert.training.checkpoints import check_output_dir
 
 SKIPPED = {"Adam's slots": re.compile(r"(.*/)?adam_[mv]"), "global_step": re.compile("global_step"),

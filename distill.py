@@ -52,15 +52,14 @@ from simplified_tinybert.data.features import FeatureSummary, summarise
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.model.pretrained import fit_projections, load_ranker, save_cross_encoder
-from simplified_tinybert.model.tokenizer_files import has_vocabulary
 from simplified_tinybert.model.weights import model_checksum
 from simplified_tinybert.ranking.teacher_scores import SCORE_TYPES, read_teacher_scores
+from simplified_tinybert.tokenization.tokenizer_files import has_vocabulary
 from simplified_tinybert.training import settings as training_settings
 from simplified_tinybert.training.batches import check_queries, number_queries
-from simplified_tinybert.training.checkpoints import name_way_out
+from simplified_tinybert.training.checkpoints import find_run, name_way_out, output_run
 from simplified_tinybert.training.description import describe_run, model_card
 from simplified_tinybert.training.objective import METHODS, ObjectiveSettings
-from simplified_tinybert.training.output_directory import find_run, output_run
 from simplified_tinybert.training.settings import Stage, TrainingSettings, make_stages, runs_teacher, uses
 from simplified_tinybert.training.trainer import Trainer, TrainingSet
 from simplified_tinybert.training.validation import DevSet, find_dev_set, sample_of, scores_of, warn_of_chance

@@ -47,14 +47,13 @@ from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.compression import compress
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.precision import select_precision, warn_if_slow
-from simplified_tinybert.model.tokenizer_files import load_vocabulary
-from simplified_tinybert.model.vocabulary import Vocabulary
 from simplified_tinybert.model.weights import model_checksum
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
+from simplified_tinybert.tokenization.vocabulary import Vocabulary
 from simplified_tinybert.training import settings as training_settings
-from simplified_tinybert.training.checkpoints import name_way_out
+from simplified_tinybert.training.checkpoints import find_run, name_way_out, output_run
 from simplified_tinybert.training.description import describe_run, general_card
 from simplified_tinybert.training.objective import ObjectiveSettings
-from simplified_tinybert.training.output_directory import find_run, output_run
 from simplified_tinybert.training.settings import Stage, TrainingSettings
 from simplified_tinybert.training.trainer import Trainer, TrainingSet
 

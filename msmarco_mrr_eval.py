@@ -31,8 +31,8 @@ from pathlib import Path
 
 from simplified_tinybert.common.files import Problems, check_ranges, run_main, say
 from simplified_tinybert.ranking.measures import Evaluation, check_grades, evaluate, parse_measures, say_gaps
+from simplified_tinybert.ranking.presentation import markdown
 from simplified_tinybert.ranking.significance import EXACT_QUERIES, LEVEL, PERMUTATIONS, TESTS, compare_pairs
-from simplified_tinybert.ranking.tables import markdown
 from simplified_tinybert.ranking.trec import first_ten, read_runs
 
 ROW = "#####################"

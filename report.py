@@ -36,11 +36,10 @@ from simplified_tinybert.common.text import argument_text
 from simplified_tinybert.data.features import Examples, FeatureSummary, summarise
 from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.ranking.measures import check_grades, choose_measures
-from simplified_tinybert.ranking.plots import Point, effectiveness_figure, save
+from simplified_tinybert.ranking.presentation import Point, effectiveness_figure, latex, markdown, number, save
 from simplified_tinybert.ranking.significance import LEVEL, PERMUTATIONS, TESTS, Comparison, compare_pairs
 from simplified_tinybert.ranking.speed import SPEED_PAIRS, machine, sample_pairs
 from simplified_tinybert.ranking.systems import System, evaluate_systems, find_systems, measure_systems
-from simplified_tinybert.ranking.tables import latex, markdown, number
 from simplified_tinybert.ranking.trec import read_runs
 
 NONE = "–"

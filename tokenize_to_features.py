@@ -38,10 +38,10 @@ from simplified_tinybert.common.records import record_file
 from simplified_tinybert.common.text import lines_of, open_binary, read_blocks, read_lines
 from simplified_tinybert.common.workers import MAX_WORKERS, default_workers, map_in_order
 from simplified_tinybert.data.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
-from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize, words_suffice
 from simplified_tinybert.model.hub import find_model
-from simplified_tinybert.model.tokenizer_files import load_vocabulary
-from simplified_tinybert.model.vocabulary import Vocabulary
+from simplified_tinybert.tokenization.pairs import CachedTokenizer, tokenize, words_suffice
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
+from simplified_tinybert.tokenization.vocabulary import Vocabulary
 
 PAIR_COLUMNS = "query_id#passage_id, query, passage (, label)"
 COLUMNS = {"train": "index, query, passage, label", "dev": PAIR_COLUMNS, "test": PAIR_COLUMNS}

@@ -23,8 +23,8 @@ from simplified_tinybert.common.device import (
     select_device,
 )
 from simplified_tinybert.common.files import atomic_writer, say
+from simplified_tinybert.ranking.presentation import number
 from simplified_tinybert.ranking.speed import seconds
-from simplified_tinybert.ranking.tables import number
 
 ROOT = Path(__file__).resolve().parent.parent
 M_MMAP_THRESHOLD = -3       # from glibc's malloc.h

@@ -40,8 +40,8 @@ from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model.batch import Batch
 from simplified_tinybert.model.precision import warn_if_slow
 from simplified_tinybert.model.pretrained import read_config
+from simplified_tinybert.ranking.presentation import markdown
 from simplified_tinybert.ranking.speed import machine, seconds
-from simplified_tinybert.ranking.tables import markdown
 
 BATCH = {"cpu": {384: 32, 768: 16}, "cuda": {384: 64, 768: 64}}
 STEPS = {"cpu": 1, "cuda": 10}          # that are timed together

@@ -12,14 +12,14 @@ from transformers import BertConfig
 
 from benchmarks.common import ROOT
 from simplified_tinybert.data.features import Examples
-from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize
 from simplified_tinybert.model.batch import Batch
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.cpu_linear import pack_linear_layers
 from simplified_tinybert.model.precision import autocast, cast_linear_layers
 from simplified_tinybert.model.pretrained import fit_projections, initialise, load_cross_encoder, save_cross_encoder
-from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.ranking import scoring
+from simplified_tinybert.tokenization.pairs import CachedTokenizer, tokenize
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
 from simplified_tinybert.training.batches import epoch_batches
 from simplified_tinybert.training.objective import ObjectiveSettings, objective, stage_weights, total_loss
 from simplified_tinybert.training.optimizer import BertAdam, decay_groups

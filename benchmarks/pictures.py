@@ -3,8 +3,7 @@ from dataclasses import dataclass, field
 from math import exp, inf, log
 from pathlib import Path
 
-from simplified_tinybert.ranking.plots import FAINT, INK, new_figure, plain_ticks, save, style
-from simplified_tinybert.ranking.tables import number
+from simplified_tinybert.ranking.presentation import FAINT, INK, new_figure, number, plain_ticks, save, style
 
 COLOURS = {"original": "#8c8c8c", "sentence-transformers": "#d9822b", "sentence-transformers, bf16": "#e8b27a",
            "ours": "#1f6fb4", "ours, int8": "#b4457a", "ours, from texts": "#6ba3d6", "ours, bf16": "#2a9d6f",

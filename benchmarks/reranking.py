@@ -48,8 +48,8 @@ from benchmarks.ways import (
 )
 from simplified_tinybert.common.files import run_main, say
 from simplified_tinybert.model.pretrained import read_config
+from simplified_tinybert.ranking.presentation import markdown, number
 from simplified_tinybert.ranking.speed import machine
-from simplified_tinybert.ranking.tables import markdown, number
 
 PAIRS = {"cpu": {"3x384": 200, "6x768": 32, "12x768": 24}, "cuda": {"3x384": 8192, "6x768": 4096, "12x768": 4096}}
 LENGTHS, NONE = (64, 128, 256, 512), "–"

@@ -31,7 +31,7 @@ from simplified_tinybert.model import bert  # noqa: E402
 from simplified_tinybert.model.bert import CrossEncoder  # noqa: E402
 from simplified_tinybert.model.pretrained import fit_projections  # noqa: E402
 from simplified_tinybert.ranking import scoring  # noqa: E402
-from simplified_tinybert.ranking.tables import markdown, number  # noqa: E402
+from simplified_tinybert.ranking.presentation import markdown, number  # noqa: E402
 
 
 @dataclass(frozen=True)

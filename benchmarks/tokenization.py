@@ -28,8 +28,8 @@ from benchmarks import common, ours, pictures, samples
 from simplified_tinybert.common.device import select_device
 from simplified_tinybert.common.files import UserError, run_main, say
 from simplified_tinybert.data.features import read_chunks
+from simplified_tinybert.ranking.presentation import markdown
 from simplified_tinybert.ranking.speed import machine
-from simplified_tinybert.ranking.tables import markdown
 
 FEW_PAIRS = 10          # take little longer than the start-up
 WAYS = ("original", "ours")

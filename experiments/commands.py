@@ -13,7 +13,7 @@ from simplified_tinybert.data.corpus import check_corpus, map_corpus
 from simplified_tinybert.data.features import summarise
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
-from simplified_tinybert.model.tokenizer_files import load_vocabulary
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG_ROWS = 20                   # rows in the log of a training run; as many checkpoints

@@ -21,8 +21,8 @@ from pathlib import Path
 from experiments.pictures import TERMS, effectiveness_picture, losses_picture, title
 from experiments.summary import write_summary
 from simplified_tinybert.common.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
+from simplified_tinybert.ranking.presentation import markdown, number
 from simplified_tinybert.ranking.significance import LEVEL
-from simplified_tinybert.ranking.tables import markdown, number
 
 NONE, TEST, UNDECIDED = "–", "t-test", "not significant"
 

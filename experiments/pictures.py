@@ -2,7 +2,7 @@
 import statistics
 from pathlib import Path
 
-from simplified_tinybert.ranking.plots import INK, LINE, TEACHER, new_figure, plain_ticks, save, style
+from simplified_tinybert.ranking.presentation import INK, LINE, TEACHER, new_figure, plain_ticks, save, style
 
 TERMS = {"att": ("attention", "#d9822b"), "rep": ("hidden", "#1f6fb4"), "soft": ("soft", "#3a9d5d"),
          "hard": ("hard", "#8c4fb0")}

@@ -40,8 +40,8 @@ from simplified_tinybert.common.processes import locked
 from simplified_tinybert.common.records import file_identity
 from simplified_tinybert.common.workers import available_cores
 from simplified_tinybert.data.collection_directory import check_collection, find_files, keep_inputs
-from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.weights import weights_checksum
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
 
 
 def parse_args() -> argparse.Namespace:

@@ -20,7 +20,7 @@ from simplified_tinybert.common.processes import FULL_BATCH
 from simplified_tinybert.data import features
 from simplified_tinybert.data.features import Examples, FeatureWriter
 from simplified_tinybert.model.batch import Batch
-from simplified_tinybert.model.vocabulary import Vocabulary, bert_vocabulary
+from simplified_tinybert.tokenization.vocabulary import Vocabulary, bert_vocabulary
 from simplified_tinybert.training.objective import ObjectiveSettings, mean_over, objective, total_loss
 from simplified_tinybert.training.trainer import Trainer
 

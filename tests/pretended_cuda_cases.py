@@ -34,8 +34,8 @@ from simplified_tinybert.model.pretrained import fit_projections  # noqa: E402
 from simplified_tinybert.ranking import scoring  # noqa: E402
 from simplified_tinybert.training import checkpoints, log, losses, optimizer, validation  # noqa: E402
 from simplified_tinybert.training import trainer as training  # noqa: E402
+from simplified_tinybert.training.checkpoints import TrainingRun  # noqa: E402
 from simplified_tinybert.training.objective import ObjectiveSettings, stage_weights  # noqa: E402
-from simplified_tinybert.training.output_directory import TrainingRun  # noqa: E402
 from simplified_tinybert.training.settings import Stage, TrainingSettings  # noqa: E402
 
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -16,7 +16,7 @@ from helpers.golden import golden_name
 from benchmarks import common, original, original_tokenizer, ours, samples
 from simplified_tinybert.data.features import read_chunks
 from simplified_tinybert.model.pretrained import load_cross_encoder, read_config, save_cross_encoder
-from simplified_tinybert.ranking.tables import number
+from simplified_tinybert.ranking.presentation import number
 from simplified_tinybert.training.optimizer import linear_warmup_decay
 
 VOCABULARY = DATA / "bert-base-uncased-vocab.txt"

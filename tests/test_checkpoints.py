@@ -24,14 +24,14 @@ from transformers import (
 
 from simplified_tinybert.common.files import UserError
 from simplified_tinybert.data.features import Examples
-from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize
 from simplified_tinybert.model.batch import Batch
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.pretrained import fit_projections, load_cross_encoder, save_cross_encoder
-from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.weights import canonical_names, weight_files, weights_checksum
+from simplified_tinybert.tokenization.pairs import CachedTokenizer, tokenize
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
 
 NAME = "student_2x24"
 WEIGHTS, CONFIG = load_file(DATA / f"{NAME}.safetensors"), json.loads((DATA / f"{NAME}.config.json").read_text())

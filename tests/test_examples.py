@@ -13,8 +13,8 @@ from examples import build_collection, docstring_collection, docstrings
 from simplified_tinybert.common.files import Problems
 from simplified_tinybert.model.batch import Batch
 from simplified_tinybert.model.pretrained import load_cross_encoder, read_config
-from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.ranking.trec import read_qrels, read_run
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
 from tokenize_to_features import check_pairs
 
 EXAMPLES = ROOT / "examples"

@@ -17,8 +17,8 @@ import distill
 import general_distill
 from simplified_tinybert.common.files import Problems, UserError
 from simplified_tinybert.data.corpus import COLUMNS, check_corpus, documents, map_corpus, segments
-from simplified_tinybert.data.tokenization import CachedTokenizer
 from simplified_tinybert.model.pretrained import load_cross_encoder
+from simplified_tinybert.tokenization.pairs import CachedTokenizer
 
 
 @pytest.fixture

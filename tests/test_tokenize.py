@@ -18,9 +18,9 @@ from transformers import BertTokenizerFast
 import tokenize_to_features
 from simplified_tinybert.common.files import UserError, run_main
 from simplified_tinybert.data.features import read_chunks, read_header
-from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize, truncated_lengths
-from simplified_tinybert.model.tokenizer_files import load_vocabulary
-from simplified_tinybert.model.vocabulary import bert_vocabulary
+from simplified_tinybert.tokenization.pairs import CachedTokenizer, tokenize, truncated_lengths
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
+from simplified_tinybert.tokenization.vocabulary import bert_vocabulary
 
 CASES = json.loads((DATA / "tokenization.json").read_text(encoding="utf-8"))
 SPECIAL = re.compile(r"\[(CLS|SEP|MASK|PAD|UNK)\]")

@@ -17,8 +17,8 @@ from simplified_tinybert.common.files import UserError
 from simplified_tinybert.common.text import lines_of, read_blocks, read_lines
 from simplified_tinybert.common.workers import _receive, map_in_order
 from simplified_tinybert.data.features import CHUNK_EXAMPLES, Examples, read_chunks
-from simplified_tinybert.data.tokenization import CachedTokenizer, TextCache
-from simplified_tinybert.model.tokenizer_files import load_vocabulary
+from simplified_tinybert.tokenization.pairs import CachedTokenizer, TextCache
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
 
 LINES = st.text(alphabet="\t\t\t#ab 01\u00a0\u2028\x1c\x1f\u3000é", max_size=25)
 LETTERS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\n"), max_size=120)

@@ -24,10 +24,10 @@ import tokenize_to_features
 from simplified_tinybert.common.files import UserError
 from simplified_tinybert.data.corpus import map_corpus
 from simplified_tinybert.data.features import read_chunks
-from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize, words_suffice
 from simplified_tinybert.model.pretrained import load_cross_encoder, new_cross_encoder, save_cross_encoder
-from simplified_tinybert.model.tokenizer_files import load_vocabulary, marks_passages, save_tokenizer
-from simplified_tinybert.model.vocabulary import SPECIAL_TOKENS, Vocabulary
+from simplified_tinybert.tokenization.pairs import CachedTokenizer, tokenize, words_suffice
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary, marks_passages, save_tokenizer
+from simplified_tinybert.tokenization.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 SIZE = 420                                              # embeddings of the tiny models
 LETTERS = string.ascii_letters + string.digits + "éöÉσςΣı"

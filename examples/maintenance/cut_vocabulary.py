@@ -17,8 +17,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 
 from simplified_tinybert.common.files import Problems, atomic_writer, check_input_file, run_main, say
-from simplified_tinybert.model.tokenizer_files import load_vocabulary
-from simplified_tinybert.model.vocabulary import SPECIAL_TOKENS, Vocabulary
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
+from simplified_tinybert.tokenization.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 CHARACTERS = [prefix + chr(code) for code in range(33, 127) for prefix in ("", "##")]       # of ASCII
 LEAST_TOKENS = len(SPECIAL_TOKENS) + len(CHARACTERS)

@@ -8,7 +8,7 @@ from simplified_tinybert.common.files import Problems, warn
 from simplified_tinybert.data.features import FeatureSummary
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
-from simplified_tinybert.model.tokenizer_files import has_vocabulary, load_vocabulary
+from simplified_tinybert.tokenization.tokenizer_files import has_vocabulary, load_vocabulary
 
 
 class FoundModel(NamedTuple):

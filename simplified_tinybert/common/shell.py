@@ -24,11 +24,11 @@ from simplified_tinybert.common.files import Problems, check_input_file, run_mai
 from simplified_tinybert.common.records import file_identity
 from simplified_tinybert.data.collection_directory import check_collection, find_files, keep_inputs
 from simplified_tinybert.model.pretrained import load_cross_encoder, load_ranker
-from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.weights import model_checksum
 from simplified_tinybert.ranking.aggregation import NAMES, find_aggregation
 from simplified_tinybert.ranking.measures import check_grades, parse_measures
 from simplified_tinybert.ranking.trec import parse_score, read_qrels, read_run
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
 from simplified_tinybert.training.objective import METHODS, ObjectiveSettings, stage_weights
 
 ROOT = Path(__file__).resolve().parents[2]

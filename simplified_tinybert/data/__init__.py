@@ -1,1 +1,1 @@
-"""Texts, tokens and features: what models are trained on and rank."""
+"""From documents, queries and judgements to passages, training examples and feature files."""

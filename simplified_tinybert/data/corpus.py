@@ -18,8 +18,8 @@ from simplified_tinybert.common.workers import default_workers, map_in_order
 from simplified_tinybert.data.cache import map_chunks
 from simplified_tinybert.data.documents import read_documents
 from simplified_tinybert.data.features import NO_LABEL, Examples, token_dtype
-from simplified_tinybert.data.tokenization import CachedTokenizer, words_suffice
-from simplified_tinybert.model.vocabulary import Vocabulary
+from simplified_tinybert.tokenization.pairs import CachedTokenizer, words_suffice
+from simplified_tinybert.tokenization.vocabulary import Vocabulary
 
 DOCUMENTS = ("lines", "paragraphs")     # formats of --corpus
 COLUMNS = "columns"                     # format of --docs

@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from simplified_tinybert.common.files import Problems, UserError, check_input_file, shorten
-from simplified_tinybert.model.vocabulary import Vocabulary
+from simplified_tinybert.tokenization.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import torch

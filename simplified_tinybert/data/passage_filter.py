@@ -7,13 +7,13 @@ import numpy as np
 from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
 from simplified_tinybert.common.files import Problems
 from simplified_tinybert.common.processes import Processes
-from simplified_tinybert.data.tokenization import CachedTokenizer, tokenize, words_suffice
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.precision import select_precision, warn_if_slow
-from simplified_tinybert.model.tokenizer_files import load_vocabulary
 from simplified_tinybert.model.weights import model_checksum
 from simplified_tinybert.ranking.scoring import load_scorer, relevance, score_all
+from simplified_tinybert.tokenization.pairs import CachedTokenizer, tokenize, words_suffice
+from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
 
 
 class PassageFilter:

@@ -2,7 +2,7 @@
 from pathlib import Path
 
 from simplified_tinybert.common.files import UserError, reason
-from simplified_tinybert.model.tokenizer_files import TOKENIZER_FILES
+from simplified_tinybert.tokenization.tokenizer_files import TOKENIZER_FILES
 
 CONFIG_FILES = ("config.json", "bert_config.json")
 # The first of these files that exists is read, as in transformers

@@ -20,8 +20,8 @@ from simplified_tinybert.common.files import Problems, UserError, atomic_writer,
 from simplified_tinybert.model.bert import CrossEncoder, uniform_layer_map
 from simplified_tinybert.model.configuration import read_config, reversed_labels
 from simplified_tinybert.model.hub import PROJECTION_FILE
-from simplified_tinybert.model.tokenizer_files import has_vocabulary, marks_passages, save_tokenizer
 from simplified_tinybert.model.weights import abbreviate, read_weights
+from simplified_tinybert.tokenization.tokenizer_files import has_vocabulary, marks_passages, save_tokenizer
 
 BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")           # constants that older library versions saved
 PRETRAINING_HEADS = ("cls.", "qa_outputs.")

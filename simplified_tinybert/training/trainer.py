@@ -22,10 +22,10 @@ from simplified_tinybert.model.cpu_linear import pack_linear_layers
 from simplified_tinybert.model.precision import autocast, cast_linear_layers
 from simplified_tinybert.training import checkpoints
 from simplified_tinybert.training.batches import epoch_batches
+from simplified_tinybert.training.checkpoints import TrainingRun
 from simplified_tinybert.training.log import GRADIENTS, TrainingLog
 from simplified_tinybert.training.objective import mean_over, objective, total_loss
 from simplified_tinybert.training.optimizer import ApexScaler, BertAdam, LossScaler, decay_groups, linear_warmup_decay
-from simplified_tinybert.training.output_directory import TrainingRun
 from simplified_tinybert.training.settings import Stage, TrainingSettings
 from simplified_tinybert.training.validation import DevSet
 

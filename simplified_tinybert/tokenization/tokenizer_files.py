@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 
 from simplified_tinybert.common.files import UserError, atomic_writer, reason, shorten, warn
 from simplified_tinybert.common.text import failed_download, read_json, read_text
-from simplified_tinybert.model.vocabulary import SPECIAL_TOKENS, Vocabulary
+from simplified_tinybert.tokenization.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "added_tokens.json")

@@ -12,7 +12,7 @@ import numpy as np
 
 from simplified_tinybert.common.files import say
 from simplified_tinybert.data.features import NO_LABEL, Examples, token_dtype
-from simplified_tinybert.model.vocabulary import Vocabulary
+from simplified_tinybert.tokenization.vocabulary import Vocabulary
 
 CACHE_BYTES = 2 ** 26       # for cached texts and for cached words, each
 SAMPLE_TEXTS = 2000         # number of texts on which tokenization by words is compared with the library

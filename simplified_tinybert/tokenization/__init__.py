@@ -1,0 +1,1 @@
+"""Tokenizers of models, as transformers reads them, and fast tokenization with them."""
