@@ -8,7 +8,8 @@
 # The steps are prepare, tokenize, teacher, general student, one student per method, re-rank, evaluate, report. A step
 # is skipped if its result exists; an interrupted step resumes. Of the teacher and each student, the checkpoint that is
 # best on the dev queries is used (best/). The table is OUTPUT_DIR/report/table.md. Its row BM25 has the candidates that
-# are re-ranked, in their order. With other settings (except METHODS and MEASURES) or files, use another OUTPUT_DIR.
+# are re-ranked, in their order. With other files or settings, use another OUTPUT_DIR. Only METHODS, MEASURES, DEVICE and
+# PROCESSES may change.
 #
 # Variables:
 #   BERT_MODEL       pre-trained BERT, directory or hub id (default google-bert/bert-base-uncased). It supplies the

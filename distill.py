@@ -1,4 +1,4 @@
-"""Distill a BERT cross-encoder (teacher) into a small one (student): section 3 of the paper.
+"""Distill a BERT cross-encoder (teacher) into a small one (student).
 
     python distill.py --features_file train.pkl --teacher_model nboost/pt-bert-base-uncased-msmarco \\
         --general_student_model huawei-noah/TinyBERT_General_6L_768D --output_student_dir student \\

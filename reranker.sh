@@ -6,7 +6,7 @@
 # With your own model and data:
 #   MODEL_DIR=student FEATURES_FILE=test.pkl OUTPUT_DIR=results QRELS_FILE=qrels.txt bash reranker.sh --bf16
 #
-# Variables:
+# Variables (OUTPUT_DIR, QRELS_FILE, MEASURES and COMPLETE only with your own data):
 #   MODEL_DIR         directory or hub id of the model (example: example_run/student-$DISTILL_MODEL)
 #   FEATURES_FILE     feature file of the pairs
 #   TEST_PAIRS        pairs to tokenize instead: query_id#passage_id <tab> query <tab> passage

@@ -144,7 +144,7 @@ def report_text(results: dict) -> str:
     return "\n\n".join([
         f"{results['queries']:,} test queries, {seeds_note(results)}, re-ranking BM25's first {settings['test_depth']} "
         f"candidates{candidates_note(results)}. {judgement}",
-        effectiveness_table(results),
+        effectiveness_table(results), *teachers_note(results),
         f"{'± is the standard deviation over the seeds. ' if len(settings['seeds']) > 1 else ''}† marks a significant "
         f"difference from the teacher, ‡ from BM25: paired t-test over the queries, on each query's mean over the "
         f"seeds, p < {LEVEL} after Holm's correction for all rows of a measure. The speed-up is the median of the "
@@ -175,6 +175,13 @@ def candidates_note(results: dict) -> str:
     if missing := results.get("without_candidates"):
         notes.append(f"judged queries without candidates, left out: {missing}")
     return f" ({'; '.join(notes)})" if notes else ""
+
+
+def teachers_note(results: dict) -> list[str]:
+    """Say what the teachers of the other seeds reach, if there are any."""
+    measure, seeds = results["settings"]["measures"][0], results.get("teacher_seeds", {})
+    values = ", ".join(f"{averages[measure][0]:.4f} (seed {seed})" for seed, averages in seeds.items())
+    return [f"{measure} of teachers with other seeds, the students' teacher first: {values}."] if len(seeds) > 1 else []
 
 
 def counted(number: int, noun: str) -> str:

@@ -136,7 +136,8 @@ def main() -> None:
             name: getattr(settings, name) for name in ("max_seq_length", "passages", "sampling", "dev_depth",
                                                        "dev_queries", "test_depth", "test_queries")}
         keep_inputs(args.output_dir / "inputs.json", inputs, made=any((args.output_dir / "data").glob("*.*")))
-        keep_inputs(args.records / "inputs.json", inputs, made=len(list(args.records.glob("*.json"))) > 1)
+        recorded = {path.name for path in args.records.glob("*.json")} - {"inputs.json"}
+        keep_inputs(args.records / "inputs.json", inputs, made=bool(recorded))
         study = Study(args, settings, files)
         study.prepare()
         run(study, args.steps)

@@ -1,6 +1,7 @@
 """The steps of a study: find what is missing, and make it in the right order. Not a command.
 
-A model is trained only if it has no record, or if its weights are missing and needed by a student or the test queries.
+A model is trained only if it has no record, or if its weights are missing and needed by a student, the test
+queries, an interpolation or an ensemble.
 """
 import argparse
 import shutil

@@ -148,6 +148,8 @@ def test_inputs_are_fixed_once_something_is_made(tmp_path):
         keep_inputs(path, {"docs": 2, "dev_queries": 5}, made=True)
     with pytest.raises(UserError, match="docs was 2, is 3"):
         keep_inputs(path, {"docs": 3}, made=True)
+    with pytest.raises(UserError, match="has no other.json"):
+        keep_inputs(tmp_path / "other.json", {"docs": 2}, made=True)
 
 
 def test_a_recorded_general_student_keeps_its_settings(tmp_path, golden_models):

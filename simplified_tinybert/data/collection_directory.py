@@ -42,8 +42,11 @@ def check_collection(files: dict[str, Path], data: Path, problems: Problems) -> 
 
 
 def keep_inputs(path: Path, inputs: dict[str, object], made: bool) -> None:
-    """Save the inputs of a pipeline. Raises UserError if something was `made` from other inputs."""
-    before = read_json(path, "record of inputs") if made and path.is_file() else inputs
+    """Save the inputs of a pipeline. Raises UserError if something was `made` from other or unknown inputs."""
+    if made and not path.is_file():
+        raise UserError(f"{path.parent}: is not empty, and has no {path.name} that says what its files were made from; "
+                        f"choose a new directory")
+    before = read_json(path, "record of inputs") if made else inputs
     changed = [f"{name} was {before.get(name)!r}, is {inputs.get(name)!r}" for name in before | inputs
                if before.get(name) != inputs.get(name)]
     if changed:

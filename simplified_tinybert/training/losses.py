@@ -1,4 +1,4 @@
-"""The loss terms of the distillation objectives (section 3 of the paper), as pure functions.
+"""The loss terms of the distillation objectives, as pure functions.
 
 Shapes: B examples, L positions (including padding), H heads, d and d' head sizes of student and teacher, D hidden size
 of the teacher. The teacher's tensors have no gradient. Values equal those of the original implementation; docstrings
