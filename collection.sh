@@ -139,8 +139,8 @@ bm25_run() {
             seen[query, document] = 1; rank[query]++
             print query, "Q0", document, rank[query], -rank[query], "candidates"
         }
-    }' "$OUT/test.tsv" > "$OUT/.bm25.trec"
-    mv "$OUT/.bm25.trec" "$OUT/bm25.trec"
+    }' < "$OUT/test.tsv" > "$OUT/.bm25.trec.$$"           # as an argument, a file such as seed=1/test.tsv would be a variable
+    mv "$OUT/.bm25.trec.$$" "$OUT/bm25.trec"
 }
 step "$OUT/bm25.trec" bm25_run
 rerank "$TEACHER_MODEL" run-teacher

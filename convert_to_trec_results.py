@@ -54,6 +54,7 @@ from simplified_tinybert.ranking.interpolation import best_weight, count_missing
 from simplified_tinybert.ranking.trec import (
     Run,
     check_common_queries,
+    check_relevant,
     float32_ties,
     parse_score,
     rank,
@@ -184,6 +185,7 @@ def interpolated(args: argparse.Namespace, ranker: Run) -> Run:
     if args.interpolation_qrels:
         qrels = read_qrels(args.interpolation_qrels, problems)
         check_common_queries(args.interpolation_qrels, qrels, {args.scores_file: ranker}, problems)
+        check_relevant(args.interpolation_qrels, qrels, ranker, problems)
     if not problems.count and not ranker.keys() & first_stage.keys():
         problems.add(f"{args.interpolate}: has none of the queries in {args.scores_file}; do the two belong together?")
     problems.raise_if_any()

@@ -35,10 +35,10 @@ from simplified_tinybert.common.files import (
     shorten,
 )
 from simplified_tinybert.common.records import record_file
-from simplified_tinybert.common.text import lines_of, open_binary, read_blocks, read_lines
+from simplified_tinybert.common.text import lines_of, open_binary, read_blocks, read_json, read_lines
 from simplified_tinybert.common.workers import MAX_WORKERS, default_workers, map_in_order
 from simplified_tinybert.data.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
-from simplified_tinybert.model.hub import find_model
+from simplified_tinybert.model.hub import CONFIG_FILES, find_model
 from simplified_tinybert.tokenization.pairs import CachedTokenizer, tokenize, words_suffice
 from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
 from simplified_tinybert.tokenization.vocabulary import Vocabulary
@@ -115,6 +115,15 @@ def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
     return pairs
 
 
+def check_positions(directory: Path, max_seq_length: int, problems: Problems) -> None:
+    """Check that the model can read the sequences, if the directory has a configuration."""
+    path = next((directory / name for name in CONFIG_FILES if (directory / name).is_file()), directory / "config.json")
+    positions = read_json(path, "configuration").get("max_position_embeddings")
+    if isinstance(positions, int) and max_seq_length > positions:
+        problems.add(f"--max_seq_length {max_seq_length}: {directory} has {positions} positions; give "
+                     f"{positions} or less")
+
+
 def block_tokenizer(vocabulary: Vocabulary, max_seq_length: int, by_words: bool) -> Callable[[bytes], Examples]:
     tokenizer = CachedTokenizer(vocabulary, max_seq_length, by_words)
     return lambda block: tokenize(lines_of(block), tokenizer)
@@ -141,7 +150,9 @@ def main() -> None:
     check_output_file(args.output_features_file, problems, inputs=[args.raw_data_file])
     readable = check_input_file(args.raw_data_file, problems, "pairs", read_twice=True)
     with problems.collect():
-        vocabulary = load_vocabulary(find_model(args.bert_model_dir), args.do_lower_case)
+        directory = find_model(args.bert_model_dir)
+        vocabulary = load_vocabulary(directory, args.do_lower_case)
+        check_positions(directory, args.max_seq_length, problems)
     pairs = check_pairs(args.raw_data_file, args.set_name, problems) if readable else 0
     problems.raise_if_any()
 

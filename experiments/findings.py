@@ -135,7 +135,7 @@ def report_text(results: dict) -> str:
         return "\n\n".join(parts) + "\n"
     measure = settings["measures"][0]
     teacher_minus_bm25 = results["comparisons"]["BM25"][measure]["teacher"]
-    if teacher_minus_bm25["difference"] <= 0:
+    if verdict(teacher_minus_bm25) == "worse":
         judgement = "**The teacher is worse than BM25, so a student that equals the teacher is no success.**"
     elif verdict(teacher_minus_bm25) == UNDECIDED:
         judgement = "The teacher is not significantly better than BM25 here, which limits what its students can show."

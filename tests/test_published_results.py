@@ -155,6 +155,13 @@ def test_the_worldtree_teacher_is_reported_as_recorded():
         stopped = ", stopped" if trial.get("stopped") else ""
         assert f"| {trial['batch size']} | {trial['learning rate']:g} | {trial['epochs']} | {values}{stopped} |" in text
     assert list(trials[-1]["dev"].values()) == [row["nDCG@10"] for row in teacher["dev"]]
+    for seed in (2, 3):
+        name = f"teacher-5e-05-seed{seed}"
+        found = stats.ttest_rel(values := Records(directory, {}).read(name)["test"]["nDCG@10"], bm25["test"]["nDCG@10"])
+        low, high = found.confidence_interval()
+        difference = statistics.fmean(values) - statistics.fmean(bm25["test"]["nDCG@10"])
+        assert f"{Records(directory, {}).dev(name):.4f}" in text and found.pvalue < 0.001
+        assert f"{difference:+.4f} ({low:+.4f} to {high:+.4f})" in text
     assert f"exceeds BM25's by {teacher['dev'][-1]['nDCG@10'] - 0.481641:.4f}" in text
 
 
@@ -191,7 +198,8 @@ def test_the_second_collection_is_reported_as_recorded():
 @pytest.mark.parametrize(("section", "name", "shape", "better"), [
     ("## Labels, padding", "example", "3/192", ["simplified-masked", "simplified-listwise"]),
     ("## Hard labels", "ablations", "3/384",
-     ["simplified-masked", "without-hard", "without-soft", "simplified-listwise"])])
+     ["simplified-masked", "without-hard", "without-soft", "simplified-listwise", "simplified-ensemble",
+      "small-margin"])])
 def test_changes_to_the_proposed_method_are_reported_as_recorded(section, name, shape, better):
     text = (ROOT / "docs" / "replication.md").read_text().partition(section)[2].partition("<!--")[0]
     results, text = json.loads((RESULTS / f"{name}.json").read_text()), text.replace("−", "-")
@@ -199,7 +207,8 @@ def test_changes_to_the_proposed_method_are_reported_as_recorded(section, name, 
     compared = results["comparisons"][f"{shape} simplified-masked"]["nDCG@10"]
     titles = {"simplified-listwise": "with the listwise loss", "simplified-margin": "with the margin loss",
               "without-hard": "without hard labels", "without-soft": "without soft labels",
-              "simplified": "with the original's padding"}
+              "simplified": "with the original's padding", "small-margin": "with the margin loss, weight 0.03",
+              "simplified-ensemble": "with the soft labels of three teachers"}
     for system, found in compared.items():
         low, high = found["interval"]
         p = "< 0.001" if (value := found["holm"]["t-test"]) < 0.001 else f"{value:.3f}"
@@ -228,6 +237,8 @@ def test_one_stage_and_margins_are_reported_as_recorded():
                                      for term in ("margin", "att", "hard", "soft"))
     assert (f"norm is {margin:.0f}. For attention, it is {attention:.1f}, for hard labels {hard:.1f}, for soft labels "
             f"{soft:.1f}.") in words
+    rows = records.read("3-384-small-margin-0.0004-seed1")["losses"]
+    assert f"has a norm of {0.03 * statistics.median(row['margin_grad'] for row in rows):.1f}." in words
     teacher = records.read("teacher-5e-05-seed1")
     assert records.read("3-384-without-hard-0.0004-seed1")["made_of"]["teacher"] == teacher["sha256"]
 

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import runpy
+import shlex
 import sys
 from contextlib import redirect_stderr
 from itertools import groupby
@@ -47,8 +48,13 @@ RULES = {
     "NUM_TRAIN_EPOCHS": (lambda value: parse_score(value) > 0, "a number above 0"),
     **dict.fromkeys(("PROCESSES", "STUDENT_LAYERS", "DEPTH", "EVAL_STEP", "TRAIN_BATCH_SIZE", "TRAIN_LOSS_STEP",
                      "SAVE_MODEL_STEP"), POSITIVE)}
-ANY = (lambda value: True, "")
-RULES |= dict.fromkeys(("PASSAGE_FLAGS", "SAMPLE_FLAGS", "TRAIN_FLAGS", "TEACHER_FLAGS", "GENERAL_FLAGS"), ANY)
+# Flags that collection.sh sets itself
+RESERVED = {"--output", "--docs", "--queries", "--qrels", "--candidates", "--dataset", "--corpus", "--cache_file_dir",
+            "--features_file", "--general_student_model", "--teacher_model", "--output_student_dir", "--distill_model",
+            "--dev_features_file", "--dev_qrels_file", "--device"}
+FLAGS = (lambda value: not RESERVED & {word.partition("=")[0] for word in value.split()},
+         f"flags other than those that collection.sh sets itself ({' '.join(sorted(RESERVED))})")
+RULES |= dict.fromkeys(("PASSAGE_FLAGS", "SAMPLE_FLAGS", "TRAIN_FLAGS", "TEACHER_FLAGS", "GENERAL_FLAGS"), FLAGS)
 NO_FLAG = (lambda value: not value.startswith("-"), "a name that does not begin with '-'; put ./ before it")
 RECORDED = ("STUDENT_LAYERS", "MAX_SEQ_LENGTH", "DEPTH", "EVAL_STEP")          # also change what collection.sh makes
 FILES = {"FEATURES_FILE": "features", "TRAIN_EXAMPLES": "examples", "TEST_PAIRS": "pairs", "QRELS_FILE": "judgements",
@@ -161,9 +167,12 @@ def main() -> None:
     length = int(length) if RULES["MAX_SEQ_LENGTH"][0](length) else None
     if RULES["PROCESSES"][0](variables.get("PROCESSES", "")):
         os.environ["WORLD_SIZE"] = variables["PROCESSES"]
-    for how, name, *arguments in commands:
+    for how, *words in commands:
+        if not words or not words[0].endswith(".py"):
+            problems.add(f"found the argument -- before {shlex.join([how, *words])}; leave it out")
+            continue
         with problems.collect():
-            check_command(how, name, arguments, length, problems)
+            check_command(how, words[0], words[1:], length, problems)
     problems.raise_if_any()
     if "COLLECTION" in variables:
         check_collection_run(variables)

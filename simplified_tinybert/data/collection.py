@@ -99,7 +99,11 @@ def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
         text = columns[layout.index(name)]
         score = parse_score(text)
         if math.isnan(score):
-            problems.add(f"{path}:{number}: {name} {shorten(text)} is not a finite number")
+            problems.add(f"{path}:{number}: {name} {shorten(text)} is not a finite number; is this a header line? Then "
+                         f"remove it")
+        elif layout is SHORT_RUN_COLUMNS and (score < 0 or score != int(score)):
+            problems.add(f"{path}:{number}: rank {shorten(text)} is not an integer of 0 or more; if it is a score, "
+                         f"write a TREC run: {' '.join(RUN_COLUMNS)}")
         elif layout is RUN_COLUMNS:
             yield number, columns[0], columns[2], score, columns[3]
         else:

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from simplified_tinybert.common.files import Problems, UserError, atomic_writer, check_input_file, say
 from simplified_tinybert.common.text import read_json
 from simplified_tinybert.data.collection import by_query, read_queries, read_rows
-from simplified_tinybert.ranking.trec import check_common_queries, first_ten, read_qrels
+from simplified_tinybert.ranking.trec import check_common_queries, check_relevant, first_ten, read_qrels
 
 FILES = {"docs": "docs.tsv", **{f"{kind}.{split}": f"{kind}.{split}.{ending}" for split in ("train", "dev", "test")
                                 for kind, ending in (("queries", "tsv"), ("qrels", "txt"), ("bm25", "txt"))}}
@@ -36,6 +36,7 @@ def check_collection(files: dict[str, Path], data: Path, problems: Problems) -> 
                         desc=f"checking {candidates.name}", unit=" queries", unit_scale=True)
         ranked = {query_id: {} for query_id, _ in progress}
         check_common_queries(path, qrels, {candidates: ranked}, problems)
+        check_relevant(path, qrels, ranked, problems)
         if missing := [query_id for query_id in qrels if query_id not in ranked]:
             say(f"{path}: {len(missing):,} of {len(qrels):,} judged queries have no candidates and are left out: "
                 f"{first_ten(missing)}")

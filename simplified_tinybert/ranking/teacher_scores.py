@@ -44,6 +44,8 @@ def read_teacher_scores(files: list[Path], score_type: str, features: FeatureSum
     before, ids = problems.count, number_examples(features, problems)
     if ids is None:
         return None
+    if len(set(files)) < len(files):
+        problems.add("--teacher_scores_file: names a file twice; name each once")
     total = np.zeros(features.examples)
     for path in files:
         total += read_score_file(path, score_type, ids, features.paths, problems)

@@ -62,12 +62,12 @@ def split_passage_id(passage_id: str) -> tuple[str, str | None]:
 
 
 def parse_score(text: str) -> float:
-    """Return the score, or NaN unless it is a finite number without underscores."""
+    """Return the score, or NaN unless it is a finite number of ASCII digits without underscores."""
     try:
         score = float(text)
     except ValueError:
         return math.nan
-    if "_" in text or not math.isfinite(score):
+    if "_" in text or not text.isascii() or not math.isfinite(score):
         return math.nan
     return score + 0.0  # -0.0 becomes 0.0, so that the printed score does not depend on the order of the lines
 
@@ -203,6 +203,14 @@ def check_common_queries(qrels_path: Path, qrels: Qrels, runs: dict[Path, Run], 
         if qrels and run and not qrels.keys() & run.keys():
             problems.add(f"{path}: none of its queries ({first_ten(run)}) is judged in {qrels_path} "
                          f"({first_ten(qrels)}); do the two files belong together?")
+
+
+def check_relevant(qrels_path: Path, qrels: Qrels, queries: Collection[str], problems: Problems) -> None:
+    """Check that a query has a relevant document. Without one, all measures are 0 and choose nothing."""
+    judged = [qrels[query_id] for query_id in queries if query_id in qrels]
+    if judged and not any(grade >= 1 for grades in judged for grade in grades.values()):
+        problems.add(f"{qrels_path}: has no document with a grade of 1 or more for any of the queries, so all measures "
+                     f"are 0; expected judgements with relevant documents")
 
 
 def first_ten(ids: Collection[str]) -> str:

@@ -15,7 +15,7 @@ from simplified_tinybert.model.precision import autocast
 from simplified_tinybert.ranking.aggregation import MAX_P
 from simplified_tinybert.ranking.measures import Qrels, evaluate, parse_measures
 from simplified_tinybert.ranking.scoring import BatchLimits, relevance, score_chunk, scored_chunks, token_batches
-from simplified_tinybert.ranking.trec import read_qrels, split_passage_id
+from simplified_tinybert.ranking.trec import check_relevant, read_qrels, split_passage_id
 
 SAMPLE_SIZE = 256           # training pairs on which the teacher is checked
 
@@ -98,4 +98,5 @@ def find_dev_set(features: list[Path] | None, qrels_file: Path | None, problems:
         problems.add(f"{qrels_file}: judges none of the queries in the dev features; do the two belong together?")
     elif unjudged := queries - qrels.keys():
         warn(f"{len(unjudged)} of {len(queries)} dev queries are not judged in {qrels_file}; they are left out")
+    check_relevant(qrels_file, qrels, queries, problems)
     return DevSet(summary, qrels)
