@@ -32,6 +32,7 @@ from simplified_tinybert.common.files import (
     check_ranges,
     run_main,
     say,
+    warn,
     shorten,
 )
 from simplified_tinybert.common.records import record_file
@@ -115,13 +116,13 @@ def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
     return pairs
 
 
-def check_positions(directory: Path, max_seq_length: int, problems: Problems) -> None:
-    """Check that the model can read the sequences, if the directory has a configuration."""
+def warn_of_positions(directory: Path, max_seq_length: int) -> None:
+    """Warn if the model cannot read such long sequences. Another one with this tokenizer may be able to."""
     path = next((directory / name for name in CONFIG_FILES if (directory / name).is_file()), directory / "config.json")
     positions = read_json(path, "configuration").get("max_position_embeddings")
     if isinstance(positions, int) and max_seq_length > positions:
-        problems.add(f"--max_seq_length {max_seq_length}: {directory} has {positions} positions; give "
-                     f"{positions} or less")
+        warn(f"--max_seq_length {max_seq_length}: {directory} has only {positions} positions, and cannot read these "
+             f"features; for this model, use {positions} or less")
 
 
 def block_tokenizer(vocabulary: Vocabulary, max_seq_length: int, by_words: bool) -> Callable[[bytes], Examples]:
@@ -152,7 +153,7 @@ def main() -> None:
     with problems.collect():
         directory = find_model(args.bert_model_dir)
         vocabulary = load_vocabulary(directory, args.do_lower_case)
-        check_positions(directory, args.max_seq_length, problems)
+        warn_of_positions(directory, args.max_seq_length)
     pairs = check_pairs(args.raw_data_file, args.set_name, problems) if readable else 0
     problems.raise_if_any()
 

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -24,9 +25,11 @@ def chain(*arguments, **environment):
 
 
 @pytest.mark.parametrize("setting", [{"METHODS": "standard simplified"}, pytest.param({}, marks=pytest.mark.slow)])
-def test_from_documents_to_the_report(golden_models, tmp_path, setting):
+def test_from_documents_to_the_report(golden_models, tmp_path, monkeypatch, setting):
+    """In a directory whose name awk would take for a variable."""
+    monkeypatch.chdir(tmp_path)
     write_collection(tmp_path / "raw")
-    out, setting = tmp_path / "out", setting | {"BERT_MODEL": str(golden_models["teacher"])}
+    out, setting = Path("seed=1"), setting | {"BERT_MODEL": str(golden_models["teacher"])}
     methods = setting.get("METHODS", "finetune standard tinybert simplified").split()
     done = chain(tmp_path / "raw", out, **setting)
     assert done.returncode == 0, done.stderr
@@ -142,11 +145,13 @@ def test_all_settings_are_checked_before_anything_is_made(golden_models, tmp_pat
     assert done.returncode == 2 and "--train_batch_size 8: expected 1 or more for each of 9 processes" in done.stderr
     done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(golden_models["teacher"]), STUDENT_LAYERS="two",
                  DEPTH="0", EVAL_STEP="08", PROCESSES="-1", MAX_SEQ_LENGTH="1e3", DEVICE="gpu", MEASURES="ERR@10\nXY",
-                 PASSAGE_FLAGS="--title\n--windw 3", TRAIN_FLAGS="--warmup_proportion 2", GENERAL_FLAGS="--epochs 2")
+                 PASSAGE_FLAGS="--title\n--windw 3", TRAIN_FLAGS="--warmup_proportion 2", GENERAL_FLAGS="--epochs 2",
+                 SAMPLE_FLAGS="--output=x", TEACHER_FLAGS="-- y")
     assert done.returncode == 2 and not (tmp_path / "out").exists() and "Traceback" not in done.stderr
     for part in ("STUDENT_LAYERS=two:", "DEPTH=0:", "EVAL_STEP=08:", "PROCESSES=-1:", "MAX_SEQ_LENGTH=1e3:",
                  "DEVICE=gpu:", "--measures XY:", "qrels.test.txt:1: found grade 5", "prepare_examples.py: ", "--windw",
-                 "--warmup_proportion 2.0", "general_distill.py: ", "--epochs"):
+                 "--warmup_proportion 2.0", "general_distill.py: ", "--epochs",
+                 "SAMPLE_FLAGS=--output=x: expected flags other", "the argument -- before y"):
         assert part in done.stderr, (part, done.stderr)
 
 

@@ -96,6 +96,9 @@ def test_inputs_are_kept_and_must_belong_together(files, run_here):
     (files / "other.txt").write_text("q8 Q0 b 1 7.0 x\n")
     with pytest.raises(UserError, match="other.txt: has none of the queries"):
         convert(files, run_here, "--interpolate", files / "other.txt", "--interpolation_weight", 0.3)
+    (files / "zero.txt").write_text("q1 0 b 0\n")
+    with pytest.raises(UserError, match="zero.txt: has no document with a grade of 1 or more"):
+        convert(files, run_here, "--interpolate", files / "bm25.txt", "--interpolation_qrels", files / "zero.txt")
 
 
 @pytest.mark.parametrize("flags, expected", [

@@ -1,4 +1,5 @@
 """Methods and their stages, weights of loss terms, validation during training."""
+import re
 import shutil
 
 import numpy as np
@@ -193,12 +194,14 @@ def test_refused_dev_sets(golden_models, train_features, tmp_path, run_here):
     _, dev, _, qrels = dev_set(tmp_path)
     no_ids = write_features(tmp_path / "no_ids.pkl", [("1", *row[1:]) for row in random_rows(1)])
     (tmp_path / "other.txt").write_text("other 0 D1 1\n")
+    (tmp_path / "zero.txt").write_text(re.sub(r"\d+$", "0", qrels.read_text(), flags=re.MULTILINE))
     long = write_features(tmp_path / "long.pkl", random_rows(8), max_seq_length=600)
     for more, message in (
             (["--dev_features_file", dev], "--dev_features_file needs --dev_qrels_file"),
             (["--dev_qrels_file", qrels], "--dev_qrels_file needs --dev_features_file"),
             (["--dev_features_file", no_ids, "--dev_qrels_file", qrels], "1 of 1 ids .* not query_id#passage_id"),
             (["--dev_features_file", dev, "--dev_qrels_file", tmp_path / "other.txt"], "other.txt: judges none"),
+            (["--dev_features_file", dev, "--dev_qrels_file", tmp_path / "zero.txt"], "zero.txt: has no document with"),
             (["--dev_features_file", dev, "--dev_qrels_file", tmp_path / "no"], f"{tmp_path / 'no'}: cannot read"),
             (["--dev_features_file", long, "--dev_qrels_file", qrels], "600, but the student has 64 positions"),
             (["--dev_features_file", dev, "--dev_qrels_file", qrels, "--loss_weights", "soft=0", "hard=0"],

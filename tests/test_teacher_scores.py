@@ -107,6 +107,12 @@ def test_bad_score_files(train, tmp_path, change, kind, expected):
         assert any(text in message for message in messages), messages
 
 
+def test_a_file_given_twice_is_no_ensemble(train, tmp_path):
+    (tmp_path / "scores.tsv").write_text("".join(f"{row[0]}\t0.5\n" for row in ROWS))
+    found, messages = read([tmp_path / "scores.tsv"] * 2, [train])
+    assert found is None and "names a file twice" in messages[0]
+
+
 def test_probabilities_taken_for_log_odds_are_warned_of(train, tmp_path, capsys):
     (tmp_path / "scores.tsv").write_text("".join(f"{row[0]}\t0.{row[0]}\n" for row in ROWS))
     read([tmp_path / "scores.tsv"], [train])

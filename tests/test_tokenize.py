@@ -496,6 +496,18 @@ def test_output_that_cannot_be_written(run, tmp_path):
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_more_tokens_than_positions(run, tmp_path, model):
+    """Said before a long tokenization: this model cannot read the result."""
+    (tmp_path / "short").mkdir()
+    for path in model.iterdir():
+        (tmp_path / "short" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "short" / "config.json").write_text('{"max_position_embeddings": 128}')
+    code, stderr = run("q#1\tw1\tw2\n", bert_model_dir=tmp_path / "short", max_seq_length=128)
+    assert code == 0 and "positions" not in stderr
+    code, stderr = run("q#1\tw1\tw2\n", bert_model_dir=tmp_path / "short", max_seq_length=129)
+    assert code == 0 and "warning: --max_seq_length 129: " in stderr and "has only 128 positions" in stderr
+
+
 def test_models_without_vocabulary(run, tmp_path):
     (tmp_path / "model").mkdir()
     for name, reason in [(tmp_path / "model", "holds no vocabulary"), ("nobody/nothing", "hub cannot be reached"),

@@ -87,7 +87,7 @@ def test_sum_in_order_does_not_compensate():
 
 @pytest.mark.parametrize(("text", "value"), [
     ("0.25", 0.25), ("-3", -3.0), ("1e-7", 1e-7), ("nan", None), ("inf", None), ("-Infinity", None), ("1e999", None),
-    ("1_000", None), ("", None), ("0,5", None), ("0x10", None), ("abc", None),
+    ("1_000", None), ("", None), ("0,5", None), ("0x10", None), ("１", None), ("abc", None),
 ])
 def test_parse_score(text, value):
     found = parse_score(text)
