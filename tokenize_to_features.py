@@ -32,8 +32,8 @@ from simplified_tinybert.common.files import (
     check_ranges,
     run_main,
     say,
-    warn,
     shorten,
+    warn,
 )
 from simplified_tinybert.common.records import record_file
 from simplified_tinybert.common.text import lines_of, open_binary, read_blocks, read_json, read_lines
