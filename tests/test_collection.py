@@ -31,6 +31,11 @@ def test_from_documents_to_the_report(golden_models, tmp_path, monkeypatch, sett
     write_collection(tmp_path / "raw")
     out, setting = Path("seed=1"), setting | {"BERT_MODEL": str(golden_models["teacher"])}
     methods = setting.get("METHODS", "finetune standard tinybert simplified").split()
+    out.mkdir()
+    (out / "test.pkl").write_text("of reranker.sh")
+    done = chain(tmp_path / "raw", out, **setting)
+    assert done.returncode == 2 and "seed=1: is not empty, and has no inputs.json" in done.stderr
+    (out / "test.pkl").rename(out / "log.txt")
     done = chain(tmp_path / "raw", out, **setting)
     assert done.returncode == 0, done.stderr
     table = (out / "report" / "table.md").read_text()

@@ -154,7 +154,8 @@ def check_collection_run(variables: dict[str, str]) -> None:
     inputs = {name: variables[name] for name in variables if name.endswith(("_MODEL", "_FLAGS")) or name in RECORDED}
     inputs |= models | {name: file_identity(path) for name, path in files.items()}
     out.mkdir(parents=True, exist_ok=True)
-    made = any(path.name not in ("cache", "inputs.json") for path in out.iterdir() if not path.name.startswith("."))
+    made = any(path.suffix in (".tsv", ".pkl", ".trec") or path.is_dir() and path.name != "cache"    # not a log
+               for path in out.iterdir() if not path.name.startswith("."))
     keep_inputs(out / "inputs.json", inputs, made)
 
 
