@@ -131,7 +131,8 @@ if [ -z "$STUDENT_MODEL" ]; then
         --output_student_dir "$STUDENT_MODEL" --cache_file_dir "$OUT/cache" "${general_flags[@]}"
 fi
 
-# bm25_run: write the ranking before re-ranking, of the same documents: the pairs are in its order
+# bm25_run: write the ranking before re-ranking, of the same documents: the pairs are in its order. (awk would take the
+# name of a file in a directory such as seed=1 for the value of a variable, so it reads standard input.)
 bm25_run() {
     awk -F '\t' '{
         end = index($1, "#"); query = substr($1, 1, end - 1); document = substr($1, end + 1); sub(/_[^_]*$/, "", document)
@@ -139,7 +140,7 @@ bm25_run() {
             seen[query, document] = 1; rank[query]++
             print query, "Q0", document, rank[query], -rank[query], "candidates"
         }
-    }' < "$OUT/test.tsv" > "$OUT/.bm25.trec.$$"           # as an argument, a file such as seed=1/test.tsv would be a variable
+    }' < "$OUT/test.tsv" > "$OUT/.bm25.trec.$$"
     mv "$OUT/.bm25.trec.$$" "$OUT/bm25.trec"
 }
 step "$OUT/bm25.trec" bm25_run

@@ -39,7 +39,7 @@ from simplified_tinybert.common.records import record_file
 from simplified_tinybert.common.text import lines_of, open_binary, read_blocks, read_json, read_lines
 from simplified_tinybert.common.workers import MAX_WORKERS, default_workers, map_in_order
 from simplified_tinybert.data.features import CHUNK_EXAMPLES, Examples, FeatureWriter, joined
-from simplified_tinybert.model.hub import CONFIG_FILES, find_model
+from simplified_tinybert.model.hub import config_file, find_model
 from simplified_tinybert.tokenization.pairs import CachedTokenizer, tokenize, words_suffice
 from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
 from simplified_tinybert.tokenization.vocabulary import Vocabulary
@@ -118,8 +118,8 @@ def check_pairs(path: Path, set_name: str, problems: Problems) -> int:
 
 def warn_of_positions(directory: Path, max_seq_length: int) -> None:
     """Warn if the model cannot read such long sequences. Another one with this tokenizer may be able to."""
-    path = next((directory / name for name in CONFIG_FILES if (directory / name).is_file()), directory / "config.json")
-    positions = read_json(path, "configuration").get("max_position_embeddings")
+    path = config_file(directory)
+    positions = read_json(path, "configuration").get("max_position_embeddings") if path else None
     if isinstance(positions, int) and max_seq_length > positions:
         warn(f"--max_seq_length {max_seq_length}: {directory} has only {positions} positions, and cannot read these "
              f"features; for this model, use {positions} or less")

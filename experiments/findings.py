@@ -178,10 +178,10 @@ def candidates_note(results: dict) -> str:
 
 
 def teachers_note(results: dict) -> list[str]:
-    """Say what the teachers of the other seeds reach, if there are any."""
+    """Return a sentence with the value of each teacher, if there are several."""
     measure, seeds = results["settings"]["measures"][0], results.get("teacher_seeds", {})
     values = ", ".join(f"{averages[measure][0]:.4f} (seed {seed})" for seed, averages in seeds.items())
-    return [f"{measure} of teachers with other seeds, the students' teacher first: {values}."] if len(seeds) > 1 else []
+    return [f"{measure} of all teachers; the first one teaches the students: {values}."] if len(seeds) > 1 else []
 
 
 def counted(number: int, noun: str) -> str:

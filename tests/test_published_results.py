@@ -205,7 +205,7 @@ def test_changes_to_the_proposed_method_are_reported_as_recorded(section, name, 
     results, text = json.loads((RESULTS / f"{name}.json").read_text()), text.replace("−", "-")
     means = {system["name"]: statistics.fmean(system["seeds"]["nDCG@10"]) for system in results["systems"]}
     compared = results["comparisons"][f"{shape} simplified-masked"]["nDCG@10"]
-    titles = {"simplified-listwise": "with the listwise loss", "simplified-margin": "with the margin loss",
+    titles = {"simplified-listwise": "with the listwise loss", "simplified-margin": "with the margin loss, weight 1",
               "without-hard": "without hard labels", "without-soft": "without soft labels",
               "simplified": "with the original's padding", "small-margin": "with the margin loss, weight 0.03",
               "simplified-ensemble": "with the soft labels of three teachers"}

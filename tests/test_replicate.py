@@ -170,7 +170,7 @@ def test_steps_and_records_without_their_models(study, tmp_path, run_here):
     check_ensemble(tmp_path)
     assert list(results["teacher_seeds"]) == ["3", "4"]
     values = ", ".join(f"{seeds['nDCG@10'][0]:.4f} (seed {seed})" for seed, seeds in results["teacher_seeds"].items())
-    assert f"students' teacher first: {values}." in (tmp_path / "second" / "results.md").read_text()
+    assert f"the first one teaches the students: {values}." in (tmp_path / "second" / "results.md").read_text()
     teacher = json.loads((tmp_path / "records" / "teacher-0.001-seed3.json").read_text())
     weights = tmp_path / "second" / "teacher-0.001-seed3" / "best" / "model.safetensors"
     assert teacher["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()

@@ -8,7 +8,7 @@ from transformers import BertConfig
 from simplified_tinybert.common.files import Problems, UserError, reason
 from simplified_tinybert.common.text import read_json
 from simplified_tinybert.model.bert import ACTIVATIONS, activation_function
-from simplified_tinybert.model.hub import ADAPTER_FILE, CONFIG_FILES
+from simplified_tinybert.model.hub import ADAPTER_FILE, CONFIG_FILES, config_file
 from simplified_tinybert.model.weights import abbreviate
 
 MINIMUM_SIZES = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
@@ -27,7 +27,7 @@ def find_config(directory: Path) -> Path:
         base = read_json(adapter, "configuration of an adapter").get("base_model_name_or_path")
         raise UserError(f"{adapter}: is a LoRA adapter of {base}; merge the two with peft (merge_and_unload) and save "
                         f"the result")
-    path = next((directory / name for name in CONFIG_FILES if (directory / name).is_file()), None)
+    path = config_file(directory)
     if path is None:
         nested = sorted((other.parent for pattern in ("*/config.json", "snapshots/*/config.json")
                          for other in directory.glob(pattern)), key=_checkpoint_order)

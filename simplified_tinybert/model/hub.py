@@ -14,6 +14,11 @@ DOWNLOADED = (*CONFIG_FILES, *WEIGHT_FILES[:2], "model-*.safetensors", PROJECTIO
 DOWNLOADED_WITHOUT_SAFETENSORS = (*WEIGHT_FILES[2:], "pytorch_model-*.bin")
 
 
+def config_file(directory: Path) -> Path | None:
+    """Return the configuration of a model directory, if it has one."""
+    return next((directory / name for name in CONFIG_FILES if (directory / name).is_file()), None)
+
+
 def find_model(name: str) -> Path:
     """Return the directory of a model: a local one, or a snapshot downloaded from the hub. Raises UserError."""
     directory = Path(name)
