@@ -268,9 +268,10 @@ def distill(args: argparse.Namespace, processes: Processes) -> None:
 def main() -> None:
     args = parse_args()
     device = select_device(args.device, args.no_cuda)
-    prepare_device(device, args.tf32 or args.fp16 or args.bf16)
-    with process_group(device) as processes, explain_full_memory(training_settings.SMALLER_BATCHES):
-        distill(args, processes)
+    with explain_full_memory(training_settings.SMALLER_BATCHES):
+        prepare_device(device, args.tf32 or args.fp16 or args.bf16)
+        with process_group(device) as processes:
+            distill(args, processes)
 
 
 if __name__ == "__main__":

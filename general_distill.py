@@ -219,9 +219,10 @@ def general_distill(args: argparse.Namespace, processes: Processes) -> None:
 def main() -> None:
     args = parse_args()
     device = select_device(args.device, args.no_cuda)
-    prepare_device(device, args.tf32 or args.fp16 or args.bf16)
-    with process_group(device) as processes, explain_full_memory(training_settings.SMALLER_BATCHES):
-        general_distill(args, processes)
+    with explain_full_memory(training_settings.SMALLER_BATCHES):
+        prepare_device(device, args.tf32 or args.fp16 or args.bf16)
+        with process_group(device) as processes:
+            general_distill(args, processes)
 
 
 if __name__ == "__main__":

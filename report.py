@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from simplified_tinybert.common.compatibility import check_model_fits
-from simplified_tinybert.common.device import prepare_device, select_device
+from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
 from simplified_tinybert.common.files import Problems, atomic_writer, check_output_files, check_ranges, run_main, say
 from simplified_tinybert.common.records import record
 from simplified_tinybert.common.text import argument_text
@@ -236,7 +236,8 @@ def main() -> None:
     comparisons, pairs, hardware = compare_systems(args, systems, measures), None, machine(device)
     if summary:
         pairs = sample_pairs(args.features_file, summary.examples, args.speed_pairs or SPEED_PAIRS[device.type])
-        measure_systems(systems, pairs, device, dtype, args.int8, args.speed_rounds)
+        with explain_full_memory("compare fewer systems, or use --device cpu"):
+            measure_systems(systems, pairs, device, dtype, args.int8, args.speed_rounds)
     teacher = next(system for system in systems if system.name == args.teacher)
     write_report(args, Report(systems, teacher, measures, queries, comparisons, pairs, hardware))
 

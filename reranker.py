@@ -178,9 +178,10 @@ def rerank(args: argparse.Namespace, device: torch.device, processes: Processes)
 def main() -> None:
     args = parse_args()
     device = select_device(args.device, args.no_cuda)
-    prepare_device(device, args.tf32)
-    with process_group(device) as processes, explain_full_memory("lower --batch_tokens"):
-        rerank(args, device, processes)
+    with explain_full_memory("lower --batch_tokens"):
+        prepare_device(device, args.tf32)
+        with process_group(device) as processes:
+            rerank(args, device, processes)
 
 
 if __name__ == "__main__":

@@ -53,12 +53,13 @@ def set_up(args: argparse.Namespace) -> torch.device:
 
 
 def set_process(way: str, device: torch.device, tf32: bool = False) -> None:
-    """Set for a way what our scripts set for the process: whether products use TF32, and malloc keeps freed memory.
+    """Set for a way what our scripts set for the process: TF32, cuDNN's attention, and whether malloc keeps memory.
 
     The other ways get the defaults of PyTorch and glibc.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cuda.enable_cudnn_sdp(not way.startswith("ours"))
     elif way.startswith("ours"):
         keep_freed_memory()
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):

@@ -22,15 +22,16 @@ PRODUCTS = {"_addmm_activation", "addmm", "baddbmm", "bmm", "linear", "mm"}
 
 
 def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
-                    dropout_p: float = 0.0) -> torch.Tensor:
+                    dropout_p: float = 0.0, scale: float | None = None) -> torch.Tensor:
     """What PyTorch does on a GPU with a batch that has padding. FakeTensors alone would take a slow way."""
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in (query, key, value))
+    assert query.shape[-1] % 8 == 0, f"heads of {query.shape[-1]} have no fast kernel"
     if attn_mask is not None:
         assert attn_mask.dtype == query.dtype, f"each layer converts the attention mask from {attn_mask.dtype}"
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     return torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, attn_mask, torch.is_grad_enabled() and query.requires_grad, dropout_p)[0]
+        query, key, value, attn_mask, torch.is_grad_enabled() and query.requires_grad, dropout_p, scale=scale)[0]
 
 
 def replace_parameters(module: torch.nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Module:
@@ -64,7 +65,8 @@ def pretended_cuda() -> Iterator[torch.device]:
                 (torch.cuda, "get_device_capability", lambda device: (9, 0)),
                 (torch.backends.cuda, "is_flash_attention_available", lambda: True),
                 (torch.cuda, "get_rng_state", lambda device: torch.zeros(16, dtype=torch.uint8)),
-                (torch.cuda, "set_rng_state", lambda state, device: None)):
+                (torch.cuda, "set_rng_state", lambda state, device: None),
+                (torch.cuda, "current_stream", lambda device: None)):
             stack.enter_context(patch.object(place, name, replacement, create=True))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         yield torch.device("cuda", 0)
@@ -76,19 +78,21 @@ class Watch(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.kernels: Counter = Counter()               # by operation
-        self.to_host: list[str] = []                    # operations that copy from the device
+        self.to_host: list[str] = []                    # operations that copy from the device and wait for it
+        self.waits = 0                                  # for copies from the device that were started earlier
         self.products: Counter = Counter()              # matrix products by type
         self.grams: set[torch.dtype] = set()            # types of products of a tensor with itself
         self.scaler_steps = 0                           # each of them asks the device whether gradients are finite
 
     def __enter__(self) -> "Watch":
-        self.scaler = patch.object(torch.amp.GradScaler, "_maybe_opt_step",
-                                   lambda scaler, *inputs: self.step_of_scaler(*inputs))
-        self.scaler.start()
+        self.patches = ExitStack()
+        self.patches.enter_context(patch.object(torch.amp.GradScaler, "_maybe_opt_step",
+                                                lambda scaler, *inputs: self.step_of_scaler(*inputs)))
+        self.patches.enter_context(patch.object(torch.cuda, "Event", lambda: Event(self)))
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
-        self.scaler.stop()
+        self.patches.close()
         super().__exit__(*error)
 
     def step_of_scaler(self, optimizer: torch.optim.Optimizer, state: dict, *args: object) -> object:
@@ -105,13 +109,32 @@ class Watch(TorchDispatchMode):
         converts = name == "to" and made[0].dtype != given[0].dtype         # how inference mode shows it
         if "cuda" in sources | targets and (converts or not function.is_view) and name not in NO_KERNEL:
             self.kernels[name] += kernels_of(name, args)
-        if "cuda" in sources and "cpu" in targets:
+        if "cuda" in sources and "cpu" in targets and not is_asynchronous(function, args, kwargs):
             self.to_host.append(name)
         if "cuda" in targets and name in PRODUCTS:
             self.products[made[0].dtype] += 1
             if name == "bmm" and len({tensor.untyped_storage()._cdata for tensor in given}) == 1:
                 self.grams.add(made[0].dtype)
         return result
+
+
+class Event:
+    """A place in the queue of the device."""
+
+    def __init__(self, watch: Watch):
+        self.watch = watch
+
+    def record(self, stream: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        self.watch.waits += 1
+
+
+def is_asynchronous(function: Callable, args: tuple, kwargs: dict | None) -> bool:
+    """Whether a copy was called with non_blocking=True."""
+    names = [argument.name for argument in function._schema.arguments]
+    return bool((dict(zip(names, args)) | (kwargs or {})).get("non_blocking"))
 
 
 def kernels_of(name: str, args: tuple) -> int:

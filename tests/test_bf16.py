@@ -91,7 +91,7 @@ def test_slowdown_is_that_of_a_larger_product(capsys):
         real = spent(torch.bfloat16) / spent(torch.float32)
     finally:
         torch.set_num_threads(threads)
-    found = slowdown(torch.bfloat16, device)
+    found = slowdown(torch.bfloat16)
     assert torch.get_num_threads() == threads
     assert 1 / 3 < found / real < 3
     warn_if_slow(torch.bfloat16, device, "use float32")
@@ -102,14 +102,14 @@ def test_slowdown_is_that_of_a_larger_product(capsys):
         assert not output
     warn_if_slow(None, device)
     assert not capsys.readouterr().err
-    assert slowdown(torch.float32, device) < 1.5
+    assert slowdown(torch.float32) < 1.5
 
 
 @pytest.fixture
 def slow_bf16(monkeypatch):
     """Simulate a CPU that emulates bfloat16."""
     monkeypatch.setattr(precision, "has_bf16", lambda capabilities, limited: False)
-    monkeypatch.setattr(precision, "slowdown", lambda dtype, device: 6.43)
+    monkeypatch.setattr(precision, "slowdown", lambda dtype: 6.43)
 
 
 def commands(models, directory, features) -> dict:
@@ -162,7 +162,7 @@ def test_one_process_warns_for_all(golden_models, features, tmp_path):
     assert done.returncode == 0, done.stderr
     native = has_bf16(torch.cpu.get_capabilities(), False)
     assert done.stderr.count("is emulated") <= 1
-    if native is False and slowdown(torch.bfloat16, torch.device("cpu")) > 2:
+    if native is False and slowdown(torch.bfloat16) > 2:
         assert done.stderr.count("is emulated") == 1
 
 

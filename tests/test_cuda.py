@@ -1,6 +1,7 @@
 """Tests that need an NVIDIA GPU: golden values, mixed precision, memory. Skipped without one."""
 import copy
 import json
+import shutil
 import subprocess
 import sys
 
@@ -83,6 +84,81 @@ def test_packed_batches_are_as_exact_as_padded_ones(dtype):
     assert errors[0] < 1.2 * errors[1] and errors[1] < 0.03 * exact.std()
 
 
+def run_both(run_here, golden_models, directory, more, on_gpu=()):
+    """Train on the CPU and on the GPU, and return both logs and command lines."""
+    train = write_features(directory / "train.pkl", random_rows(64))
+    calls = {name: arguments(train, golden_models, directory / name, "--train_batch_size", 8, "--train_loss_step", 1,
+                             "--learning_rate", 1e-3, "--save_model_step", 4, *more, *flags)
+             for name, flags in (("cpu", ()), ("gpu", ("--device", "0", *on_gpu)))}
+    for call in calls.values():
+        run_here(distill, *call)
+    return log_of(directory / "cpu"), log_of(directory / "gpu"), calls
+
+
+@pytest.mark.parametrize("on_gpu, tolerance", [([], 1e-3), (["--tf32"], 0.02), (["--compile"], 1e-3),
+                                               (["--log_gradients"], 1e-3)])
+@pytest.mark.parametrize("padding", ["reference", "masked"])
+def test_training_equals_that_of_the_cpu(golden_models, tmp_path, run_here, padding, on_gpu, tolerance):
+    both = [] if "--log_gradients" not in on_gpu else on_gpu
+    cpu, gpu, _ = run_both(run_here, golden_models, tmp_path, ["--padding", padding, *both], on_gpu[len(both):])
+    names = [name for name in cpu[0] if name != "examples_per_second"]
+    for one, two in zip(cpu, gpu, strict=True):
+        assert one.keys() == two.keys()
+        assert [two[name] for name in names] == pytest.approx([one[name] for name in names], rel=tolerance, abs=1e-6)
+
+
+def test_a_gpu_resumes_what_a_cpu_began(golden_models, tmp_path, run_here):
+    cpu, _, calls = run_both(run_here, golden_models, tmp_path, ["--padding", "masked"])
+    begun = tmp_path / "cpu"
+    for checkpoint in sorted(begun.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))[2:]:
+        shutil.rmtree(checkpoint)
+    record = json.loads((begun / "run.json").read_text())
+    (begun / "run.json").write_text(json.dumps(record | {"finished": False}))
+    call = [begun if flag == tmp_path / "gpu" else flag for flag in calls["gpu"]]
+    assert "from another device" in run_here(distill, *call, "--resume")
+    rows = log_of(begun)
+    assert [row["step"] for row in rows] == [row["step"] for row in cpu]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in cpu], rel=1e-3)
+
+
+@pytest.mark.parametrize("precision, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("hidden_size", [384, 312, 768])                    # heads of 32, 26 and 64
+def test_gradients_equal_those_in_double_precision(precision, tolerance, hidden_size):
+    """With the kernels of real head sizes and padding, unlike the golden models."""
+    torch.manual_seed(0)
+    student, teacher = bert(2, hidden_size, 0.0), bert(4, 384, 0.0).eval().requires_grad_(False)
+    fit_projections(student, 384, torch.Generator().manual_seed(0))
+    mask = (torch.arange(96) < torch.randint(20, 97, (8, 1))).long()
+    data = Batch(torch.randint(30522, (8, 96)), torch.zeros(8, 96, dtype=torch.long), mask, torch.randint(2, (8,)))
+    gradients = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", precision)):
+        weights = torch.float64 if device == "cpu" else torch.float32
+        models = [model.to(device, weights) for model in (student, teacher)]
+        student.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", dtype=precision, enabled=dtype == torch.bfloat16):
+            loss = loss_terms(*models, data.to(torch.device(device)), stage_weights("simplified")[0],
+                              padding="masked")["loss"]
+        loss.backward()
+        gradients.append(torch.cat([weight.grad.flatten().double().cpu() for weight in student.parameters()
+                                    if weight.grad is not None]))
+    exact, found = gradients
+    assert ((found - exact).norm() / exact.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("more", [[], ["--bf16"]])
+def test_the_gpu_computes_while_the_logits_of_a_chunk_are_read(more):
+    """The logits of the first chunk are there before those of the second."""
+    model = bert(12, 768, 0.0).eval()
+    scoring.prepare(model, torch.bfloat16 if more else None, int8=False)
+    pairs = Examples(np.full(512 * 128, 7, np.uint16), np.full(128, 512, np.uint16), np.full(128, 9, np.uint16),
+                     np.zeros(128, np.int8))
+    first = scoring.score_chunk(model, pairs, [np.arange(16)])
+    second = scoring.score_chunk(model, pairs, [np.arange(128)] * 4)
+    first.logits()
+    assert not torch.cuda.current_stream().query(), "waited for the second chunk, too"
+    assert np.isfinite(second.logits()).all() and torch.cuda.current_stream().query()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 def test_two_gpus_give_the_same_student_and_scores_as_one(golden_models, tmp_path, run_here):
     def on_two(script, *flags):
@@ -113,7 +189,7 @@ def bert(layers, hidden_size, dropout):
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layers, hidden_size", [(3, 384), (6, 768)])
+@pytest.mark.parametrize("layers, hidden_size", [(3, 384), (4, 312), (6, 768)])
 def test_peak_memory_of_a_training_step_is_linear_in_the_length(precision, layers, hidden_size):
     """With a BERT-Base teacher, dropout 0.1 and batches of 32 padded pairs; without the memory of the models."""
     student, teacher = bert(layers, hidden_size, 0.1).train(), bert(12, 768, 0.1).eval().requires_grad_(False)

@@ -69,6 +69,10 @@ def test_full_memory_is_one_line():
         torch.empty(2 ** 60)
     with pytest.raises(UserError, match=r"CUDA out of memory\. Tried .*; use less"), explain_full_memory("use less"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")
+    for words in ("CUDA error: out of memory\nCUDA kernel errors might be reported later",
+                  "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"):
+        with pytest.raises(UserError, match="the memory is full"), explain_full_memory("use less"):
+            raise RuntimeError(words)                   # torch.AcceleratorError is one
     with pytest.raises(RuntimeError, match="something else"), explain_full_memory("use less"):
         raise RuntimeError("something else")
 
@@ -94,6 +98,26 @@ def test_flags_that_need_a_gpu(golden_models, tmp_path, run_here, flag):
         run_here(distill, *arguments(file, golden_models, tmp_path / "out", flag))
     with pytest.raises(UserError, match="--bf16 and --tf32: choose one of them"):
         run_here(distill, *arguments(file, golden_models, tmp_path / "out", "--tf32", "--bf16"))
+
+
+def test_what_is_set_for_a_gpu(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90a", "sm_120", "compute_120"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    before = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        device_module.prepare_device(GPU)
+        assert (torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()) == (before[0], False)
+        device_module.prepare_device(GPU, tf32=True)
+        assert torch.get_float32_matmul_precision() == "high" and current == [GPU, GPU]
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cuda.enable_cudnn_sdp(before[1])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.raises(UserError, match=r"no kernels for Tesla V100 \(compute capability 7\.0\)"):
+        device_module.prepare_device(GPU)
 
 
 @pytest.mark.parametrize("longest, limit, expected", [(1, 512, 16), (16, 512, 16), (17, 512, 32), (500, 512, 512),
@@ -185,6 +209,13 @@ def test_float32_on_a_gpu_is_noted_as_slow(monkeypatch, capsys, dtype, precision
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     warn_if_slow(dtype, GPU)
     assert ("would be several times as fast" in capsys.readouterr().err) == noted
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_on_a_gpu_without_its_instructions(monkeypatch, capsys, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    warn_if_slow(torch.bfloat16, GPU)
+    assert ("this GPU has no bfloat16 instructions" in capsys.readouterr().err) == (not native)
 
 
 @pytest.mark.slow

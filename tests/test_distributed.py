@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, loss_terms, random_rows, write_features
 from helpers.reranking import arguments as rerank_arguments
 from helpers.training import arguments, assert_same_student, dev_set, torchrun, with_dropout, without_speed
@@ -193,6 +194,17 @@ def test_merging_preserves_every_bit():
     values = np.array([[-0.0, 0.0], [np.nan, -np.inf], [1e-45, 3.4e38]], np.float32)
     values.view(np.int32)[1, 0] |= 12345                                        # a NaN with a payload
     assert Processes().merge(values).tobytes() == values.tobytes()
+
+
+def test_an_error_of_nccl_is_one_line_with_its_cause(monkeypatch):
+    """NCCL names the cause in the last line. The group is that of one process, whose exchange fails."""
+    for name, value in zip(("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "20001", strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(dist, "new_group", lambda **kwargs: None)
+    with pytest.raises(UserError, match=r"this process's GPU failed.*NCCL error in: x\.cpp.*'out of memory'"), \
+            process_group(torch.device("cpu")):
+        raise dist.DistBackendError("NCCL error in: x.cpp:77, unhandled cuda error\nLast:\nfailure 'out of memory'")
 
 
 def set_environment(monkeypatch, **variables):

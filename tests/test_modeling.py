@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from simplified_tinybert.common.device import read_ahead
 from simplified_tinybert.data.features import Examples
+from simplified_tinybert.model import bert
 from simplified_tinybert.model.batch import Batch
 from simplified_tinybert.model.bert import ACTIVATIONS, CrossEncoder, Dropout, attend, drop
 from simplified_tinybert.model.gpu_scoring import GeluLinear, can_pack, fuse_gelu
@@ -99,6 +100,21 @@ def test_attention_in_blocks_equals_fused_attention(batch, heads, length, size, 
     for one, other in zip(torch.autograd.grad((found * weight).sum(), (query, key, value)),
                           torch.autograd.grad((expected * weight).sum(), (query, key, value))):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [8, 12, 26, 64])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_on_a_gpu_equals_that_on_a_cpu(size, padded):
+    """Heads are padded to a size that has fast kernels. Gradients are those of the heads before padding."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 20, size, dtype=torch.float64).requires_grad_().unbind()
+    tokens = (torch.arange(20) < torch.tensor([20, 13])[:, None, None, None]) if padded else None
+    mask = torch.zeros(tokens.shape, dtype=torch.float64).masked_fill(~tokens, -torch.inf) if padded else None
+    results = [bert._attend_on_gpu(query, key, value, mask, 0.0), attend(query, key, value, tokens, 0.0)]
+    assert bert.pad_heads(query).shape[-1] % 8 == 0
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    gradients = [torch.autograd.grad(result.sin().sum(), (query, key, value)) for result in results]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])

@@ -17,7 +17,8 @@ DTYPES = ("float32", "bf16", "fp16")
 METHODS = ("finetune", "standard", "tinybert, layers", "tinybert, logits", "simplified", "rankings")
 CASES = [*(f"step: {method}, {dtype}, {padding}"
            for method, dtype, padding in product(METHODS, DTYPES, ("reference", "masked"))),
-         *(f"{kind}: {dtype}" for kind, dtype in product(("checkpoint", "validation", "scoring"), DTYPES))]
+         *(f"{kind}: {dtype}" for kind, dtype in product(("checkpoint", "validation", "scoring"), DTYPES)),
+         "scoring: bf16, heads of 12"]
 FAULTS = {
     "a constant on the CPU in a loss": "same device",
     "the log reads the loss in each step": "_local_scalar_dense",
@@ -34,7 +35,9 @@ FAULTS = {
     "an expanded tensor is pinned": "cannot be pinned",
     "GradScaler asks twice": "asked the device 2 times",
     "scores are read batch by batch": "waits for the device",
-    "scores are read twice in validation": "4 copies to the host",
+    "scores are read without waiting": "0 waits for a chunk",
+    "heads without a fast kernel": "have no fast kernel",
+    "scores are read twice in validation": "4 waits for two chunks",
     "a checkpoint without the GPU's random state": "states of a process",
     "a checkpoint with the log's tensor of the device": "sums of the log"}
 

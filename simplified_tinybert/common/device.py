@@ -1,6 +1,7 @@
 """Choice of the device, memory settings, and prefetching."""
 import ctypes
 import os
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from simplified_tinybert.common.files import UserError, process_count, process_n
 
 Item = TypeVar("Item")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4                   # from glibc's malloc.h
+FULL_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory")     # in errors of CUDA, its libraries, the CPU
 NVIDIA_DRIVER = "/proc/driver/nvidia/version"           # exists where the driver is loaded
 
 
@@ -67,19 +69,34 @@ def explain_full_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not any(words in str(error) for words in FULL_MEMORY):
             raise
         raise UserError(f"the memory is full ({reason(error)}); {advice}") from error
 
 
 def prepare_device(device: torch.device, tf32: bool = False) -> None:
-    """Set PyTorch up for the device, for the whole process. tf32: let float32 products on a GPU use TF32."""
+    """Set PyTorch up for the device, for the whole process. tf32: let float32 products on a GPU use TF32.
+
+    Raises UserError if PyTorch has no kernels for the GPU.
+    """
     if device.type == "cpu":
         keep_freed_memory()
         return
+    torch.cuda.set_device(device)                       # PyTorch chooses kernels by the properties of this device
+    check_kernels(device)
     torch.backends.cuda.enable_cudnn_sdp(False)         # cuDNN plans attention for each new shape, up to a second
     if tf32:
         torch.set_float32_matmul_precision("high")
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raise UserError if the GPU is older than all those that PyTorch was built for."""
+    built_for = [int(number) for name in torch.cuda.get_arch_list() for number in re.findall(r"^sm_(\d+)", name)]
+    major, minor = torch.cuda.get_device_capability(device)
+    if built_for and 10 * major + minor < min(built_for):
+        raise UserError(f"PyTorch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)} (compute "
+                        f"capability {major}.{minor}); install a build for an older CUDA version (see pytorch.org), or "
+                        f"use --device cpu")
 
 
 def padded_length(longest: int, device: torch.device, limit: int) -> int:

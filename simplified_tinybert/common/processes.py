@@ -38,7 +38,7 @@ class Processes:
     local_rank: int = 0
     count: int = 1
     device: torch.device = torch.device("cpu")          # of this process
-    waiting: dist.ProcessGroup | None = None            # the same processes, with a long timeout; None: those of `dist`
+    waiting: dist.ProcessGroup | None = None            # the same processes, on CPUs, with a long timeout; None: all
 
     @property
     def first(self) -> bool:
@@ -58,16 +58,23 @@ class Processes:
         return values
 
     def total(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over the processes. The result is on the tensor's own device."""
+        """Sum a tensor over the processes. It must be on the processes' device; the result is, too."""
         if self.count == 1:
             return tensor
-        total = tensor.to(self.device, copy=True)
+        total = tensor.clone()
         dist.all_reduce(total)
-        return total.to(tensor.device)
+        return total
 
     def merge(self, values: np.ndarray) -> np.ndarray:
-        """Add float32 arrays. Each element is nonzero in at most one process. Adding integers keeps -0.0 and NaN."""
-        return self.total(torch.from_numpy(values.view(np.int32))).numpy().view(np.float32)
+        """Add float32 arrays. Each element is nonzero in at most one process. Adding integers keeps -0.0 and NaN.
+
+        The CPUs add them, so nothing waits for what a GPU has still to compute.
+        """
+        if self.count == 1:
+            return values
+        total = torch.from_numpy(values.view(np.int32).copy())
+        dist.all_reduce(total, group=self.waiting)
+        return total.numpy().view(np.float32)
 
     @contextmanager
     def first_on_machine(self) -> Iterator[None]:
@@ -147,8 +154,9 @@ def process_group(device: torch.device) -> Iterator[Processes]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise UserError(f"lost the connection to another process; its own message should say why "
-                        f"({reason(error)})") from error
+        last = str(error).strip().splitlines()[-1].strip()      # of an error of NCCL, the cause
+        raise UserError(f"lost the connection to another process, or this process's GPU failed; the messages of the "
+                        f"others may say why ({reason(error)}; {last})") from error
 
 
 @contextmanager

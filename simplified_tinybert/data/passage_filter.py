@@ -15,6 +15,8 @@ from simplified_tinybert.ranking.scoring import load_scorer, relevance, score_al
 from simplified_tinybert.tokenization.pairs import CachedTokenizer, tokenize, words_suffice
 from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
 
+ADVICE = "filter the passages with --device cpu"        # if the memory is full
+
 
 class PassageFilter:
     """Scores query-passage pairs with a cross-encoder, as the arguments say. Input errors are added to `problems`.
@@ -34,9 +36,10 @@ class PassageFilter:
                 problems.add(f"--max_seq_length {self.max_seq_length}: expected 8 to {limit}, the maximum of "
                              f"{self.directory}")
             if not problems.count:                      # do not spend seconds on loading otherwise
-                warn_if_slow(dtype, device)
-                prepare_device(device)
-                self.model, _ = load_scorer(self.directory, config, device, dtype, label="filter")
+                with explain_full_memory(ADVICE):
+                    prepare_device(device)
+                    warn_if_slow(dtype, device)
+                    self.model, _ = load_scorer(self.directory, config, device, dtype, label="filter")
 
     def checksum(self) -> str:
         return model_checksum(self.directory)
@@ -50,6 +53,6 @@ class PassageFilter:
         lines = [f"{number}\t{query}\t{passage}" for number, (query, passage) in enumerate(pairs[rank::count])]
         logits = np.zeros((len(pairs), self.model.config.num_labels), np.float32)
         if lines:
-            with explain_full_memory("filter the passages with --device cpu"):
+            with explain_full_memory(ADVICE):
                 logits[rank::count] = score_all(self.model, tokenize(lines, self.tokenizer))
         return relevance(self.processes.merge(logits), "probability")

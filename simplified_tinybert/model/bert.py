@@ -197,13 +197,27 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Packing | N
     """
     if isinstance(mask, Packing):
         return _attend_packed(query, key, value, mask)
-    if dropout == 0.0 or query.device.type != "cpu":
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask.to(query.dtype)                 # differs only with apex, which casts operations itself
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    if query.device.type != "cpu":
+        return _attend_on_gpu(query, key, value, mask, dropout)
+    if dropout == 0.0:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     blocks = [checkpoint(_attend_block, block, key, value, mask, dropout, use_reentrant=False)
               for block in query.split(64, dim=2)]
     return torch.cat(blocks, dim=2)
+
+
+def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    size = query.shape[-1]
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)                     # differs only with apex, which casts operations itself
+    query, key, value = (pad_heads(tensor) for tensor in (query, key, value))
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=size ** -0.5)
+    return context[..., :size]
+
+
+def pad_heads(heads: Tensor) -> Tensor:
+    """Pad (B, H, L, d) with zeros to a head size that is a multiple of 8. A GPU's fast kernels take no other sizes."""
+    return F.pad(heads, (0, -heads.shape[-1] % 8)) if heads.shape[-1] % 8 else heads
 
 
 def _attend_packed(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> Tensor:

@@ -54,22 +54,18 @@ def cast_linear_layers(model: CrossEncoder, dtype: torch.dtype) -> None:
 
 def warn_if_slow(dtype: torch.dtype | None, device: torch.device, advice: str = "leave the flag out") -> None:
     """Warn if `dtype` is bfloat16 and the device only emulates it, or if it is None and a GPU could do much better."""
-    if dtype is None and device.type == "cuda" and torch.get_float32_matmul_precision() == "highest" and \
-            torch.cuda.is_bf16_supported(including_emulation=False):
-        say("note         float32: --bf16 would be several times as fast on this GPU")
-    if dtype != torch.bfloat16:
-        return
-    native = native_bf16(device)
-    if not native and is_emulated(native, factor := slowdown(dtype, device)):
-        warn(f"--bf16: bfloat16 is emulated on this device: matrix products take {factor:.2g} times as long as in "
-             f"float32; {advice}")
-
-
-def native_bf16(device: torch.device) -> bool | None:
-    """Whether a device has bfloat16 instructions; None: unknown."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return has_bf16(getattr(torch.cpu, "get_capabilities", dict)(), any(os.environ.get(name) for name in ISA_LIMITS))
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if dtype is None and native and torch.get_float32_matmul_precision() == "highest":
+            say("note         float32: --bf16 would be several times as fast on this GPU")
+        if dtype == torch.bfloat16 and not native:
+            warn("--bf16: this GPU has no bfloat16 instructions; leave the flag out, or use --fp16 where there is one")
+    elif dtype == torch.bfloat16:
+        limited = any(os.environ.get(name) for name in ISA_LIMITS)
+        native = has_bf16(getattr(torch.cpu, "get_capabilities", dict)(), limited)
+        if not native and is_emulated(native, factor := slowdown(dtype)):
+            warn(f"--bf16: bfloat16 is emulated on this CPU: matrix products take {factor:.2g} times as long as in "
+                 f"float32; {advice}")
 
 
 def has_bf16(capabilities: Mapping[str, object], limited: bool) -> bool | None:
@@ -92,20 +88,19 @@ def is_emulated(native: bool | None, factor: float) -> bool:
     return not native and factor > (1.0 if native is False else EMULATION_FACTOR)
 
 
-def slowdown(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the time of a matrix product in `dtype` relative to float32: medians of five products of a millisecond."""
-    operands = {kind: (torch.ones(128, 384, dtype=kind, device=device),
-                       torch.ones(384, 384, dtype=kind, device=device)) for kind in (torch.float32, dtype)}
-    clock = time.thread_time if device.type == "cpu" else time.perf_counter     # thread_time excludes other load
+def slowdown(dtype: torch.dtype) -> float:
+    """Return the time of a CPU's matrix product in `dtype` relative to float32: medians of five of a millisecond."""
+    operands = {kind: (torch.ones(128, 384, dtype=kind), torch.ones(384, 384, dtype=kind))
+                for kind in (torch.float32, dtype)}
     times: dict[torch.dtype, list[float]] = {kind: [] for kind in operands}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for _ in range(1 + 5):                          # the first round is a warm-up
             for kind, pair in operands.items():
-                start = clock()
-                F.linear(*pair).sum().item()            # item() waits for a GPU
-                times[kind].append(clock() - start)
+                start = time.thread_time()              # excludes other load
+                F.linear(*pair)
+                times[kind].append(time.thread_time() - start)
     finally:
         torch.set_num_threads(threads)
     return median(times[dtype][1:]) / max(median(times[torch.float32][1:]), 1e-9)

@@ -92,16 +92,22 @@ def relevance(logits: np.ndarray, score: str) -> np.ndarray:
 
 @dataclass
 class ScoredChunk:
-    """A chunk and its logits, batch by batch. They are on the model's device, which may still be computing them."""
+    """A chunk and its logits, batch by batch. A GPU may still be computing them and copying them to the CPU."""
     chunk: Examples
-    batches: list[tuple[np.ndarray, Tensor]]            # indices (B), logits (B, C) in float32
+    batches: list[tuple[np.ndarray, Tensor]]            # indices (B), logits (B, C) in float32 on the CPU
     classes: int
+    copied: torch.cuda.Event | None = None              # when a GPU has copied them all
 
     def logits(self) -> np.ndarray:
-        """Return the logits (N, C) in input order; zeros for pairs that are in no batch. Waits for the device."""
+        """Return the logits (N, C) in input order; zeros for pairs that are in no batch.
+
+        Waits for a GPU, but only until this chunk is finished, not for chunks that were given to it later.
+        """
+        if self.copied:
+            self.copied.synchronize()
         logits = np.zeros((len(self.chunk), self.classes), np.float32)
         for indices, values in self.batches:
-            logits[indices] = values.cpu().numpy()
+            logits[indices] = values.numpy()
         return logits
 
 
@@ -117,9 +123,13 @@ def score_chunk(model: CrossEncoder, chunk: Examples, batches: Iterable[np.ndarr
             else:
                 length = padded_length(int(chunk.lengths[indices].max()), device, limit)
                 batch = chunk.batch(indices, length, device)
-            scored.batches.append((indices, model(batch).logits.float()))
+            logits = model(batch).logits.float()
+            scored.batches.append((indices, logits.to("cpu", non_blocking=True)))
             if progress is not None:
                 progress.update(len(indices))
+    if device.type == "cuda":
+        scored.copied = torch.cuda.Event()
+        scored.copied.record(torch.cuda.current_stream(device))
     return scored
 
 

@@ -29,7 +29,7 @@ from simplified_tinybert.training.optimizer import ApexScaler, BertAdam, LossSca
 from simplified_tinybert.training.settings import Stage, TrainingSettings
 from simplified_tinybert.training.validation import DevSet
 
-CHECK_EVERY = {"cpu": 1, "cuda": 50}        # steps between checks of losses and signals, which wait for a GPU
+CHECK_EVERY = {"cpu": 1, "cuda": 50}        # batches between checks of losses and signals, which wait for a GPU
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,18 @@ class Trainer:
         self.scaler = (ApexScaler(self.student, self.optimizer, settings.apex_level) if settings.apex_level
                        else LossScaler(self.device, settings.dtype))
         self.local_terms = partial(objective, self.student, self.teacher, settings=chosen)     # no gradient exchange
+        if self.device.type == "cuda" and not settings.compile:
+            self._try_longest_batch()
         terms = torch.compile(self.local_terms, dynamic=True, fullgraph=True) if settings.compile else self.local_terms
         self.terms = data_parallel(self.student, terms, self.processes, all_used=chosen.uses("head"))
+
+    def _try_longest_batch(self) -> None:
+        """Compute the longest examples' gradients. If a GPU's memory is too small, the run ends here, not later."""
+        longest = np.argsort(self.examples.lengths, kind="stable")[-self.settings.batch_size:]
+        self.student.train()
+        with torch.random.fork_rng([self.device]):
+            self._losses(self.local_terms, longest)["loss"].backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _advance(self, step: int, batches: list[np.ndarray], progress: tqdm) -> None:
         """Make one step. Then write the log, validate, save a checkpoint and check for signals, if these are due."""
@@ -132,7 +142,7 @@ class Trainer:
         if step % settings.save_every == 0:
             self._save_checkpoint(step)
         local_request = self.processes.count == 1 and self.requests.signal      # known without waiting for the device
-        if local_request or step % CHECK_EVERY[self.device.type] == 0:
+        if local_request or step % max(1, CHECK_EVERY[self.device.type] // settings.accumulation) == 0:
             self._stop_if_requested(step)
 
     def _batches(self, first: int, last: int) -> Iterator[list[np.ndarray]]:
