@@ -19,7 +19,7 @@ from simplified_tinybert.model.bert import count_parameters
 
 RESULTS = ROOT / "experiments" / "results"
 SUMMARY = RESULTS / "summary.json"
-STUDIES = {"replication.md": ["worldtree", "ablations", "squad-sentences", "example"],
+STUDIES = {"replication.md": ["worldtree", "ablations", "small-student", "squad-sentences", "example"],
            "replication-nfcorpus.md": ["cranfield", "nfcorpus", "nfcorpus-cold"]}
 
 
@@ -220,6 +220,36 @@ def test_changes_to_the_proposed_method_are_reported_as_recorded(section, name, 
     found = [system for system, found in results["comparisons"]["BM25"]["nDCG@10"].items()
              if found["holm"]["t-test"] < 0.05]
     assert found == ["teacher", *(f"{shape} {method}" for method in better)]
+
+
+def test_the_smaller_student_is_reported_as_recorded():
+    text = (ROOT / "docs" / "replication.md").read_text().replace("−", "-")
+    section = text.partition("## The smaller student")[2].partition("<!--")[0]
+    results, records = json.loads((RESULTS / "small-student.json").read_text()), Records(RESULTS / "worldtree", {})
+    systems = {system["name"]: system for system in results["systems"]}
+    means = {name: statistics.fmean(system["seeds"]["nDCG@10"]) for name, system in systems.items()}
+    kept = {}
+    for method in ("simplified-masked", "tinybert"):
+        cells = []
+        for other in ("BM25", "teacher"):
+            found = results["comparisons"][other]["nDCG@10"][f"2/192 {method}"]
+            cells.append(f"{found['difference']:+.4f} ({' to '.join(f'{end:+.4f}' for end in found['interval'])})")
+            assert found["difference"] < 0 and found["holm"]["t-test"] < 0.001
+        mean = means[f"2/192 {method}"]
+        kept[method] = f"{100 * mean / means['teacher']:.1f}"
+        row = [results["settings"]["titles"][method], f"{mean:.4f}", kept[method], *cells]
+        assert f"| {' | '.join(row)} |" in section
+    found = results["comparisons"]["2/192 simplified-masked"]["nDCG@10"]["2/192 tinybert"]
+    assert f"{found['difference']:+.4f} ({' to '.join(f'{end:+.4f}' for end in found['interval'])})" in section
+    rows = [records.read(f"2-192-simplified-masked-0.0004-seed{seed}")["dev"] for seed in (1, 2)]
+    epochs = [f"{one['nDCG@10']:.4f} and {two['nDCG@10']:.4f}" for one, two in zip(*rows, strict=True)]
+    words = " ".join(section.split())
+    assert f"{epochs[0]} after one epoch, and {epochs[1]} after two" in words
+    larger = records.read("3-384-simplified-masked-0.0004-seed1")["dev"][0]["nDCG@10"]
+    assert f"The student of 3/384 has {larger:.4f} after one." in words
+    speed = f"{systems['2/192 tinybert']['speed_up']:.3g} times as fast"
+    assert speed in words and f"{speed} as the teacher. On WorldTree, it keeps {kept['simplified-masked']} %" in \
+        " ".join(text.split())
 
 
 def test_one_stage_and_margins_are_reported_as_recorded():
