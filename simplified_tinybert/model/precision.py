@@ -54,18 +54,22 @@ def cast_linear_layers(model: CrossEncoder, dtype: torch.dtype) -> None:
 
 def warn_if_slow(dtype: torch.dtype | None, device: torch.device, advice: str = "leave the flag out") -> None:
     """Warn if `dtype` is bfloat16 and the device only emulates it, or if it is None and a GPU could do much better."""
+    native = native_bf16(device)
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
         if dtype is None and native and torch.get_float32_matmul_precision() == "highest":
             say("note         float32: --bf16 would be several times as fast on this GPU")
         if dtype == torch.bfloat16 and not native:
             warn("--bf16: this GPU has no bfloat16 instructions; leave the flag out, or use --fp16 where there is one")
-    elif dtype == torch.bfloat16:
-        limited = any(os.environ.get(name) for name in ISA_LIMITS)
-        native = has_bf16(getattr(torch.cpu, "get_capabilities", dict)(), limited)
-        if not native and is_emulated(native, factor := slowdown(dtype)):
-            warn(f"--bf16: bfloat16 is emulated on this CPU: matrix products take {factor:.2g} times as long as in "
-                 f"float32; {advice}")
+    elif dtype == torch.bfloat16 and not native and is_emulated(native, factor := slowdown(dtype)):
+        warn(f"--bf16: bfloat16 is emulated on this CPU: matrix products take {factor:.2g} times as long as in "
+             f"float32; {advice}")
+
+
+def native_bf16(device: torch.device) -> bool | None:
+    """Whether a device has bfloat16 instructions; None: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return has_bf16(getattr(torch.cpu, "get_capabilities", dict)(), any(os.environ.get(name) for name in ISA_LIMITS))
 
 
 def has_bf16(capabilities: Mapping[str, object], limited: bool) -> bool | None:
