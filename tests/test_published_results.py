@@ -252,6 +252,23 @@ def test_the_smaller_student_is_reported_as_recorded():
         " ".join(text.split())
 
 
+def test_the_ranking_of_documents_is_reported_as_recorded():
+    text = (ROOT / "docs" / "replication.md").read_text().replace("−", "-").partition("## Documents: MaxP")[2]
+    words, results = " ".join(text.split()), json.loads((RESULTS / "squad" / "maxp.json").read_text())
+    for system in results["systems"]:
+        name = system["name"] + ", 3/384" * system["name"].startswith("Simplified")
+        assert " | ".join([name, *(f"{value:.4f}" for value in system["averages"].values())]) in text
+    found = [each for role in ("baseline", "teacher") for each in results["comparisons"][role]["nDCG@10"].values()]
+    teacher, student, _, minus_teacher = [(f"{each['difference']:+.4f}", each["holm"]["t-test"]) for each in found]
+    assert f"{teacher[0]}, p = {teacher[1]:.3f}" in words and minus_teacher[1] < 0.001
+    assert f"({minus_teacher[0]}, p < 0.001) and than BM25 ({student[0]}, p = {student[1]:.3f})" in words
+    assert f"{len(results['queries'])} of the test questions" in words
+    student, teacher = (Records(RESULTS / "squad-sentences", {}).read(name) for name in (
+        "3-384-simplified-masked-0.0002-seed1", "teacher-5e-05-seed1"))
+    assert results["weights"] == {"teacher": teacher["also_made"][0]["sha256"], "student": student["sha256"]}
+    assert student["made_of"]["teacher"] == results["weights"]["teacher"]
+
+
 def test_one_stage_and_margins_are_reported_as_recorded():
     text = (ROOT / "docs" / "replication.md").read_text().partition("## Hard labels")[2].partition("<!--")[0]
     words, records = " ".join(text.replace("−", "-").split()), Records(RESULTS / "worldtree", {})
