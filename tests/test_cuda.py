@@ -95,12 +95,11 @@ def run_both(run_here, golden_models, directory, more, on_gpu=()):
     return log_of(directory / "cpu"), log_of(directory / "gpu"), calls
 
 
-@pytest.mark.parametrize("on_gpu, tolerance", [([], 1e-3), (["--tf32"], 0.02), (["--compile"], 1e-3),
-                                               (["--log_gradients"], 1e-3)])
+@pytest.mark.parametrize("on_both, on_gpu, tolerance", [
+    ([], [], 1e-3), ([], ["--tf32"], 0.02), ([], ["--compile"], 1e-3), (["--log_gradients"], [], 1e-3)])
 @pytest.mark.parametrize("padding", ["reference", "masked"])
-def test_training_equals_that_of_the_cpu(golden_models, tmp_path, run_here, padding, on_gpu, tolerance):
-    both = [] if "--log_gradients" not in on_gpu else on_gpu
-    cpu, gpu, _ = run_both(run_here, golden_models, tmp_path, ["--padding", padding, *both], on_gpu[len(both):])
+def test_training_equals_that_of_the_cpu(golden_models, tmp_path, run_here, padding, on_both, on_gpu, tolerance):
+    cpu, gpu, _ = run_both(run_here, golden_models, tmp_path, ["--padding", padding, *on_both], on_gpu)
     names = [name for name in cpu[0] if name != "examples_per_second"]
     for one, two in zip(cpu, gpu, strict=True):
         assert one.keys() == two.keys()

@@ -124,7 +124,10 @@ def measures_of(indices: np.ndarray, examples: "Examples", queries: np.ndarray |
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Processes]:
-    """Connect the processes that torchrun started. Raises UserError if another process fails."""
+    """Connect the processes that torchrun started. Raises UserError if another process fails.
+
+    `device` is set up already (`prepare_device`).
+    """
     count = process_count()
     if count == 1:
         yield Processes(device=device)
@@ -138,8 +141,6 @@ def process_group(device: torch.device) -> Iterator[Processes]:
         raise UserError(f"RANK is {rank}, WORLD_SIZE {count}, MASTER_PORT {port}; expected a rank below WORLD_SIZE and "
                         f"the number of a port, as torchrun sets them")
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(device)
     try:
         # GPUs exchange something every few seconds: a hung one should not idle the others for hours. But the others
         # wait long while the first process of a machine tokenizes a corpus. torchrun detects processes that died.
@@ -154,9 +155,10 @@ def process_group(device: torch.device) -> Iterator[Processes]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        last = str(error).strip().splitlines()[-1].strip()      # of an error of NCCL, the cause
+        cause = str(error).strip().splitlines()[-1].strip()     # NCCL names it last
+        texts = dict.fromkeys([reason(error), cause])
         raise UserError(f"lost the connection to another process, or this process's GPU failed; the messages of the "
-                        f"others may say why ({reason(error)}; {last})") from error
+                        f"other processes may say why ({'; '.join(texts)})") from error
 
 
 @contextmanager

@@ -207,6 +207,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Packing | N
 
 
 def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """`attend` with PyTorch's fused kernels. They need head sizes that are multiples of 8, so others are padded."""
     size = query.shape[-1]
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)                     # differs only with apex, which casts operations itself
@@ -216,7 +217,7 @@ def _attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 
 
 def pad_heads(heads: Tensor) -> Tensor:
-    """Pad (B, H, L, d) with zeros to a head size that is a multiple of 8. A GPU's fast kernels take no other sizes."""
+    """Pad (B, H, L, d) with zeros to the next multiple of 8 in d."""
     return F.pad(heads, (0, -heads.shape[-1] % 8)) if heads.shape[-1] % 8 else heads
 
 
