@@ -14,13 +14,13 @@ Out, in --output_dir, for each results file NAME.json:
 tables into that file, between the lines <!-- NAME --> and <!-- end of NAME -->.
 """
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 from experiments.pictures import TERMS, effectiveness_picture, losses_picture, title
 from experiments.summary import write_summary
 from simplified_tinybert.common.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
+from simplified_tinybert.common.text import read_json
 from simplified_tinybert.ranking.presentation import markdown, number
 from simplified_tinybert.ranking.significance import LEVEL
 
@@ -216,17 +216,15 @@ def main() -> None:
         if check_input_file(path, problems, "results"):
             if path.stem in studies:
                 problems.add(f"{path}: another results file has the same name, which names the tables; rename one")
-            try:
-                studies[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                problems.add(f"{path}: not valid JSON ({error}); expected a results.json from replicate.py")
+            with problems.collect():
+                studies[path.stem] = read_json(path, "results.json of replicate.py")
     problems.raise_if_any()
     for name, results in studies.items():
         try:
             write_all(results, name, args.output_dir)
             document = insert_tables(document, name, report_text(results)) if args.document else ""
         except KeyError as error:
-            raise UserError(f"{name}.json: key {error} is missing; expected a results.json from replicate.py") from None
+            raise UserError(f"{name}.json: key {error} is missing; expected a results.json of replicate.py") from None
         except ValueError as error:
             raise UserError(f"{args.document}: {error}") from None
     if args.summary:

@@ -7,7 +7,7 @@ from math import ceil
 from pathlib import Path
 
 from simplified_tinybert.common.files import Problems, UserError
-from simplified_tinybert.common.text import read_text
+from simplified_tinybert.common.text import gives_flag, read_text
 from simplified_tinybert.ranking.measures import parse_measures
 
 # Flags that the study sets itself
@@ -152,7 +152,8 @@ class Settings:
             f"students.{name}.flags": shape.flags for name, shape in self.students.items()}
         for name, text in texts.items():
             words = text.split() if isinstance(text, str) else [None]
-            if wrong := [word for word in words if word is None or word in RESERVED or re.match("--.*=", word)]:
+            wrong = [word for word in words if word is None or gives_flag(word, RESERVED) or re.match("--.*=", word)]
+            if wrong:
                 yield (f"{name} = {text!r}: expected a string of flags, each as \"--flag value\", and none that the "
                        f"study sets itself (found {wrong[0]})")
 
@@ -189,15 +190,20 @@ def read_settings(path: Path, problems: Problems) -> Settings | None:
         problems.add(str(error))
     except tomllib.TOMLDecodeError as error:
         problems.add(f"{path}: not valid TOML: {error}")
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         problems.add(f"{path}: unknown or missing key, or wrong type: {error}; compare with experiments/small.toml")
     return None
 
 
-def read_toml(path: Path) -> dict:
-    """Return the file's settings. The key `like` names a file that supplies all settings that this file lacks."""
+def read_toml(path: Path, readers: tuple[Path, ...] = ()) -> dict:
+    """Return the file's settings. The key `like` names a file that supplies all settings that this file lacks.
+
+    `readers` are the files that name this one. Raises UserError if it is one of them.
+    """
+    if path.resolve() in readers:
+        raise UserError(f"{path}: like leads back to this file; name another one")
     own = tomllib.loads(read_text(path))
-    merged = read_toml(path.parent / own.pop("like")) if "like" in own else {}
+    merged = read_toml(path.parent / own.pop("like"), (*readers, path.resolve())) if "like" in own else {}
     for name, value in own.items():
         merged[name] = merged.get(name, {}) | value if isinstance(value, dict) else value
     return merged

@@ -151,12 +151,12 @@ def test_all_settings_are_checked_before_anything_is_made(golden_models, tmp_pat
     done = chain(tmp_path / "raw", tmp_path / "out", BERT_MODEL=str(golden_models["teacher"]), STUDENT_LAYERS="two",
                  DEPTH="0", EVAL_STEP="08", PROCESSES="-1", MAX_SEQ_LENGTH="1e3", DEVICE="gpu", MEASURES="ERR@10\nXY",
                  PASSAGE_FLAGS="--title\n--windw 3", TRAIN_FLAGS="--warmup_proportion 2", GENERAL_FLAGS="--epochs 2",
-                 SAMPLE_FLAGS="--output=x", TEACHER_FLAGS="-- y")
+                 SAMPLE_FLAGS="--out=x", TEACHER_FLAGS="-- y")
     assert done.returncode == 2 and not (tmp_path / "out").exists() and "Traceback" not in done.stderr
     for part in ("STUDENT_LAYERS=two:", "DEPTH=0:", "EVAL_STEP=08:", "PROCESSES=-1:", "MAX_SEQ_LENGTH=1e3:",
                  "DEVICE=gpu:", "--measures XY:", "qrels.test.txt:1: found grade 5", "prepare_examples.py: ", "--windw",
                  "--warmup_proportion 2.0", "general_distill.py: ", "--epochs",
-                 "SAMPLE_FLAGS=--output=x: expected flags other", "the argument -- before y"):
+                 "SAMPLE_FLAGS=--out=x: expected flags other", "the argument -- before y"):
         assert part in done.stderr, (part, done.stderr)
 
 

@@ -20,6 +20,7 @@ from simplified_tinybert.common.files import (
     atomic_writer,
     check_input_file,
     check_output_file,
+    new_directory,
     run_main,
     shorten,
 )
@@ -84,6 +85,16 @@ def test_atomic_writer_leaves_nothing_after_a_failure(tmp_path, mode, old, failu
         raise failure
     assert os.listdir(tmp_path) == (["file"] if old else [])
     assert not old or path.read_bytes() == old
+
+
+def test_new_directory_raises_the_errors_of_its_body_and_keeps_the_directory_of_another_job(tmp_path):
+    with new_directory(tmp_path / "cache") as temporary:
+        (temporary / "file").write_text("first")
+    with new_directory(tmp_path / "cache") as temporary:
+        (temporary / "file").write_text("second")
+    with pytest.raises(OSError, match="full"), new_directory(tmp_path / "cache"):
+        raise OSError("full")
+    assert os.listdir(tmp_path) == ["cache"] and (tmp_path / "cache" / "file").read_text() == "first"
 
 
 def test_atomic_writer_accepts_a_string_and_requires_the_directory(tmp_path):

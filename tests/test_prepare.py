@@ -479,6 +479,7 @@ def test_torch_is_not_imported_without_a_filter(files):
     ("queries.tsv", "", "queries.tsv: contains no queries"),
     ("run.txt", "q1 Q0 A 1 1\n", "run.txt:1: found 5 columns ('q1 Q0 A 1 1'); expected 6"),
     ("run.txt", "q1 Q0 A 1 x t\n", "run.txt:1: score 'x' is not a finite number"),
+    ("run.txt", "q1 A\0 1\n", "run.txt:1: holds a NUL byte"),
     ("run.txt", "q1 A 1\nq1 B\n", "run.txt:2: found 2 columns ('q1 B'); expected 3: query_id document_id rank"),
     ("run.txt", "q1 A first\n", "run.txt:1: rank 'first' is not"),
     ("run.txt", "q1 A 11.5\nq1 B 7.2\n", "run.txt:1: rank '11.5' is not an integer"),        # it is a score

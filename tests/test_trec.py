@@ -125,9 +125,9 @@ def test_a_run_may_come_from_a_pipe(pack):
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ("7 Q0 D2 1 0.5", "found 5 columns ('7 Q0 D2 1 0.5'), expected 6"),
-    ("7 Q0 D2 1 0.5 my run", "found 7 columns ('7 Q0 D2 1 0.5 my run'), expected 6"),
-    ("", "found 0 columns (''), expected 6"),
+    ("7 Q0 D2 1 0.5", "found 5 columns ('7 Q0 D2 1 0.5'); expected 6"),
+    ("7 Q0 D2 1 0.5 my run", "found 7 columns ('7 Q0 D2 1 0.5 my run'); expected 6"),
+    ("", "found 0 columns (''); expected 6"),
     ("7 Q0 D2 1 high tag", "score 'high'"),
     ("7 Q0 D2 1 nan tag", "score 'nan'"),
     ("7 Q0 D2 1 -inf tag", "score '-inf'"),
@@ -142,7 +142,7 @@ def test_read_run_errors(tmp_path, line, message):
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ("7 0 D2", "found 3 columns ('7 0 D2'), expected 4"),
+    ("7 0 D2", "found 3 columns ('7 0 D2'); expected 4"),
     ("7 0 D2 1.0", "grade '1.0'"),
     ("7 0 D2 1_0", "grade '1_0'"),
     ("7 0 D1 1", "document 'D1' is a duplicate for query '7' (grade 1, first 1)"),

@@ -219,11 +219,12 @@ def new_directory(directory: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        os.rename(temporary, directory)
+        try:
+            os.rename(temporary, directory)
+        except OSError:
+            if not directory.is_dir():
+                raise
         sync_directory(directory.parent)
-    except OSError:
-        if not directory.is_dir():
-            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -23,6 +23,7 @@ import torch
 from simplified_tinybert.common.compatibility import check_pair, find_models
 from simplified_tinybert.common.files import Problems, check_input_file, run_main
 from simplified_tinybert.common.records import file_identity
+from simplified_tinybert.common.text import gives_flag
 from simplified_tinybert.data.collection_directory import check_collection, find_files, keep_inputs
 from simplified_tinybert.model.pretrained import load_cross_encoder, load_ranker
 from simplified_tinybert.model.weights import model_checksum
@@ -52,7 +53,7 @@ RULES = {
 RESERVED = {"--output", "--docs", "--queries", "--qrels", "--candidates", "--dataset", "--corpus", "--cache_file_dir",
             "--features_file", "--general_student_model", "--teacher_model", "--output_student_dir", "--distill_model",
             "--dev_features_file", "--dev_qrels_file", "--device"}
-FLAGS = (lambda value: not RESERVED & {word.partition("=")[0] for word in value.split()},
+FLAGS = (lambda value: not any(gives_flag(word, RESERVED) for word in value.split()),
          f"flags other than those that collection.sh sets itself ({' '.join(sorted(RESERVED))})")
 RULES |= dict.fromkeys(("PASSAGE_FLAGS", "SAMPLE_FLAGS", "TRAIN_FLAGS", "TEACHER_FLAGS", "GENERAL_FLAGS"), FLAGS)
 NO_FLAG = (lambda value: not value.startswith("-"), "a name that does not begin with '-'; put ./ before it")

@@ -223,6 +223,12 @@ def in_groups(items: Iterable[Item], size: Callable[[Item], int], limit: int) ->
         yield group
 
 
+def gives_flag(word: str, flags: Iterable[str]) -> bool:
+    """Whether a word of a command line gives one of the flags, perhaps abbreviated, as argparse allows."""
+    name = word.partition("=")[0]
+    return len(name) > 2 and any(flag.startswith(name) for flag in flags)
+
+
 def argument_text(argument: str) -> str:
     """Return an argument as typed, even if an ASCII locale made it surrogates. Bytes outside UTF-8 become \\xNN."""
     if any("\ud800" <= character <= "\udfff" for character in argument):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from simplified_tinybert.common.files import Problems, shorten
 from simplified_tinybert.common.text import read_lines
 from simplified_tinybert.data.documents import Document, open_documents
-from simplified_tinybert.ranking.trec import RUN_COLUMNS, RankCheck, parse_score, rank, read_qrels, split_columns
+from simplified_tinybert.ranking.trec import RUN_COLUMNS, RankCheck, parse_score, rank, read_columns, read_qrels
 
 FLAGS = {"docs": "--docs", "queries": "--queries", "qrels": "--qrels", "scoreddocs": "--candidates"}
 SHORT_RUN_COLUMNS = ("query_id", "document_id", "rank")                 # MS MARCO's format
@@ -86,28 +86,20 @@ def query_id_error(query_id: str) -> str | None:
 
 def read_rows(path: Path, problems: Problems) -> Iterator[Row]:
     """Yield the lines of a TREC run, or of a file of SHORT_RUN_COLUMNS with the negated rank as score."""
-    layout = None
-    for number, line in read_lines(path, problems):
-        columns = split_columns(line)
-        layout = layout or (SHORT_RUN_COLUMNS if len(columns) == 3 else RUN_COLUMNS)
-        if len(columns) != len(layout):
-            other = f" (or in every line {' '.join(SHORT_RUN_COLUMNS)})" if layout is RUN_COLUMNS else ""
-            problems.add(f"{path}:{number}: found {len(columns)} columns ({shorten(line)}); expected {len(layout)}: "
-                         f"{' '.join(layout)}{other}")
-            continue
-        name = "score" if layout is RUN_COLUMNS else "rank"
-        text = columns[layout.index(name)]
+    for number, columns in read_columns(path, problems, RUN_COLUMNS, SHORT_RUN_COLUMNS):
+        short = len(columns) == len(SHORT_RUN_COLUMNS)
+        name, text = ("rank", columns[2]) if short else ("score", columns[4])
         score = parse_score(text)
         if math.isnan(score):
             problems.add(f"{path}:{number}: {name} {shorten(text)} is not a finite number; is this a header line? Then "
                          f"remove it")
-        elif layout is SHORT_RUN_COLUMNS and (score < 0 or score != int(score)):
+        elif short and (score < 0 or score != int(score)):
             problems.add(f"{path}:{number}: rank {shorten(text)} is not an integer of 0 or more; if it is a score, "
                          f"write a TREC run: {' '.join(RUN_COLUMNS)}")
-        elif layout is RUN_COLUMNS:
-            yield number, columns[0], columns[2], score, columns[3]
-        else:
+        elif short:
             yield number, *columns[:2], -score, ""
+        else:
+            yield number, columns[0], columns[2], score, columns[3]
 
 
 def by_query(rows: Iterable[Row], source: str, depth: int | None, problems: Problems,

@@ -16,7 +16,11 @@ WEIGHTS = [step / 20 for step in range(21)]             # that are tried on dev 
 
 def interpolate(ranker: Mapping[str, float], first_stage: Mapping[str, float], weight: float) -> dict[str, float]:
     """Return the scores of all documents of a query."""
-    one, two = scaled(ranker), scaled(first_stage)
+    return weighted(scaled(ranker), scaled(first_stage), weight)
+
+
+def weighted(one: Mapping[str, float], two: Mapping[str, float], weight: float) -> dict[str, float]:
+    """Interpolate scaled scores."""
     lowest = [min(side.values(), default=0.0) for side in (one, two)]
     return {document_id: (1.0 - weight) * one.get(document_id, lowest[0]) + weight * two.get(document_id, lowest[1])
             for document_id in {**one, **two}}
@@ -39,9 +43,13 @@ def interpolate_run(ranker: Run, first_stage: Run, weight: float) -> Run:
 
 def values_by_weight(ranker: Run, first_stage: Run, qrels: Qrels) -> dict[float, float]:
     """Return nDCG@10 over the judged queries for each of WEIGHTS."""
-    measures = parse_measures(["nDCG@10"], 1, Problems())
-    return {weight: evaluate(qrels, interpolate_run(ranker, first_stage, weight), measures, level=1,
-                             complete=False).results["nDCG@10"].average for weight in WEIGHTS}
+    measures, values = parse_measures(["nDCG@10"], 1, Problems()), {}
+    sides = {query_id: (scaled(scores), scaled(first_stage.get(query_id, {})))
+             for query_id, scores in ranker.items() if query_id in qrels}
+    for weight in WEIGHTS:
+        run = {query_id: weighted(one, two, weight) for query_id, (one, two) in sides.items()}
+        values[weight] = evaluate(qrels, run, measures, level=1, complete=False).results["nDCG@10"].average
+    return values
 
 
 def best_weight(values: Mapping[float, float]) -> float:

@@ -87,16 +87,20 @@ def split_columns(line: str) -> list[str]:
     return re.findall(r"[^ \t\v\f\r]+", line)
 
 
-def _read_columns(path: Path, names: tuple[str, ...], problems: Problems) -> Iterator[tuple[int, list[str]]]:
+def read_columns(path: Path, problems: Problems, *layouts: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, columns). All lines must have the layout of the first one, which is one of `layouts`."""
+    names: tuple[str, ...] = ()
     for number, line in read_lines(path, problems):
         columns = split_columns(line)
+        names = names or next((layout for layout in layouts if len(layout) == len(columns)), layouts[0])
         if "\0" in line:                                # trec_eval would cut ids off there
             problems.add(f"{path}:{number}: holds a NUL byte ({shorten(line)}); remove it")
         elif len(columns) == len(names):
             yield number, columns
         else:
-            problems.add(f"{path}:{number}: found {len(columns)} columns ({shorten(line)}), "
-                         f"expected {len(names)}: {' '.join(names)}")
+            others = "".join(f" (or in every line {' '.join(layout)})" for layout in layouts[1:] if names != layout)
+            problems.add(f"{path}:{number}: found {len(columns)} columns ({shorten(line)}); "
+                         f"expected {len(names)}: {' '.join(names)}{others}")
 
 
 @dataclass
@@ -145,7 +149,7 @@ class RankCheck:
 def read_run(path: Path, problems: Problems) -> Run:
     """Read a run in file order; warn if its ranks contradict its scores. Input errors are added to `problems`."""
     run, ranks, before = {}, RankCheck(str(path)), problems.count
-    for number, (query_id, _, document_id, rank_text, text, _) in _read_columns(path, RUN_COLUMNS, problems):
+    for number, (query_id, _, document_id, rank_text, text, _) in read_columns(path, problems, RUN_COLUMNS):
         scores = run.setdefault(query_id, {})
         score = parse_score(text)
         if math.isnan(score):
@@ -166,7 +170,7 @@ def read_run(path: Path, problems: Problems) -> Run:
 def read_qrels(path: Path, problems: Problems) -> Qrels:
     """Read judgements in file order. Input errors are added to `problems`."""
     qrels: Qrels = {}
-    for number, (query_id, _, document_id, text) in _read_columns(path, QRELS_COLUMNS, problems):
+    for number, (query_id, _, document_id, text) in read_columns(path, problems, QRELS_COLUMNS):
         grades = qrels.setdefault(query_id, {})
         try:
             grade = parse_grade(text)
@@ -221,5 +225,5 @@ def line_of_judgement(path: Path, query_id: str, document_id: str) -> int | None
     """Find the line of a judgement by reading the qrels again; None for a pipe."""
     if not path.is_file():
         return None
-    return next((number for number, columns in _read_columns(path, QRELS_COLUMNS, Problems())
+    return next((number for number, columns in read_columns(path, Problems(), QRELS_COLUMNS)
                  if (columns[0], columns[2]) == (query_id, document_id)), None)
