@@ -24,7 +24,7 @@ def chain(*arguments, **environment):
                           timeout=1800, env=os.environ | SETTINGS | {"PYTHON": sys.executable} | environment)
 
 
-@pytest.mark.parametrize("setting", [{"METHODS": "standard simplified"}, pytest.param({}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("setting", [{"METHODS": "simplified"}, pytest.param({}, marks=pytest.mark.slow)])
 def test_from_documents_to_the_report(golden_models, tmp_path, monkeypatch, setting):
     """In a directory whose name awk would take for a variable."""
     monkeypatch.chdir(tmp_path)
@@ -48,7 +48,7 @@ def test_from_documents_to_the_report(golden_models, tmp_path, monkeypatch, sett
         assert (out / name / "best" / "model.safetensors").is_file(), name
         ranked = out / f"run-{name.removeprefix('student-')}.tsv.run.json"
         assert json.loads(ranked.read_text())["arguments"]["model_dir"] == str(out / name / "best")
-    student = json.loads((out / "student-standard" / "run.json").read_text())
+    student = json.loads((out / "student-simplified" / "run.json").read_text())
     assert student["arguments"]["teacher_model"] == str(out / "teacher" / "best")
 
     ranked = [line.split() for line in (out / "bm25.trec").read_text().splitlines()]
@@ -59,7 +59,7 @@ def test_from_documents_to_the_report(golden_models, tmp_path, monkeypatch, sett
     assert all(document in candidates[query][:5] for query, _, document, *_ in ranked)
     assert json.loads((out / "report" / "report.json").read_text())["systems"][0]["run"] == str(out / "bm25.trec")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    (out / "run-standard.trec").unlink()                # as after an interruption: only this file is made again
+    (out / "run-simplified.trec").unlink()                # as after an interruption: only this file is made again
     again = chain(tmp_path / "raw", out, **setting)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("\n== ") + again.stderr.startswith("== ") == 1 and "convert_to_trec" in again.stderr
