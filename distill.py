@@ -43,13 +43,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from simplified_tinybert.common import compatibility
+from simplified_tinybert.checks import compatibility
 from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
 from simplified_tinybert.common.files import Problems, process_count, run_main, say
 from simplified_tinybert.common.processes import Processes, process_group
 from simplified_tinybert.data.cache import map_examples
 from simplified_tinybert.data.features import FeatureSummary, summarise
 from simplified_tinybert.model.bert import CrossEncoder
+from simplified_tinybert.model.configuration import Models, find_models
 from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.model.pretrained import fit_projections, load_ranker, save_cross_encoder
 from simplified_tinybert.model.weights import model_checksum
@@ -68,7 +69,7 @@ from simplified_tinybert.training.validation import DevSet, find_dev_set, sample
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     stages: list[Stage]
-    models: compatibility.Models
+    models: Models
     features: FeatureSummary
     max_seq_length: int
     dev_set: DevSet | None
@@ -147,14 +148,14 @@ def check_numbers(args: argparse.Namespace, problems: Problems) -> list[Stage]:
     return stages
 
 
-def check_settings(args: argparse.Namespace, problems: Problems) -> compatibility.Models:
+def check_settings(args: argparse.Namespace, problems: Problems) -> Models:
     """Check flags and models. distill.sh calls this before the features exist."""
     return find_student_and_teacher(args, check_numbers(args, problems), problems)
 
 
-def find_student_and_teacher(args: argparse.Namespace, stages: list[Stage], problems: Problems) -> compatibility.Models:
+def find_student_and_teacher(args: argparse.Namespace, stages: list[Stage], problems: Problems) -> Models:
     """Find student and teacher, and check that their layers can be matched."""
-    models = compatibility.find_models({
+    models = find_models({
         "general student": args.general_student_model,
         "teacher": args.teacher_model if runs_teacher(stages) else None}, problems)
     if uses(stages, "layers") and len(models) == 2:

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.common.compatibility import FoundModel, check_pair, find_models
+from simplified_tinybert.checks.compatibility import check_pair
 from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
 from simplified_tinybert.common.files import Problems, UserError, run_main
 from simplified_tinybert.common.processes import Processes, process_group
@@ -45,7 +45,7 @@ from simplified_tinybert.model import pretrained
 from simplified_tinybert.model.batch import Batch
 from simplified_tinybert.model.bert import CrossEncoder
 from simplified_tinybert.model.compression import compress
-from simplified_tinybert.model.configuration import read_config
+from simplified_tinybert.model.configuration import FoundModel, find_models, read_config
 from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.model.weights import model_checksum
 from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary

@@ -56,7 +56,7 @@ check_settings() {
         settings+=("$1=${!1:-}")
         shift
     done
-    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -P -m simplified_tinybert.common.shell "${settings[@]}" "$@" ||
+    PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -P -m simplified_tinybert.checks.shell "${settings[@]}" "$@" ||
         exit
 }
 

@@ -28,7 +28,7 @@ import datetime
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from simplified_tinybert.common.compatibility import check_model_fits
+from simplified_tinybert.checks.compatibility import check_model_fits
 from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
 from simplified_tinybert.common.files import Problems, atomic_writer, check_output_files, check_ranges, run_main, say
 from simplified_tinybert.common.records import record

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.common.compatibility import Models, check_length, check_model_fits, find_models
+from simplified_tinybert.checks.compatibility import check_length, check_model_fits
 from simplified_tinybert.common.device import explain_full_memory, prepare_device, select_device
 from simplified_tinybert.common.files import (
     Problems,
@@ -44,6 +44,7 @@ from simplified_tinybert.common.files import (
 from simplified_tinybert.common.processes import Processes, locked, process_group
 from simplified_tinybert.common.records import read_record, record, record_file, record_path
 from simplified_tinybert.data.features import Examples, FeatureSummary, summarise
+from simplified_tinybert.model.configuration import Models, find_models
 from simplified_tinybert.model.precision import select_precision, warn_if_slow
 from simplified_tinybert.model.weights import settings_checksum, weights_checksum
 from simplified_tinybert.ranking import scoring

@@ -33,13 +33,14 @@ from experiments.plan import say_teacher, say_work
 from experiments.results import results_of_students, write_results
 from experiments.settings import read_settings
 from experiments.study import Pair, Study
-from simplified_tinybert.common.compatibility import Models, check_pair, find_models
+from simplified_tinybert.checks.collection_directory import check_collection, find_files, keep_inputs
+from simplified_tinybert.checks.compatibility import check_pair
 from simplified_tinybert.common.device import select_device
 from simplified_tinybert.common.files import Problems, check_ranges, run_main, say
 from simplified_tinybert.common.processes import locked
 from simplified_tinybert.common.records import file_identity
 from simplified_tinybert.common.workers import available_cores
-from simplified_tinybert.data.collection_directory import check_collection, find_files, keep_inputs
+from simplified_tinybert.model.configuration import Models, find_models
 from simplified_tinybert.model.weights import weights_checksum
 from simplified_tinybert.tokenization.tokenizer_files import load_vocabulary
 

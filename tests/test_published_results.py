@@ -306,7 +306,8 @@ def test_a_document_without_the_markers(tmp_path):
 
 
 def test_files_that_are_not_results(tmp_path):
-    for name, content, part in (("a.json", "{}", "'dev'"), ("b.json", "{", "results.json"), ("c.json", "[]", "holds a list")):
+    wrong = (("a.json", "{}", "'dev'"), ("b.json", "{", "results.json"), ("c.json", "[]", "holds a list"))
+    for name, content, part in wrong:
         (tmp_path / name).write_text(content)
         done = run_script("experiments.findings", tmp_path / name, "--output_dir", tmp_path / "out")
         assert done.returncode == 2 and f"{name}: " in done.stderr and part in done.stderr

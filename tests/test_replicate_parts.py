@@ -23,9 +23,9 @@ from experiments.model_records import Records, weights_sha256
 from experiments.running import Command, comparable, run_all
 from experiments.settings import Training, divisor_at_least, read_settings
 from experiments.study import Study, extension
+from simplified_tinybert.checks.collection_directory import keep_inputs
 from simplified_tinybert.common.files import Problems, UserError
 from simplified_tinybert.common.workers import available_cores
-from simplified_tinybert.data.collection_directory import keep_inputs
 from simplified_tinybert.ranking.trec import read_qrels
 
 

@@ -13,8 +13,8 @@ from conftest import ROOT, random_rows, words
 from torch.distributed.run import get_args_parser as torchrun_options
 
 import convert_to_trec_results
+from simplified_tinybert.checks.shell import check_variables
 from simplified_tinybert.common.files import Problems
-from simplified_tinybert.common.shell import check_variables
 
 SCRIPTS = ("distill.sh", "reranker.sh", "collection.sh", "test.sh")
 COMMANDS = ("prepare_examples.py", "tokenize_to_features.py", "general_distill.py", "distill.py", "reranker.py",

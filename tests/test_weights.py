@@ -12,8 +12,8 @@ from conftest import DATA, change_config, tiny_vocabulary
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+from simplified_tinybert.checks.shell import check_chain
 from simplified_tinybert.common.files import UserError, reason
-from simplified_tinybert.common.shell import check_chain
 from simplified_tinybert.model.configuration import read_config
 from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.model.pretrained import load_cross_encoder, load_ranker

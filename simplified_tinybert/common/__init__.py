@@ -1,1 +1,1 @@
-"""What all parts share: files, text, compatibility of inputs, processes."""
+"""What all parts share: files, text, processes, devices."""

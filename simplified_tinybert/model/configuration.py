@@ -1,6 +1,7 @@
 """Read the configuration of a model directory, and check that it describes a BERT cross-encoder."""
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 from transformers import BertConfig
@@ -8,7 +9,7 @@ from transformers import BertConfig
 from simplified_tinybert.common.files import Problems, UserError, reason
 from simplified_tinybert.common.text import read_json
 from simplified_tinybert.model.bert import ACTIVATIONS, activation_function
-from simplified_tinybert.model.hub import ADAPTER_FILE, CONFIG_FILES, config_file
+from simplified_tinybert.model.hub import ADAPTER_FILE, CONFIG_FILES, config_file, find_model
 from simplified_tinybert.model.weights import abbreviate
 
 MINIMUM_SIZES = {"vocab_size": 1, "hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1,
@@ -18,6 +19,25 @@ POSITIVE = {"relevant", "rel", "positive", "pos", "yes", "y", "true", "match", "
             "good"}
 NEGATIVE = {"not", "no", "n", "non", "irrelevant", "irrel", "negative", "neg", "false", "notrelevant", "nonrelevant",
             "mismatch", "contradiction", "unrelated", "bad"}
+
+
+class FoundModel(NamedTuple):
+    directory: Path
+    config: BertConfig
+
+
+Models = dict[str, FoundModel]                          # by role
+
+
+def find_models(names: dict[str, str | None], problems: Problems) -> Models:
+    """Find the model of each role by its name: a directory or a hub id."""
+    found = {}
+    for role, name in names.items():
+        if name:
+            with problems.collect():
+                directory = find_model(name)
+                found[role] = FoundModel(directory, read_config(directory))
+    return found
 
 
 def find_config(directory: Path) -> Path:

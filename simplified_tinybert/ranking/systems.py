@@ -7,12 +7,12 @@ from statistics import median
 import torch
 from transformers import BertConfig
 
-from simplified_tinybert.common.compatibility import find_models
 from simplified_tinybert.common.files import Problems, UserError, say, warn
 from simplified_tinybert.common.records import read_record, script_of
 from simplified_tinybert.common.text import argument_text
 from simplified_tinybert.data.features import Examples
 from simplified_tinybert.model.bert import CrossEncoder, count_parameters
+from simplified_tinybert.model.configuration import find_models
 from simplified_tinybert.model.weights import weights_checksum
 from simplified_tinybert.ranking.measures import PerQuery, evaluate, say_gaps
 from simplified_tinybert.ranking.scoring import load_scorer

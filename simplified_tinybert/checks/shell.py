@@ -1,6 +1,6 @@
 """Check the settings of distill.sh, reranker.sh and collection.sh before they start.
 
-    python -m simplified_tinybert.common.shell NAME=VALUE ... [-- HOW SCRIPT.py arguments] ...
+    python -m simplified_tinybert.checks.shell NAME=VALUE ... [-- HOW SCRIPT.py arguments] ...
 
 Each NAME=VALUE is checked by its rule in RULES. Each SCRIPT.py parses the arguments that it will get later. HOW names
 the function of the script that makes further checks: check_numbers or check_settings; "parse" means no such function.
@@ -20,11 +20,12 @@ from pathlib import Path
 
 import torch
 
-from simplified_tinybert.common.compatibility import check_pair, find_models
+from simplified_tinybert.checks.collection_directory import check_collection, find_files, keep_inputs
+from simplified_tinybert.checks.compatibility import check_pair
 from simplified_tinybert.common.files import Problems, check_input_file, run_main
 from simplified_tinybert.common.records import file_identity
 from simplified_tinybert.common.text import gives_flag
-from simplified_tinybert.data.collection_directory import check_collection, find_files, keep_inputs
+from simplified_tinybert.model.configuration import find_models
 from simplified_tinybert.model.pretrained import load_cross_encoder, load_ranker
 from simplified_tinybert.model.weights import model_checksum
 from simplified_tinybert.ranking.aggregation import NAMES, find_aggregation

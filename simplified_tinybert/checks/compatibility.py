@@ -1,33 +1,11 @@
 """Checks that the inputs of a run fit together, before weights are loaded. Each message says how to fix the problem."""
 from pathlib import Path
-from typing import NamedTuple
 
 from transformers import BertConfig
 
 from simplified_tinybert.common.files import Problems, warn
 from simplified_tinybert.data.features import FeatureSummary
-from simplified_tinybert.model.configuration import read_config
-from simplified_tinybert.model.hub import find_model
 from simplified_tinybert.tokenization.tokenizer_files import has_vocabulary, load_vocabulary
-
-
-class FoundModel(NamedTuple):
-    directory: Path
-    config: BertConfig
-
-
-Models = dict[str, FoundModel]                          # by role
-
-
-def find_models(names: dict[str, str | None], problems: Problems) -> Models:
-    """Find the model of each role by its name: a directory or a hub id."""
-    found = {}
-    for role, name in names.items():
-        if name:
-            with problems.collect():
-                directory = find_model(name)
-                found[role] = FoundModel(directory, read_config(directory))
-    return found
 
 
 def check_length(max_seq_length: int | None, summary: FeatureSummary, problems: Problems) -> int:
