@@ -68,9 +68,9 @@ RESUMABLE_SHAPE = (*LAYER_SHAPE, "num_hidden_layers", "hidden_act", "hidden_drop
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     teacher: FoundModel
-    student: BertConfig
+    student_config: BertConfig
     vocabulary: Vocabulary
-    corpus: str                                         # checksum of the texts
+    corpus_checksum: str
 
 
 def parse_args() -> argparse.Namespace:
@@ -150,15 +150,15 @@ def check_inputs(args: argparse.Namespace, problems: Problems) -> Inputs:
             vocabulary = load_vocabulary(teacher.directory)
     corpus = check_corpus(args.docs or args.corpus, args.documents, problems)
     problems.raise_if_any()
-    return Inputs(teacher=teacher, student=config, vocabulary=vocabulary, corpus=corpus)
+    return Inputs(teacher=teacher, student_config=config, vocabulary=vocabulary, corpus_checksum=corpus)
 
 
 def resumable_settings(args: argparse.Namespace, inputs: Inputs) -> dict:
     """Return the settings that must not change when a run is resumed."""
     settings = training_settings.resumable_settings(args, (
         "max_seq_length", "documents", "init_from_teacher", "compress_teacher"))
-    return settings | {"student": {name: getattr(inputs.student, name) for name in RESUMABLE_SHAPE},
-                       "teacher": model_checksum(inputs.teacher.directory), "corpus": inputs.corpus}
+    return settings | {"student": {name: getattr(inputs.student_config, name) for name in RESUMABLE_SHAPE},
+                       "teacher": model_checksum(inputs.teacher.directory), "corpus": inputs.corpus_checksum}
 
 
 def load_models(args: argparse.Namespace, inputs: Inputs,
@@ -171,7 +171,7 @@ def load_models(args: argparse.Namespace, inputs: Inputs,
         with name_way_out(checkpoint):
             student, _ = pretrained.load_cross_encoder(checkpoint, new_head=generator)
     else:
-        student = pretrained.new_cross_encoder(inputs.student, generator)
+        student = pretrained.new_cross_encoder(inputs.student_config, generator)
     pretrained.fit_projections(student, teacher.config.hidden_size, generator)
     if args.init_from_teacher and not checkpoint:
         pretrained.copy_teacher_layers(student, teacher)
@@ -200,7 +200,7 @@ def general_distill(args: argparse.Namespace, processes: Processes) -> None:
     student, teacher = (model.to(device) for model in load_models(args, inputs, run.checkpoint))
     with processes.first_on_machine():
         examples = map_corpus(args.docs or args.corpus, args.documents, inputs.vocabulary, args.max_seq_length,
-                              inputs.corpus, args.cache_file_dir)
+                              inputs.corpus_checksum, args.cache_file_dir)
     if args.compress_teacher and not run.checkpoint:
         compress(student, teacher, sample_batches(examples, args.seed))
     start = ("the teacher's layers" if args.init_from_teacher else

@@ -40,12 +40,6 @@ COLUMNS = ("measure", "other run", "queries", "RUN", "other", "difference", "win
            *(heading for test in TESTS for heading in (f"{test} p", "Holm")))
 
 
-def relevant_grade(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of 1 or more; lower grades are never relevant")
-    return int(text)
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -56,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     add("--complete", action="store_true",
         help="average over all judged queries; missing ones count as 0 (default: over those in RUN)")
     add("--per_query", action="store_true", help="also print the value of every query")
-    add("--relevance_level", type=relevant_grade, default=1, metavar="GRADE",
+    add("--relevance_level", type=int, default=1, metavar="GRADE",
         help="lowest grade that counts as relevant, for MRR and for binary --measures that do not set rel themselves "
              "(default: %(default)s)")
     add("--compare", type=Path, nargs="+", default=[], metavar="OTHER_RUN",
@@ -69,7 +63,9 @@ def parse_args() -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace, problems: Problems) -> None:
     check_ranges(args, problems, [("permutations", args.permutations >= 1, "1 or more"),
-                                  ("seed", args.seed >= 0, "0 or more")])
+                                  ("seed", args.seed >= 0, "0 or more"),
+                                  ("relevance_level", args.relevance_level >= 1, "1 or more; lower grades are never "
+                                                                                 "relevant")])
     for path in {path for path in args.compare if args.compare.count(path) > 1}:
         problems.add(f"--compare: {path} is given more than once; give it once, because p is corrected for the "
                      f"number of runs")

@@ -340,7 +340,7 @@ def test_program_ends_with_2_and_one_message(tmp_path):
 def test_program_refuses_levels_below_1(tmp_path, level):
     done = program(GOLDEN / "qrels.txt", GOLDEN / "MaxP.trec", f"--relevance_level={level}", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"{level!r}: expected an integer" in done.stderr and "Traceback" not in done.stderr
+    assert "--relevance_level" in done.stderr and level in done.stderr and "Traceback" not in done.stderr
 
 
 def test_mrr_alone_does_not_load_ir_measures(tmp_path):

@@ -106,20 +106,20 @@ class Processes:
         own = indices[number % self.count == self.rank]
         if not len(own):
             return indices[number == 0], dict.fromkeys(FULL_BATCH, 0.0)
-        part, batch = (measures_of(chosen, examples, queries) for chosen in (own, indices))
+        part, batch = (unit_counts(chosen, examples, queries) for chosen in (own, indices))
         return own, {name: part[name] / max(batch[name], 1.0) for name in FULL_BATCH}
 
 
-def measures_of(indices: np.ndarray, examples: "Examples", queries: np.ndarray | None) -> dict[str, float]:
-    """Count what `Share` is about in a batch of examples."""
+def unit_counts(indices: np.ndarray, examples: "Examples", queries: np.ndarray | None) -> dict[str, float]:
+    """Return how many of each unit of FULL_BATCH are in a batch. Loss terms are means over one of these units."""
     lengths, labels = examples.lengths[indices].astype(np.float64), examples.labels[indices]
-    measures = {"examples": len(indices), "tokens": float(lengths.sum()), "pairs": float((lengths ** 2).sum()),
+    counts = {"examples": len(indices), "tokens": float(lengths.sum()), "pairs": float((lengths ** 2).sum()),
                 "queries": 1.0, "margins": 1.0}
     if queries is not None:
         number = np.unique(queries[indices], return_inverse=True)[1]
         relevant, others = (np.bincount(number, weights=labels == label) for label in (1, 0))
-        measures |= {"queries": float(len(relevant)), "margins": float((relevant * others).sum())}
-    return measures
+        counts |= {"queries": float(len(relevant)), "margins": float((relevant * others).sum())}
+    return counts
 
 
 @contextmanager
