@@ -29,7 +29,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from simplified_tinybert.common.files import Problems, check_ranges, run_main, say
+from simplified_tinybert.common.files import Problems, check_ranges, run_main, say, warn
 from simplified_tinybert.ranking.measures import Evaluation, check_grades, evaluate, parse_measures, say_gaps
 from simplified_tinybert.ranking.presentation import markdown
 from simplified_tinybert.ranking.significance import EXACT_QUERIES, LEVEL, PERMUTATIONS, TESTS, compare_pairs
@@ -149,6 +149,9 @@ def main() -> None:
         report_coverage(args.complete, evaluation, f"{path}: " if others else "")
     check_shared_queries(args.run, main_run, others, problems)
     problems.raise_if_any()
+    if not any(grade >= args.relevance_level for query_id in main_run.queries for grade in qrels[query_id].values()):
+        warn(f"{args.qrels}: no document has a grade of {args.relevance_level} or more for any of these queries; "
+             f"MRR is 0")
 
     if args.per_query:
         for path, evaluation in evaluations.items():

@@ -336,6 +336,14 @@ def test_program_ends_with_2_and_one_message(tmp_path):
     assert done.stderr.startswith("error: run.trec: is empty") and done.stderr.count("\n") == 1
 
 
+def test_judgements_without_relevant_documents_give_a_warning(tmp_path):
+    (tmp_path / "qrels.txt").write_text("q1 0 D1 0\nq2 0 D1 1\n")
+    (tmp_path / "run.trec").write_text("q1 Q0 D1 1 2.5 t\n")
+    done = program("qrels.txt", "run.trec", cwd=tmp_path)
+    assert done.returncode == 0 and "MRR: 0.0" in done.stdout
+    assert "warning: qrels.txt: no document has a grade of 1 or more for any of these queries" in done.stderr
+
+
 @pytest.mark.parametrize("level", ["0", "-1", "x", "1.5"])
 def test_program_refuses_levels_below_1(tmp_path, level):
     done = program(GOLDEN / "qrels.txt", GOLDEN / "MaxP.trec", f"--relevance_level={level}", cwd=tmp_path)
