@@ -196,7 +196,8 @@ def test_the_second_collection_is_reported_as_recorded():
 
 
 @pytest.mark.parametrize(("section", "name", "shape", "better"), [
-    ("## Labels, padding and ranking losses: the built-in", "example", "3/192", ["simplified-masked", "simplified-listwise"]),
+    ("## Labels, padding and ranking losses: the built-in", "example", "3/192",
+     ["simplified-masked", "simplified-listwise"]),
     ("## Labels, padding and ranking losses\n", "ablations", "3/384",
      ["simplified-masked", "without-hard", "without-soft", "simplified-listwise", "simplified-ensemble",
       "small-margin", "simplified"])])
@@ -270,14 +271,17 @@ def test_the_ranking_of_documents_is_reported_as_recorded():
 
 
 def test_progress_with_the_padding_of_the_original_is_reported_as_recorded():
-    words, records = " ".join((ROOT / "docs" / "replication.md").read_text().split()), Records(RESULTS / "worldtree", {})
+    words = " ".join((ROOT / "docs" / "replication.md").read_text().split())
+    records = Records(RESULTS / "worldtree", {})
     one, two = ([f"{row['nDCG@10']:.4f}" for row in records.read(f"3-384-{name}-0.0004-seed1")["dev"]]
                 for name in ("simplified", "simplified-masked"))
-    assert f"it has {one[0]} after one epoch and {one[1]} after two, the unchanged method {two[0]} and {two[1]}." in words
+    assert (f"it has {one[0]} after one epoch and {one[1]} after two, the unchanged method {two[0]} and "
+            f"{two[1]}.") in words
 
 
 def test_one_stage_and_margins_are_reported_as_recorded():
-    text = (ROOT / "docs" / "replication.md").read_text().partition("## Labels, padding and ranking losses\n")[2].partition("<!--")[0]
+    text = (ROOT / "docs" / "replication.md").read_text()
+    text = text.partition("## Labels, padding and ranking losses\n")[2].partition("<!--")[0]
     words, records = " ".join(text.replace("−", "-").split()), Records(RESULTS / "worldtree", {})
     one_stage, two_stages = (records.read(f"3-384-{name}-seed1")["test"]["nDCG@10"]
                              for name in ("without-hard-0.0004", "tinybert-0.0001"))

@@ -18,7 +18,7 @@ from simplified_tinybert.model.bert import CrossEncoder
 
 STATE_FILE, BEST = "training_state.pt", "best"
 STATE_KEYS = {"step", "optimizer", "scaler", "processes"}
-OPTIONAL = {"tf32", "teacher", "teacher_scores", "group_by_query"}   # settings that are only recorded if they are used
+OPTIONAL = {"teacher", "teacher_scores", "group_by_query"}   # settings that are only recorded if they are used
 
 
 @dataclass(frozen=True, kw_only=True)

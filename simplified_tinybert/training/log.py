@@ -99,9 +99,8 @@ class TrainingLog:
         They are several if there were more processes before.
         """
         for state in states:
-            saved = state["sums"].to(self.sums.device)
-            self.sums[:len(saved)] += saved             # earlier versions had fewer losses
-            self.steps, self.skipped, self.examples = state["steps"], state.get("skipped", 0), state["examples"]
+            self.sums += state["sums"].to(self.sums.device)
+            self.steps, self.skipped, self.examples = state["steps"], state["skipped"], state["examples"]
             self.start = time.perf_counter() - state["seconds"]
 
     def close(self) -> None:

@@ -186,6 +186,5 @@ def check_training_flags(args: argparse.Namespace, stages: int, problems: Proble
 def resumable_settings(args: argparse.Namespace, names: tuple[str, ...]) -> dict:
     """Return the settings that must not change when a run is resumed; `names`: flags of the script."""
     names += ("padding", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "learning_rate",
-              "warmup_proportion", "weight_decay", "fp16", "fp16_backend", "bf16", "seed", "train_loss_step")
-    return {name: getattr(args, name) for name in names} | {"processes": process_count()} | (
-        {"tf32": True} if args.tf32 else {})            # without it, as in the records of earlier versions
+              "warmup_proportion", "weight_decay", "fp16", "fp16_backend", "bf16", "tf32", "seed", "train_loss_step")
+    return {name: getattr(args, name) for name in names} | {"processes": process_count()}
