@@ -19,7 +19,15 @@ from pathlib import Path
 
 from experiments.pictures import TERMS, effectiveness_picture, losses_picture, title
 from experiments.summary import write_summary
-from simplified_tinybert.common.files import Problems, UserError, atomic_writer, check_input_file, run_main, say
+from simplified_tinybert.common.files import (
+    Problems,
+    UserError,
+    atomic_writer,
+    check_input_file,
+    check_output_file,
+    run_main,
+    say,
+)
 from simplified_tinybert.common.text import read_json
 from simplified_tinybert.ranking.presentation import markdown, number
 from simplified_tinybert.ranking.significance import LEVEL
@@ -218,6 +226,8 @@ def main() -> None:
                 problems.add(f"{path}: another results file has the same name, which names the tables; rename one")
             with problems.collect():
                 studies[path.stem] = read_json(path, "results.json of replicate.py")
+    if args.summary:
+        check_output_file(args.summary, problems)
     problems.raise_if_any()
     for name, results in studies.items():
         try:

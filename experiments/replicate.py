@@ -31,7 +31,7 @@ from pathlib import Path
 
 from experiments.plan import say_teacher, say_work
 from experiments.results import results_of_students, write_results
-from experiments.settings import read_settings
+from experiments.settings import Settings, read_settings
 from experiments.study import Pair, Study
 from simplified_tinybert.checks.collection_directory import check_collection, find_files, keep_inputs
 from simplified_tinybert.checks.compatibility import check_pair
@@ -63,8 +63,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_models(models: Models, problems: Problems) -> None:
-    """Check that all models share a vocabulary, and that BERT and students fit the teacher."""
+def check_models(models: Models, settings: Settings, problems: Problems) -> None:
+    """Check that all models share a vocabulary and can read the pairs, and that BERT and students fit the teacher."""
     bert_directory, bert = models["pre-trained BERT"]
     directory, teacher = models.get("teacher", models["pre-trained BERT"])
     vocabulary = load_vocabulary(directory).checksum()
@@ -72,6 +72,9 @@ def check_models(models: Models, problems: Problems) -> None:
         if load_vocabulary(other).checksum() != vocabulary:
             problems.add(f"{other}: the {role} has another vocabulary than {directory}; all models read the same "
                          f"features")
+        if settings.max_seq_length > config.max_position_embeddings:
+            problems.add(f"{other}: the {role} has {config.max_position_embeddings} positions; lower max_seq_length in "
+                         f"the settings, which is {settings.max_seq_length}")
         if role.startswith("student"):
             check_pair(teacher, config, problems)
     if (teacher.hidden_size, teacher.num_attention_heads) != (bert.hidden_size, bert.num_attention_heads):
@@ -124,7 +127,7 @@ def main() -> None:
                                   for name in ("jobs", "steps")])
     check_collection(files, args.output_dir / "data", problems)
     problems.raise_if_any()
-    check_models(models, problems)
+    check_models(models, settings, problems)
     problems.raise_if_any()
     say(f"device       {select_device(args.device)}, {available_cores()} cores, up to {args.jobs} commands at a time")
     args.bert_model = models["pre-trained BERT"].directory.resolve()

@@ -158,7 +158,7 @@ def make_die_with_parent() -> Callable[[], None] | None:
 def check_success(command: Command, code: int, log: Path) -> None:
     """Raise UserError with the last lines of the log if a command failed."""
     if code or not command.output.exists():
-        text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+        text = log.read_bytes()[command.log_start:].decode("utf-8", errors="replace").replace("\r", "\n")
         hint = "; it was killed, perhaps because the memory was full (try --jobs 1)" if code == -signal.SIGKILL else ""
         last_lines = [line for line in text.splitlines() if line.strip() and "/s]" not in line][-12:]
         raise UserError("\n".join([

@@ -3,7 +3,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 
 from simplified_tinybert.common.files import Problems, UserError
@@ -134,8 +134,8 @@ class Settings:
         if not 0 <= self.tuning.share < 1 or self.tuning.extensions < 0:
             yield "tuning: expected a share from 0 to below 1, and extensions of 0 or more"
         for name in ("max_seq_length", "dev_depth", "test_depth", "dev_queries", "test_queries"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                yield f"{name} = {value}: expected 1 or more"
+            if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1):
+                yield f"{name} = {value}: expected a whole number of 1 or more"
         for name, seeds in (("seeds", self.seeds), ("teacher.seeds", self.teacher.seeds)):
             if len(set(seeds)) < len(seeds) or any(type(seed) is not int or seed < 0 for seed in seeds) or not seeds:
                 yield f"{name} = {seeds}: expected distinct whole numbers, 0 or more"
@@ -162,7 +162,7 @@ class Settings:
             yield "warm_up: expected one learning rate; the dev queries cannot choose it"
         for name, training in ({"warm_up": self.warm_up, "teacher": self.teacher} | self.students).items():
             rates = training.learning_rates
-            if not rates or min(rates) <= 0 or len(set(rates)) < len(rates):
+            if not rates or not all(0 < rate < inf for rate in rates) or len(set(rates)) < len(rates):
                 yield f"{name}: learning_rates = {rates}: expected one or more distinct rates above 0"
         for name, shape in self.students.items():
             if not (0 < shape.depth <= 1 and 0 < shape.width <= 1):
@@ -185,7 +185,7 @@ def read_settings(path: Path, problems: Problems) -> Settings | None:
         settings.check(path, problems)
         return settings
     except OSError as error:
-        problems.add(f"{path}: cannot read the settings: {error.strerror}")
+        problems.add(f"{error.filename or path}: cannot read the settings: {error.strerror}")
     except UserError as error:
         problems.add(str(error))
     except tomllib.TOMLDecodeError as error:

@@ -42,6 +42,11 @@ class Study:
         if len(self.shapes) < len(self.sizes):
             raise UserError(f"{args.settings}: two students have the same shape for this teacher "
                             f"({', '.join(self.sizes.values())}); remove one")
+        if same := [name for name, size in self.sizes.items()
+                    if size == self.teacher_shape and not settings.students[name].model]:
+            raise UserError(f"{args.settings}: student {same[0]!r} would have the teacher's shape, "
+                            f"{self.teacher_shape}, because its depth is rounded up to a divisor of the teacher's; "
+                            f"choose a smaller depth or width")
         for name in ("logs", "data", "runs", "students"):
             (self.out / name).mkdir(parents=True, exist_ok=True)
 

@@ -28,6 +28,9 @@ def write_summary(studies: list[dict], path: Path) -> None:
             raise UserError(f"found two results for collection {name}; give only one of them")
         if "systems" not in results:
             raise UserError(f"the results for {name} do not include the test queries (--until dev); leave them out")
+        if MEASURE not in results["settings"]["measures"]:
+            raise UserError(f"the results for {name} have no {MEASURE}; add it to measures in the settings, and run "
+                            f"the study's command again")
         collections[name] = summarise_study(results)
     with atomic_writer(path) as handle:
         json.dump({"collections": collections}, handle, indent=1, ensure_ascii=False)

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from experiments.model_records import Records, weights_sha256
 from experiments.running import Command, comparable, run_all
 from experiments.settings import Training, divisor_at_least, read_settings
 from experiments.study import Study, extension
-from simplified_tinybert.checks.collection_directory import keep_inputs
+from simplified_tinybert.checks.collection_directory import check_collection, find_files, keep_inputs
 from simplified_tinybert.common.files import Problems, UserError
 from simplified_tinybert.common.workers import available_cores
 from simplified_tinybert.ranking.trec import read_qrels
@@ -139,6 +140,33 @@ def test_errors_in_the_collection_are_found_before_anything_is_made(tmp_path, go
     assert "must be contiguous" in done.stderr and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_judgements_and_candidates_with_different_ids_are_refused(tmp_path, split):
+    """All measures would be 0."""
+    write_collection(tmp_path / "raw")
+    qrels = tmp_path / "raw" / f"qrels.{split}.txt"
+    qrels.write_text(re.sub(r" 0 ", " 0 msmarco_", qrels.read_text()))
+    problems = Problems()
+    check_collection(find_files(tmp_path / "raw", problems), tmp_path / "data", problems)
+    message, = problems.messages
+    assert message.startswith(f"{qrels.parent / f'bm25.{split}.txt'}: none of the relevant documents in {qrels}")
+
+
+def test_a_student_as_large_as_its_teacher_is_refused(tmp_path, golden_models):
+    """With a teacher of 2 layers, three quarters of the depth are both layers."""
+    write_collection(tmp_path / "raw")
+    text = re.sub(r"depth = [\d.]+, width = [\d.]+", "depth = 0.75, width = 1.0", SETTINGS)
+    (tmp_path / "small.toml").write_text(text.replace("max_seq_length = ", "max_seq_length = 9"))
+    command = ["experiments.replicate", tmp_path / "small.toml", "--collection", tmp_path / "raw", "--output_dir",
+               tmp_path / "out", "--device", "cpu", "--bert_model", golden_models["student_2x24"]]
+    done = run_script(*command)
+    assert done.returncode == 2 and "positions; lower max_seq_length in the settings" in done.stderr, done.stderr
+    (tmp_path / "small.toml").write_text(text)
+    done = run_script(*command)
+    assert done.returncode == 2 and "would have the teacher's shape, 2/24" in done.stderr, done.stderr
+    assert not (tmp_path / "out" / "data").exists()
+
+
 def test_inputs_are_fixed_once_something_is_made(tmp_path):
     path = tmp_path / "inputs.json"
     keep_inputs(path, {"docs": 1}, made=False)
@@ -227,6 +255,8 @@ def test_a_command_alone_uses_all_cores(tmp_path):
     ("learning_rates = [1e-3, 1e-2]", "learning_rates = []", "quarter: learning_rates = []"),
     ('flags = "--padding masked"', "flags = 1", "teacher.flags = 1"),
     ('flags = "--padding masked"', 'flags = "--seed 3"', "teacher.flags = '--seed 3'"),
+    ("dev_depth = ", "dev_depth = 0.", "expected a whole number"),
+    ("learning_rates = [1e-3, 1e-2]", "learning_rates = [nan]", "quarter: learning_rates = [nan]"),
     ('flags = "--padding masked"', 'flags = "--learn 3"', "teacher.flags = '--learn 3'"),
     ("[students]", 'like = 1\n[students]', "wrong type"), ("[teacher]", "[[teacher]]", "wrong type"),
     ("seeds = [1, 2]", 'seeds = [1, 2]\nlike = "small.toml"', "like leads back to this file"),
@@ -243,6 +273,13 @@ def test_wrong_settings(tmp_path, old, new, part):
     read_settings(tmp_path / "small.toml", problems)
     assert any(part in message and ("small.toml: " in message or message.startswith("--measures"))
                for message in problems.messages), problems.messages
+
+
+def test_a_missing_file_of_settings_is_named(tmp_path):
+    problems = Problems()
+    (tmp_path / "small.toml").write_text('like = "none.toml"\n')
+    read_settings(tmp_path / "small.toml", problems)
+    assert problems.messages == [f"{tmp_path / 'none.toml'}: cannot read the settings: No such file or directory"]
 
 
 def test_settings_like_those_of_another_file(tmp_path):

@@ -32,11 +32,17 @@ def check_collection(files: dict[str, Path], data: Path, problems: Problems) -> 
         queries, qrels = read_queries(queries_path, problems), read_qrels(path, problems)
         if queries and qrels and not queries.keys() & qrels.keys():
             problems.add(f"{queries_path}: none of its queries is judged in {path}; do the two files belong together?")
-        progress = tqdm(by_query(read_rows(candidates, problems), str(candidates), 1, problems),
+        progress = tqdm(by_query(read_rows(candidates, problems), str(candidates), None, problems),
                         desc=f"checking {candidates.name}", unit=" queries", unit_scale=True)
-        ranked = {query_id: {} for query_id, _ in progress}
+        ranked, retrieved, before = {}, False, problems.count       # too many candidates of train to keep them
+        for query_id, documents in progress:
+            ranked[query_id] = {}
+            retrieved = retrieved or any(qrels.get(query_id, {}).get(document, 0) >= 1 for document in documents)
         check_common_queries(path, qrels, {candidates: ranked}, problems)
         check_relevant(path, qrels, ranked, problems)
+        if not retrieved and problems.count == before:
+            problems.add(f"{candidates}: none of the relevant documents in {path} is a candidate; do the document ids "
+                         f"of the two files agree?")
         if missing := [query_id for query_id in qrels if query_id not in ranked]:
             say(f"{path}: {len(missing):,} of {len(qrels):,} judged queries have no candidates and are left out: "
                 f"{first_ten(missing)}")
