@@ -19,7 +19,7 @@ from simplified_tinybert.model.bert import count_parameters
 
 RESULTS = ROOT / "experiments" / "results"
 SUMMARY = RESULTS / "summary.json"
-STUDIES = {"replication.md": ["worldtree", "ablations", "small-student", "squad-sentences", "example"],
+STUDIES = {"replication.md": ["worldtree", "ablations", "small-student", "longer", "squad-sentences", "example"],
            "replication-nfcorpus.md": ["cranfield", "nfcorpus", "nfcorpus-cold"]}
 
 
@@ -230,7 +230,7 @@ def test_the_smaller_student_is_reported_as_recorded():
     systems = {system["name"]: system for system in results["systems"]}
     means = {name: statistics.fmean(system["seeds"]["nDCG@10"]) for name, system in systems.items()}
     kept = {}
-    for method in ("simplified-masked", "tinybert"):
+    for method in ("simplified-masked", "tinybert", "standard"):
         cells = []
         for other in ("BM25", "teacher"):
             found = results["comparisons"][other]["nDCG@10"][f"2/192 {method}"]
@@ -240,17 +240,34 @@ def test_the_smaller_student_is_reported_as_recorded():
         kept[method] = f"{100 * mean / means['teacher']:.1f}"
         row = [results["settings"]["titles"][method], f"{mean:.4f}", kept[method], *cells]
         assert f"| {' | '.join(row)} |" in section
-    found = results["comparisons"]["2/192 simplified-masked"]["nDCG@10"]["2/192 tinybert"]
-    assert f"{found['difference']:+.4f} ({' to '.join(f'{end:+.4f}' for end in found['interval'])})" in section
-    rows = [records.read(f"2-192-simplified-masked-0.0004-seed{seed}")["dev"] for seed in (1, 2)]
-    epochs = [f"{one['nDCG@10']:.4f} and {two['nDCG@10']:.4f}" for one, two in zip(*rows, strict=True)]
     words = " ".join(section.split())
-    assert f"{epochs[0]} after one epoch, and {epochs[1]} after two" in words
+    for found in results["comparisons"]["2/192 simplified-masked"]["nDCG@10"].values():
+        assert f"{found['difference']:+.4f} ({' to '.join(f'{end:+.4f}' for end in found['interval'])})" in words
+        assert found["difference"] > 0 and found["holm"]["t-test"] < 0.001
     larger = records.read("3-384-simplified-masked-0.0004-seed1")["dev"][0]["nDCG@10"]
-    assert f"The student of 3/384 has {larger:.4f} after one." in words
+    assert f"The student of 3/384, which starts from layers of MiniLM, has {larger:.4f} after one epoch." in words
     speed = f"{systems['2/192 tinybert']['speed_up']:.3g} times as fast"
     assert speed in words and f"{speed} as the teacher. On WorldTree, it keeps {kept['simplified-masked']} %" in \
         " ".join(text.split())
+
+
+def test_the_longer_training_of_the_smaller_student_is_reported_as_recorded():
+    words = " ".join((ROOT / "docs" / "replication.md").read_text().replace("−", "-").split())
+    name = "2-192-simplified-masked-0.0004-seed1"
+    long, short = (Records(RESULTS / directory, {}).read(name) for directory in ("worldtree-longer", "worldtree"))
+    assert long["steps"] == 4 * short["steps"] and long["made_of"] == short["made_of"]
+    *epochs, last = (f"{row['nDCG@10']:.4f}" for row in long["dev"])
+    assert f"it has {', '.join(epochs)} and {last} after one to eight epochs." in words
+    values = [record["test"]["nDCG@10"] for record in (long, short)]
+    found = stats.ttest_rel(*values)
+    low, high = found.confidence_interval()
+    after, before = map(statistics.fmean, values)
+    assert (f"reaches {after:.4f} instead of {before:.4f}. The difference is {after - before:+.4f} ({low:+.4f} to "
+            f"{high:+.4f}), p = {found.pvalue:.3f}.") in words
+    comparisons = json.loads((RESULTS / "longer.json").read_text())["comparisons"]
+    found = comparisons["BM25"]["nDCG@10"]["2/192 simplified-masked"]
+    interval = " to ".join(f"{end:+.4f}" for end in found["interval"])
+    assert f"BM25: {found['difference']:+.4f} ({interval}), p = {found['holm']['t-test']:.3f}." in words
 
 
 def test_the_ranking_of_documents_is_reported_as_recorded():
