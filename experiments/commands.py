@@ -127,7 +127,8 @@ class Commands:
 
     def own_weights(self, model: Path) -> list[Path]:
         """The model's weights if the study makes them; commands that read the model must wait for them."""
-        return [model / "model.safetensors"] if model.is_relative_to(self.out) else []
+        given = model in (self.args.bert_model, self.args.teacher_model)        # perhaps below OUT, too
+        return [model / "model.safetensors"] if model.is_relative_to(self.out) and not given else []
 
     def segments(self, texts: Path) -> int:
         """Number of segments in the texts. They are left in the cache, where general_distill.py finds them."""

@@ -163,4 +163,5 @@ def check_success(command: Command, code: int, log: Path) -> None:
         last_lines = [line for line in text.splitlines() if line.strip() and "/s]" not in line][-12:]
         raise UserError("\n".join([
             f"{command.name} ended with exit code {code}{hint}: {shlex.join(command.words)}", *last_lines,
-            f"full log: {log}; after fixing the cause, run the same study command to continue"]))
+            f"full log: {log}; after fixing the cause, run the same study command to continue (with a new "
+            f"--output_dir if the collection or the settings had to be changed)"]))

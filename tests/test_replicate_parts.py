@@ -228,6 +228,22 @@ def test_ranking_losses_train_for_as_many_steps(tmp_path, golden_models):
     assert epochs == [1, 2]
 
 
+def test_commands_wait_only_for_models_that_the_study_makes(tmp_path):
+    (tmp_path / "small.toml").write_text(SETTINGS)
+    args = SimpleNamespace(output_dir=tmp_path, teacher_model=tmp_path / "given", bert_model=tmp_path / "bert")
+    commands = Commands(args, read_settings(tmp_path / "small.toml", Problems()), {})
+    assert commands.own_weights(tmp_path / "bert") == commands.own_weights(tmp_path / "given") == []
+    assert commands.own_weights(tmp_path / "general") == [tmp_path / "general" / "model.safetensors"]
+
+
+def test_the_error_of_a_command_has_only_the_lines_of_its_last_run(tmp_path):
+    for message in ("the first reason", "the second reason"):
+        command = Command("a", tmp_path / "a", [sys.executable, "-c", f"import sys; sys.exit({message!r})"])
+        with pytest.raises(UserError, match=message) as error:
+            run_all("one", [command], 1, tmp_path)
+    assert "the first reason" not in str(error.value).partition("\n")[2]
+
+
 def test_warnings_of_commands_are_printed_once(tmp_path, capsys):
     code = "import sys; print('\\rpassages: 50%warning: skipped 3\\nnote', file=sys.stderr); open(sys.argv[1], 'w')"
     for attempt in range(2):

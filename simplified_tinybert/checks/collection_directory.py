@@ -57,7 +57,7 @@ def keep_inputs(path: Path, inputs: dict[str, object], made: bool) -> None:
     changed = [f"{name} was {before.get(name)!r}, is {inputs.get(name)!r}" for name in before | inputs
                if before.get(name) != inputs.get(name)]
     if changed:
-        raise UserError(f"{path.parent}: was started with other inputs: {'; '.join(changed)}; choose another "
-                        f"output directory, or remove {path} and everything that was made from the old inputs")
+        raise UserError(f"{path.parent}: was started with other inputs: {'; '.join(changed)}; name another "
+                        f"directory, or remove {path} and everything in this one that was made from the old inputs")
     with atomic_writer(path) as handle:
         json.dump(inputs, handle, indent=1)
