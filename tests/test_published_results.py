@@ -333,6 +333,17 @@ def test_a_document_without_the_markers(tmp_path):
                         (tmp_path / "doc.md").read_text())
 
 
+def test_a_summary_needs_its_measure_and_an_existing_directory(tmp_path):
+    results = json.loads((RESULTS / "longer.json").read_text())
+    results["settings"]["measures"] = ["RR@10"]
+    (tmp_path / "a.json").write_text(json.dumps(results))
+    command = ["experiments.findings", tmp_path / "a.json", "--output_dir", tmp_path / "out", "--summary"]
+    done = run_script(*command, tmp_path / "summary.json")
+    assert done.returncode == 2 and "the results for worldtree have no nDCG@10; add it" in done.stderr
+    done = run_script(*command, tmp_path / "none" / "summary.json")
+    assert done.returncode == 2 and "its directory does not exist" in done.stderr
+
+
 def test_files_that_are_not_results(tmp_path):
     wrong = (("a.json", "{}", "'dev'"), ("b.json", "{", "results.json"), ("c.json", "[]", "holds a list"))
     for name, content, part in wrong:
