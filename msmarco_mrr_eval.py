@@ -150,7 +150,7 @@ def main() -> None:
     check_shared_queries(args.run, main_run, others, problems)
     problems.raise_if_any()
     if not any(grade >= args.relevance_level for query_id in main_run.queries for grade in qrels[query_id].values()):
-        warn(f"{args.qrels}: no document has a grade of {args.relevance_level} or more for any of these queries; "
+        warn(f"{args.qrels}: none of these queries has a document with a grade of {args.relevance_level} or more, so "
              f"MRR is 0")
 
     if args.per_query:

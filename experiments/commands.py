@@ -127,7 +127,7 @@ class Commands:
 
     def own_weights(self, model: Path) -> list[Path]:
         """The model's weights if the study makes them; commands that read the model must wait for them."""
-        given = model in (self.args.bert_model, self.args.teacher_model)        # perhaps below OUT, too
+        given = model in (self.args.bert_model, self.args.teacher_model)        # it may lie below OUT, too
         return [model / "model.safetensors"] if model.is_relative_to(self.out) and not given else []
 
     def segments(self, texts: Path) -> int:

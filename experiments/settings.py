@@ -201,7 +201,7 @@ def read_toml(path: Path, readers: tuple[Path, ...] = ()) -> dict:
     `readers` are the files that name this one. Raises UserError if it is one of them.
     """
     if path.resolve() in readers:
-        raise UserError(f"{path}: like leads back to this file; name another one")
+        raise UserError(f"{path}: `like` leads back to this file; name another one")
     own = tomllib.loads(read_text(path))
     merged = read_toml(path.parent / own.pop("like"), (*readers, path.resolve())) if "like" in own else {}
     for name, value in own.items():

@@ -341,7 +341,7 @@ def test_judgements_without_relevant_documents_give_a_warning(tmp_path):
     (tmp_path / "run.trec").write_text("q1 Q0 D1 1 2.5 t\n")
     done = program("qrels.txt", "run.trec", cwd=tmp_path)
     assert done.returncode == 0 and "MRR: 0.0" in done.stdout
-    assert "warning: qrels.txt: no document has a grade of 1 or more for any of these queries" in done.stderr
+    assert "warning: qrels.txt: none of these queries has a document with a grade of 1 or more" in done.stderr
 
 
 @pytest.mark.parametrize("level", ["0", "-1", "x", "1.5"])

@@ -275,7 +275,7 @@ def test_a_command_alone_uses_all_cores(tmp_path):
     ("learning_rates = [1e-3, 1e-2]", "learning_rates = [nan]", "quarter: learning_rates = [nan]"),
     ('flags = "--padding masked"', 'flags = "--learn 3"', "teacher.flags = '--learn 3'"),
     ("[students]", 'like = 1\n[students]', "wrong type"), ("[teacher]", "[[teacher]]", "wrong type"),
-    ("seeds = [1, 2]", 'seeds = [1, 2]\nlike = "small.toml"', "like leads back to this file"),
+    ("seeds = [1, 2]", 'seeds = [1, 2]\nlike = "small.toml"', "`like` leads back to this file"),
     ('"--distill_model tinybert"', '"--distill_model=tinybert"', "--distill_model=tinybert"),
     ('"TinyBERT" = ', '"Simplified-TinyBERT" = ', "methods: "),
     ("seeds = [1, 2]", 'steps = [{ students = ["quarter"], methods = ["X"] }]\nseeds = [1]', "steps: "),

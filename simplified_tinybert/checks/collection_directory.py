@@ -34,7 +34,7 @@ def check_collection(files: dict[str, Path], data: Path, problems: Problems) -> 
             problems.add(f"{queries_path}: none of its queries is judged in {path}; do the two files belong together?")
         progress = tqdm(by_query(read_rows(candidates, problems), str(candidates), None, problems),
                         desc=f"checking {candidates.name}", unit=" queries", unit_scale=True)
-        ranked, retrieved, before = {}, False, problems.count       # too many candidates of train to keep them
+        ranked, retrieved, before = {}, False, problems.count       # train has too many candidates to keep
         for query_id, documents in progress:
             ranked[query_id] = {}
             retrieved = retrieved or any(qrels.get(query_id, {}).get(document, 0) >= 1 for document in documents)
